@@ -1,0 +1,74 @@
+"""What the commands of this folder share: the demo model as default, errors as one line, parity tables."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtime.errors import UserError
+from train.model import Checkpoint, CheckpointError
+
+BUILD = Path(__file__).parents[1] / "build"
+
+
+def open_checkpoint(source: str | None) -> Checkpoint:
+    """The checkpoint at `source` (folder or Hub id), or the demo model, made first where it is not there."""
+    if source is None:
+        from train.model.demo import demo_checkpoint
+
+        source = str(demo_checkpoint(BUILD))
+    return Checkpoint.open(source)
+
+
+def check_resolution(resolution: int, stride: int) -> int:
+    """Raises UserError unless `resolution` is a positive multiple of `stride`."""
+    if resolution < stride or resolution % stride:
+        below = max(resolution // stride, 1) * stride
+        raise UserError(
+            f"resolution {resolution} is not a multiple of the encoder's stride {stride}; try {below} or {below + stride}"
+        )
+    return resolution
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One comparison with the reference; `error` is the norm of the difference over the norm of the reference."""
+
+    what: str
+    error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+    def __str__(self) -> str:
+        return f"{self.what:<42} {self.error:>10.2e} {self.bound:>10.0e}  {'ok' if self.ok else 'TOO LARGE'}"
+
+
+def compare(what: str, found: np.ndarray, reference: np.ndarray, bound: float) -> Difference:
+    found, reference = np.asarray(found, np.float64), np.asarray(reference, np.float64)
+    if found.shape != reference.shape:
+        raise UserError(f"{what}: shape {found.shape}, but the reference has {reference.shape}")
+    error = np.linalg.norm(found - reference) / max(np.linalg.norm(reference), 1e-30)
+    return Difference(what, float(error), bound)
+
+
+def report(rows: list[Difference]) -> bool:
+    """Print the table; True if every row is within its bound."""
+    print(f"{'relative error against PyTorch':<42} {'found':>10} {'bound':>10}")
+    print(*rows, sep="\n", flush=True)
+    return all(row.ok for row in rows)
+
+
+def run(main: Callable[[], int]) -> None:
+    """Exit with main's status; with 2 and one line where the user can put it right."""
+    try:
+        sys.exit(main())
+    except (UserError, CheckpointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

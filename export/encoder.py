@@ -1,0 +1,160 @@
+"""Encoder and projector -> ONNX, with batch, height and width left open, and the proof that nothing was lost.
+
+    python -m export.encoder --res 1536 [--checkpoint DIR] [--precision fp32|fp16] [--out DIR]
+
+The graph: pixel_values [batch, 3, height, width] -> image_embeds [batch, visual_tokens, hidden], both float32 or both
+float16; height and width are multiples of the stride, visual_tokens = height/stride * width/stride. Traced with
+torch.export, so that the sizes stay symbolic rather than those of an example.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+from export.cli import BUILD, Difference, check_resolution, compare, open_checkpoint, report, run
+from runtime.errors import UserError
+from train.model import ImageEncoder, load_image_encoder
+
+OPSET = 20  # the first with Gelu as one operator
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+BOUNDS = {"fp32": 1e-4, "fp16": 5e-3}
+INLINE_BYTES = 1_500_000_000  # larger weights go to a file beside the graph: one protobuf holds 2 GB
+LARGEST = 8192  # pixels a side that the graph is traced for
+
+
+def export_encoder(model: ImageEncoder, file: Path, precision: str) -> None:
+    """Write `model` to `file` (and `file`.data for large weights). The model is converted in place for fp16."""
+    stride, dtype = model.encoder.config.stride, PRECISIONS[precision]
+    model = model.to(dtype).eval()
+    # The example only fixes the rank: sizes of 1 or two equal sizes would be taken for constants
+    example = torch.zeros(2, 3, 3 * stride, 4 * stride, dtype=dtype)
+    side = LARGEST // stride
+    dims = {
+        0: torch.export.Dim("batch", min=1, max=1024),
+        2: stride * torch.export.Dim("rows", min=1, max=side),
+        3: stride * torch.export.Dim("columns", min=1, max=side),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notices about itself
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=(dims,),
+            input_names=["pixel_values"],
+            output_names=["image_embeds"],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    program.save(str(file), external_data=size > INLINE_BYTES)
+    _tidy(file)
+    onnx.checker.check_model(str(file))
+
+
+def _tidy(file: Path) -> None:
+    """Name the axes for people, and drop the trace's notes: they hold paths of the exporting machine."""
+    graph = onnx.load(str(file), load_external_data=False)
+    for value, names in (
+        (graph.graph.input[0], ("batch", None, "height", "width")),
+        (graph.graph.output[0], ("batch", "visual_tokens", None)),
+    ):
+        for dim, name in zip(value.type.tensor_type.shape.dim, names, strict=True):
+            if name:
+                dim.dim_param = name
+    del graph.graph.value_info[:]
+    for part in (graph.graph, *graph.graph.node, *graph.graph.initializer, *graph.graph.input, *graph.graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del graph.metadata_props[:]
+    onnx.save(graph, str(file))
+
+
+def parity_inputs(resolution: int, stride: int) -> list[np.ndarray]:
+    """float32 pixel_values at four sizes: the resolution, about half of it, an oblong one, and two images at once."""
+    half = max(resolution // 2 // stride, 1) * stride
+    quarter = max(resolution // 4 // stride, 1) * stride
+    random = np.random.default_rng(0)
+    shapes = [
+        (1, 3, resolution, resolution),
+        (1, 3, half, half),
+        (1, 3, half, quarter + stride),
+        (2, 3, quarter, half + stride),
+    ]
+    return [random.standard_normal(shape, dtype=np.float32) for shape in dict.fromkeys(shapes)]
+
+
+def pytorch_outputs(model: ImageEncoder, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """image_embeds in float32 of each input; the reference for `check_encoder`."""
+    with torch.inference_mode():
+        return [model(torch.from_numpy(pixels)).numpy() for pixels in inputs]
+
+
+def check_encoder(
+    file: Path, inputs: list[np.ndarray], references: list[np.ndarray], precision: str
+) -> list[Difference]:
+    """ONNX Runtime's outputs against PyTorch's in float32, a row for each size."""
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    dtype = np.float16 if precision == "fp16" else np.float32
+    rows = []
+    for pixels, reference in zip(inputs, references, strict=True):
+        (found,) = session.run(None, {"pixel_values": pixels.astype(dtype)})
+        batch, _, height, width = pixels.shape
+        what = f"image_embeds {batch} x {height}x{width} {precision}: {found.shape[1]} tokens"
+        rows.append(compare(what, found, reference, BOUNDS[precision]))
+    return rows
+
+
+def export_checked(model: ImageEncoder, file: Path, precision: str, resolution: int) -> bool:
+    """Export and compare; prints the table. Returns whether every size is within its bound.
+
+    References are computed first and the model is given up before the session opens: a large encoder is held once.
+    """
+    inputs = parity_inputs(resolution, model.encoder.config.stride)
+    references = pytorch_outputs(model, inputs)
+    export_encoder(model, file, precision)
+    model.to("meta")
+    return report(check_encoder(file, inputs, references, precision))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m export.encoder", description=__doc__.split("\n")[0])
+    parser.add_argument("--res", type=int, help="side of the square that must work, pixels; default: the checkpoint's")
+    parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
+    parser.add_argument("--precision", default="fp32", help="fp32 or fp16; default: fp32")
+    parser.add_argument("--out", type=Path, help="folder for the graph; default: build/encoder/<checkpoint>")
+    args = parser.parse_args()
+    if args.precision not in PRECISIONS:
+        raise UserError(f"unknown precision {args.precision!r}, expected {' or '.join(PRECISIONS)}")
+    checkpoint = open_checkpoint(args.checkpoint)
+    stride = checkpoint.encoder_config.stride
+    resolution = check_resolution(args.res or checkpoint.resolution, stride)
+    out = args.out or BUILD / "encoder" / checkpoint.folder.resolve().name
+    if out.is_file():
+        raise UserError(f"--out {out} is a file, expected a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
+        good = export_checked(
+            load_image_encoder(checkpoint), Path(partial, f"{args.precision}.onnx"), args.precision, resolution
+        )
+        if good:
+            for file in sorted(Path(partial).iterdir(), reverse=True):  # weights before the graph that names them
+                shutil.move(file, out / file.name)
+    if not good:
+        print("the exported graph does not compute what the checkpoint does; nothing was written", file=sys.stderr)
+        return 1
+    tokens = (resolution // stride) ** 2
+    print(f"{out / args.precision}.onnx: {resolution}x{resolution} -> {tokens} visual tokens, opset {OPSET}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

