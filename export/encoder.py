@@ -78,6 +78,14 @@ def _tidy(file: Path) -> None:
     onnx.save(graph, str(file))
 
 
+def check_precision(precision: str) -> None:
+    """Raises UserError unless an encoder can be exported in `precision`."""
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"unknown precision {precision!r}, expected {' or '.join(PRECISIONS)} (int8 is made from a bundle)"
+        )
+
+
 def parity_inputs(resolution: int, stride: int) -> list[np.ndarray]:
     """float32 pixel_values at four sizes: the resolution, about half of it, an oblong one, and two images at once."""
     half = max(resolution // 2 // stride, 1) * stride
@@ -132,8 +140,7 @@ def main() -> int:
     parser.add_argument("--precision", default="fp32", help="fp32 or fp16; default: fp32")
     parser.add_argument("--out", type=Path, help="folder for the graph; default: build/encoder/<checkpoint>")
     args = parser.parse_args()
-    if args.precision not in PRECISIONS:
-        raise UserError(f"unknown precision {args.precision!r}, expected {' or '.join(PRECISIONS)}")
+    check_precision(args.precision)
     checkpoint = open_checkpoint(args.checkpoint)
     stride = checkpoint.encoder_config.stride
     resolution = check_resolution(args.res or checkpoint.resolution, stride)

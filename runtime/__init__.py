@@ -1,0 +1,26 @@
+"""Runs bundles: image and prompt -> text, with numpy, tokenizers, Pillow and ONNX Runtime; no PyTorch.
+
+`runtime.load(bundle)` is where to begin. The names below are looked up on first use, so that importing the package
+costs nothing.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "Conversation": "runtime.model",
+    "Model": "runtime.model",
+    "Options": "runtime.model",
+    "Piece": "runtime.model",
+    "Result": "runtime.model",
+    "Sampling": "runtime.sampling",
+    "Trace": "runtime.model",
+    "UserError": "runtime.errors",
+    "load": "runtime.model",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'runtime' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,6 +1,13 @@
 """The PyTorch model and its checkpoints: ConvNeXt with a fifth stage, projector, Llama decoder."""
 
-from train.model.checkpoint import Checkpoint, CheckpointError, load_image_encoder, load_model, save_checkpoint
+from train.model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_image_encoder,
+    load_language_state,
+    load_model,
+    save_checkpoint,
+)
 from train.model.convllava import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConvLLaVA, ImageEncoder
 from train.model.encoder import VARIANTS, ConvNeXtEncoder, EncoderConfig
 from train.model.projector import build_projector
@@ -17,6 +24,7 @@ __all__ = [
     "ImageEncoder",
     "build_projector",
     "load_image_encoder",
+    "load_language_state",
     "load_model",
     "save_checkpoint",
 ]

@@ -181,16 +181,20 @@ def load_image_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float3
     return ImageEncoder(encoder, projector).eval()
 
 
-def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> ConvLLaVA:
-    """The whole model, in evaluation mode. Raises CheckpointError as `load_image_encoder` does."""
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+def load_language_state(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The decoder's weights under Llama's names; dtype None keeps the stored one. Raises CheckpointError likewise."""
     config = checkpoint.llama_config
     with torch.device("meta"):
         expected = LlamaForCausalLM(config).state_dict()
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    tensors = checkpoint.language_tensors()
-    state = _collect(expected, tensors, checkpoint.folder, dtype, str, optional)
-    decoder = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return _collect(expected, checkpoint.language_tensors(), checkpoint.folder, dtype, str, optional)
+
+
+def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> ConvLLaVA:
+    """The whole model, in evaluation mode. Raises CheckpointError as `load_image_encoder` does."""
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+    state = load_language_state(checkpoint, dtype)
+    decoder = LlamaForCausalLM.from_pretrained(None, config=checkpoint.llama_config, state_dict=state, dtype=dtype)
     return ConvLLaVA(load_image_encoder(checkpoint, dtype), decoder).eval()
 
 
@@ -245,11 +249,11 @@ def _collect(
     expected: dict[str, Tensor],
     tensors: Iterator[tuple[str, Tensor, Path]],
     folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     stored_name: Callable[[str], str],
     optional: set[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """The tensors by key, in `dtype`, after checking that they are exactly the expected ones."""
+    """The tensors by key, in `dtype` (None: as stored), after checking that they are exactly the expected ones."""
     state, problems = {}, []
     for key, tensor, file in tensors:
         found = tuple(tensor.shape)
@@ -259,7 +263,7 @@ def _collect(
             shape = tuple(expected[key].shape)
             problems.append(f"{file}: wrong shape of {stored_name(key)}: expected {shape}, found {found}")
         else:
-            state[key] = tensor.to(dtype)
+            state[key] = tensor if dtype is None else tensor.to(dtype)
     seen = state.keys() | optional
     files = ", ".join(str(file) for file in _weight_files(folder)) or str(folder)
     for key in expected.keys() - seen:

@@ -1,0 +1,150 @@
+"""Checkpoint -> bundle: encoder, decoder, tokenizer and manifest in one folder, written whole or not at all.
+
+    python -m export.bundle --checkpoint DIR --res N --out DIR [--precision fp32|fp16]
+                            [--decoder-precision fp32|fp16|int8|int4] [--portable-decoder] [--template NAME]
+"""
+
+import argparse
+import importlib.metadata
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from export import encoder as encoder_export
+from export.cli import check_resolution, open_checkpoint, report, run
+from export.decoder import check_decoder, check_options, decoder_part, export_decoder
+from export.tokenizer import export_tokenizer
+from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
+from runtime.errors import UserError
+from runtime.image import ImageRule
+from runtime.prompt import MARKED_IMAGE_LINE, TEMPLATES, PromptTemplate
+from train.model import Checkpoint, load_image_encoder
+
+PRODUCERS = ("torch", "transformers", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai", "tokenizers")
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: Path,
+    resolution: int,
+    precision: str = "fp32",
+    decoder_precision: str = "fp32",
+    portable: bool = False,
+    template: str | None = None,
+) -> None:
+    """Write the bundle, every part compared with PyTorch on the way.
+
+    resolution: default side of the images, pixels. portable: also the decoder of standard operators, for an engine.
+    template: a name in `runtime.prompt.TEMPLATES`; None: see `prompt_template`.
+    Raises UserError for an option that cannot be, RuntimeError where a graph does not compute what the model does.
+    """
+    prompt = prompt_template(checkpoint, template)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        tokenizer = export_tokenizer(checkpoint.folder, folder / "tokenizer")
+        (folder / "encoder").mkdir()
+        encoder_file = folder / "encoder" / f"{precision}.onnx"
+        model = load_image_encoder(checkpoint)
+        _require(encoder_export.export_checked(model, encoder_file, precision, resolution), "encoder")
+        decoder_file = export_decoder(checkpoint, folder / "decoder", decoder_precision)
+        _require(report(check_decoder(checkpoint, decoder_file, decoder_precision)), "decoder")
+        if portable:
+            portable_precision = decoder_precision if decoder_precision in ("fp32", "fp16") else "fp16"
+            portable_file = export_decoder(checkpoint, folder / "decoder", portable_precision, "portable")
+            rows = check_decoder(checkpoint, portable_file, portable_precision, "portable")
+            _require(report(rows), "portable decoder")
+        return {
+            "image": image_rule(checkpoint, resolution).to_dict(),
+            "prompt": prompt.to_dict(),
+            "tokenizer": tokenizer,
+            "encoder": asdict(_encoder_part(checkpoint, precision)),
+            "decoder": asdict(
+                decoder_part(
+                    checkpoint, decoder_precision, "decoder/model.onnx", "decoder/portable.onnx" if portable else None
+                )
+            ),
+        }
+
+    write_bundle(out, fill, checkpoint.folder.resolve().name, _producers())
+
+
+def image_rule(checkpoint: Checkpoint, resolution: int) -> ImageRule:
+    """The checkpoint's preprocessing. `image_aspect_ratio` other than `pad` is a centre crop in the original."""
+    preprocessor, stride = checkpoint.preprocessor, checkpoint.encoder_config.stride
+    return ImageRule(
+        mean=tuple(preprocessor["image_mean"]),
+        std=tuple(preprocessor["image_std"]),
+        aspect="pad" if checkpoint.config.get("image_aspect_ratio") == "pad" else "crop",
+        resolution=resolution,
+        multiple=stride,
+        max_visual_tokens=(resolution // stride) ** 2,
+    )
+
+
+def prompt_template(checkpoint: Checkpoint, name: str | None) -> PromptTemplate:
+    """The template `name`, else config.json's `conversation_template`, else Vicuna's, which the release was tuned on.
+
+    `conversation_system` replaces its system text, `mm_use_im_start_end` marks the image. Raises UserError for an
+    unknown name.
+    """
+    config = checkpoint.config
+    name = name or config.get("conversation_template", "vicuna_v1")
+    if name not in TEMPLATES:
+        raise UserError(f"unknown prompt template {name!r}, expected one of {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]
+    if "conversation_system" in config:
+        template = replace(template, system=config["conversation_system"])
+    if config.get("mm_use_im_start_end"):
+        template = replace(template, image_format=MARKED_IMAGE_LINE)
+    return template
+
+
+def _encoder_part(checkpoint: Checkpoint, precision: str) -> EncoderPart:
+    return EncoderPart(
+        file=f"encoder/{precision}.onnx",
+        precision=precision,
+        hidden_size=checkpoint.config["hidden_size"],
+        stride=checkpoint.encoder_config.stride,
+    )
+
+
+def _require(good: bool, part: str) -> None:
+    if not good:
+        raise RuntimeError(f"the exported {part} does not compute what the checkpoint does (see the table)")
+
+
+def _producers() -> dict[str, str]:
+    found = {}
+    for package in PRODUCERS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m export.bundle", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
+    parser.add_argument("--res", type=int, help="default side of the images, pixels; default: the checkpoint's")
+    parser.add_argument("--out", type=Path, help="the bundle's folder; default: build/bundle/<checkpoint>")
+    parser.add_argument("--precision", default="fp32", help="of the encoder: fp32 or fp16; default: fp32")
+    parser.add_argument("--decoder-precision", default="fp32", help="fp32, fp16, int8 or int4; default: fp32")
+    parser.add_argument("--portable-decoder", action="store_true", help="add the decoder of standard operators")
+    parser.add_argument("--template", help=f"one of {', '.join(TEMPLATES)}; default: the checkpoint's, or vicuna_v1")
+    args = parser.parse_args()
+    encoder_export.check_precision(args.precision)
+    check_options(args.decoder_precision)
+    checkpoint = open_checkpoint(args.checkpoint)
+    resolution = check_resolution(args.res or checkpoint.resolution, checkpoint.encoder_config.stride)
+    out = args.out or DEMO_BUNDLE.parent / checkpoint.folder.resolve().name
+    export_bundle(
+        checkpoint, out, resolution, args.precision, args.decoder_precision, args.portable_decoder, args.template
+    )
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: encoder {args.precision}, decoder {args.decoder_precision}, {size / 1e6:.0f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,288 @@
+"""Llama -> one ONNX graph with a KV cache that takes token ids and image embeds alike.
+
+    python -m export.decoder [--checkpoint DIR] [--precision fp32|fp16|int8|int4] [--graph fused|portable] [--out DIR]
+
+fused: ONNX Runtime GenAI's model builder (GroupQueryAttention with the rotary embedding inside, MatMulNBits), for ONNX
+Runtime; the cache is updated in place and only the last position gets logits.
+portable: optimum-onnx's export, standard operators alone, which TensorRT can parse; fp32 and fp16.
+
+Both start from token ids only. Neither can begin with an image, so `merge_image_embeds` adds an input: image_embeds
+[N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 are weight-only, symmetric, in blocks of 32.
+"""
+
+import argparse
+import contextlib
+import io
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from export.cli import BUILD, Difference, compare, open_checkpoint, report, run
+from runtime.bundle import DecoderPart
+from runtime.decoder import Decoder
+from runtime.errors import UserError
+from train.model import Checkpoint, load_language_state
+
+GRAPHS = ("fused", "portable")
+# precision -> builder's execution provider. fp16 is written for CUDA, the provider that computes in it; on a CPU ONNX
+# Runtime runs the same graph by way of float32.
+PRECISIONS = {"fp32": "cpu", "fp16": "cuda", "int8": "cpu", "int4": "cpu"}
+# Relative error of the logits against PyTorch in float32. Weight-only quantisation has no fixed error: these bounds
+# catch a broken graph, and accuracy is for a task's questions to tell.
+BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1, "int4": 0.8}
+# The builder's options beside the common ones. int8: its shared embedding is written under the wrong name, and its
+# other algorithms fall back to 4 bits. int4: the k-quant search with an 8-bit head, the best of those it has
+# (benchmarks/LOG.md).
+BUILDER_OPTIONS = {"int8": ["shared_embeddings=false"], "int4": ["algo_config=k_quant_last"]}
+
+
+def export_decoder(checkpoint: Checkpoint, folder: Path, precision: str, graph: str = "fused") -> Path:
+    """Write the graph (and its weights, `<file>.data`) into `folder`; returns `model.onnx` or `portable.onnx` there.
+
+    Raises UserError for an unknown precision or graph, a precision the graph cannot have, and a missing exporter.
+    """
+    check_options(precision, graph)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ("model.onnx" if graph == "fused" else "portable.onnx")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        source = Path(scratch, "llama")
+        _write_llama(checkpoint, source)
+        built = Path(scratch, graph)
+        if graph == "fused":
+            _quietly(_build_fused, source, built, precision)
+            model = onnx.load(str(built / "model.onnx"), load_external_data=False)
+            merge_image_embeds(model)
+            shutil.move(built / "model.onnx.data", folder / "model.onnx.data")  # as the graph names it: not read again
+            onnx.save(model, str(file))
+        else:
+            _quietly(_build_portable, source, built, precision)
+            model = onnx.load(str(built / "model.onnx"))
+            merge_image_embeds(model)
+            _save_portable(model, file, precision)
+    return file
+
+
+def check_options(precision: str, graph: str = "fused") -> None:
+    """Raises UserError as `export_decoder` would, before any work."""
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if graph not in GRAPHS:
+        raise UserError(f"unknown graph {graph!r}, expected one of {', '.join(GRAPHS)}")
+    if graph == "portable" and precision not in ("fp32", "fp16"):
+        raise UserError(f"the portable graph comes in fp32 and fp16, not {precision}; --graph fused has that one")
+
+
+def decoder_part(checkpoint: Checkpoint, precision: str, file: str, portable_file: str | None = None) -> DecoderPart:
+    """What the manifest says of a fused graph at `file`, a path inside the bundle."""
+    llama = checkpoint.llama_config
+    return DecoderPart(
+        file=file,
+        precision=precision,
+        layers=llama.num_hidden_layers,
+        kv_heads=llama.num_key_value_heads,
+        head_dim=getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads,
+        context_length=llama.max_position_embeddings,
+        kv_dtype="float16" if precision == "fp16" else "float32",
+        vocab_size=llama.vocab_size,
+        portable_file=portable_file,
+    )
+
+
+def merge_image_embeds(model: onnx.ModelProto) -> None:
+    """Give a token-id decoder the input image_embeds [num_image_embeds, hidden], in place.
+
+    Where input_ids [B, S] is below 0, row -1 - id of image_embeds takes the token embedding's place. Finds the one
+    node that looks `input_ids` up in the embedding table; raises ValueError if there is not exactly one.
+    """
+    graph = model.graph
+    lookups = [
+        node for node in graph.node if node.op_type in ("Gather", "GatherBlockQuantized") and "input_ids" in node.input
+    ]
+    if len(lookups) != 1:
+        raise ValueError(f"expected one look-up of input_ids in the embedding table, found {len(lookups)}")
+    lookup = lookups[0]
+    hidden, element = _hidden_size(graph), _float_type(graph)
+    merged, lookup.output[0] = lookup.output[0], "image_merge/token_embeds"
+    lookup.input[list(lookup.input).index("input_ids")] = "image_merge/token_ids"
+    constants = {
+        "image_merge/zero": np.array(0, np.int64),
+        "image_merge/minus_one": np.array(-1, np.int64),
+        "image_merge/last_axis": np.array([-1], np.int64),
+        "image_merge/blank": np.zeros((1, hidden), helper.tensor_dtype_to_np_dtype(element)),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    n = "image_merge/{}".format
+    before = [
+        helper.make_node("Less", ["input_ids", n("zero")], [n("is_image")]),
+        helper.make_node("Where", [n("is_image"), n("zero"), "input_ids"], [n("token_ids")]),
+    ]
+    after = [
+        helper.make_node("Sub", [n("minus_one"), "input_ids"], [n("row_of_id")]),
+        helper.make_node("Where", [n("is_image"), n("row_of_id"), n("zero")], [n("row")]),
+        # The blank row keeps the look-up valid where there is no image at all
+        helper.make_node("Concat", ["image_embeds", n("blank")], [n("rows")], axis=0),
+        helper.make_node("Gather", [n("rows"), n("row")], [n("embeds")], axis=0),  # [B, S, hidden]
+        helper.make_node("Unsqueeze", [n("is_image"), n("last_axis")], [n("is_image_row")]),
+        helper.make_node("Where", [n("is_image_row"), n("embeds"), n("token_embeds")], [merged]),
+    ]
+    nodes = list(graph.node)
+    at = nodes.index(lookup)
+    for node in before + after:
+        node.name = node.output[0] + "/" + node.op_type
+    del graph.node[:]
+    graph.node.extend([*before, *nodes[: at + 1], *after, *nodes[at + 1 :]])
+    graph.input.insert(1, helper.make_tensor_value_info("image_embeds", element, ["num_image_embeds", hidden]))
+
+
+def _hidden_size(graph: onnx.GraphProto) -> int:
+    """From the final or first normalisation's weight, which every Llama graph keeps as a vector of that length."""
+    for tensor in graph.initializer:
+        if tensor.name.endswith(("input_layernorm.weight", "norm.weight")) and len(tensor.dims) == 1:
+            return tensor.dims[0]
+    raise ValueError("no layer norm weight in the graph to read the hidden size from")
+
+
+def _float_type(graph: onnx.GraphProto) -> int:
+    return next(value for value in graph.input if value.name.startswith("past_key")).type.tensor_type.elem_type
+
+
+def _write_llama(checkpoint: Checkpoint, folder: Path) -> None:
+    """The language model alone as a Hugging Face folder, which is what both exporters read."""
+    folder.mkdir(parents=True)
+    config = checkpoint.llama_config
+    config.architectures = ["LlamaForCausalLM"]
+    state = {key: tensor.contiguous() for key, tensor in load_language_state(checkpoint).items()}
+    config.dtype = next(iter(state.values())).dtype
+    config.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    # The exporters insist on some tokenizer; the real one reaches the bundle by another way
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(folder)
+
+
+def _build_fused(source: Path, out: Path, precision: str) -> None:
+    try:
+        from onnxruntime_genai.models.builder import create_model, parse_extra_options
+    except ImportError as error:
+        raise UserError(f"--graph fused needs onnxruntime-genai, whose import failed: {error}") from error
+    provider, cache = PRECISIONS[precision], source.parent / "cache"
+    paths = ("llama", str(source), str(out), precision, provider, str(cache))
+    options = parse_extra_options(*paths, ["prune_lm_head=true", *BUILDER_OPTIONS.get(precision, [])])
+    create_model(*paths, **options)
+
+
+def _build_portable(source: Path, out: Path, precision: str) -> None:
+    try:
+        from optimum.exporters.onnx import main_export
+    except ImportError as error:
+        raise UserError(f"--graph portable needs optimum-onnx, whose import failed: {error}") from error
+    main_export(
+        str(source), output=out, task="text-generation-with-past", opset=20, do_validation=False
+    )
+
+
+def _save_portable(model: onnx.ModelProto, file: Path, precision: str) -> None:
+    if precision == "fp16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        model = convert_float_to_float16(model, disable_shape_infer=True)
+    data = Path(f"{file}.data")
+    data.unlink(missing_ok=True)  # onnx appends to a file that is there
+    onnx.save(model, str(file), save_as_external_data=True, location=data.name, size_threshold=4096)
+
+
+def _quietly(build, *arguments) -> None:
+    """Run an exporter without its chatter; what it said comes out only if it fails."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            build(*arguments)
+    except UserError:
+        raise
+    except Exception:
+        print(said.getvalue(), file=sys.stderr)
+        raise
+
+
+def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str = "fused") -> list[Difference]:
+    """Logits of the graph against PyTorch in float32: a prompt with two images, a second turn, three single steps."""
+    random = np.random.default_rng(0)
+    state = load_language_state(checkpoint, torch.float32)
+    llama = LlamaForCausalLM.from_pretrained(None, config=checkpoint.llama_config, state_dict=state, dtype=torch.float32)
+    table = llama.get_input_embeddings().weight.detach().numpy()
+    images = (random.standard_normal((9, table.shape[1])) * table.std()).astype(np.float32)
+    tokens = random.integers(3, len(table), 16).tolist()
+    calls = {
+        "prompt with two images": [*tokens[:4], *range(-1, -6, -1), *tokens[4:6], *range(-6, -10, -1), *tokens[6:9]],
+        "second turn": tokens[9:13],
+        "step 1": [tokens[13]],
+        "step 2": [tokens[14]],
+        "step 3": [tokens[15]],
+    }
+    part = decoder_part(checkpoint, precision, file.name)
+    forward = Decoder(file, part).start(64).forward if graph == "fused" else _PortableSequence(file, part).forward
+    rows, past = [], None
+    for what, ids in calls.items():
+        embeds = np.stack([table[i] if i >= 0 else images[-1 - i] for i in ids])
+        with torch.inference_mode():
+            reference = llama(inputs_embeds=torch.from_numpy(embeds)[None], past_key_values=past, use_cache=True)
+        past = reference.past_key_values
+        found = forward(ids, images if min(ids) < 0 else None)
+        rows.append(compare(f"{graph} {precision} logits, {what}", found, reference.logits[0, -1], BOUNDS[precision]))
+    return rows
+
+
+class _PortableSequence:
+    """The portable graph on ONNX Runtime: `present` comes back longer and is the next call's `past`."""
+
+    def __init__(self, file: Path, part: DecoderPart):
+        self._session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        empty = np.empty((1, part.kv_heads, 0, part.head_dim), part.kv_dtype)
+        self._past = [empty] * (2 * part.layers)
+        hidden = next(value.shape[1] for value in self._session.get_inputs() if value.name == "image_embeds")
+        self._no_images = np.empty((0, hidden), part.kv_dtype)
+
+    def forward(self, ids: list[int], image_embeds: np.ndarray | None = None) -> np.ndarray:
+        length = self._past[0].shape[2]
+        none = self._no_images
+        feeds = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, length + len(ids)), np.int64),
+            "position_ids": np.arange(length, length + len(ids), dtype=np.int64)[None],
+            "image_embeds": none if image_embeds is None else image_embeds.astype(none.dtype),
+        }
+        names = [f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}" for i in range(len(self._past))]
+        logits, *self._past = self._session.run(None, feeds | dict(zip(names, self._past, strict=True)))
+        return logits[0, -1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m export.decoder", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
+    parser.add_argument("--precision", default="fp32", help=f"one of {', '.join(PRECISIONS)}; default: fp32")
+    parser.add_argument("--graph", default="fused", help="fused (ONNX Runtime) or portable (standard operators)")
+    parser.add_argument("--out", type=Path, help="folder for the graph; default: build/decoder/<checkpoint>-<precision>")
+    args = parser.parse_args()
+    check_options(args.precision, args.graph)
+    checkpoint = open_checkpoint(args.checkpoint)
+    out = args.out or BUILD / "decoder" / f"{checkpoint.folder.resolve().name}-{args.precision}"
+    file = export_decoder(checkpoint, out, args.precision, args.graph)
+    good = report(check_decoder(checkpoint, file, args.precision, args.graph))
+    size = sum(path.stat().st_size for path in out.glob(f"{file.name}*"))
+    print(f"{file}: {args.graph} {args.precision}, {size / 1e6:.1f} MB")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    run(main)

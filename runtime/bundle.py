@@ -1,0 +1,257 @@
+"""The bundle: one folder that holds everything a deployment needs. The only place that knows its format.
+
+    bundle/
+      manifest.json   format, producers, sha256 and size of every file, image rule, prompt template, tokenizer,
+                      encoder and decoder with their precisions, KV-cache shape
+      encoder/        fp32.onnx | fp16.onnx | int8.onnx (+ .data)
+      decoder/        model.onnx (+ .data), fused for ONNX Runtime; portable.onnx (+ .data) where one was asked for
+      tokenizer/      tokenizer.json
+
+The runtime believes nothing but the manifest. Bundles are written beside their place and renamed into it, the
+manifest last, so that a killed writer leaves nothing that `open_bundle` accepts.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import UserError
+from runtime.image import ImageRule
+from runtime.prompt import PromptTemplate
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PARTIAL = ".partial-"
+ROOT = Path(__file__).parents[1]
+DEMO_BUNDLE = ROOT / "build" / "bundle" / "convllava-smol"
+
+
+@dataclass(frozen=True)
+class EncoderPart:
+    """file: the graph that is used; precision: of its weights; hidden_size: of an image embed;
+    stride: pixels of one side to a visual token."""
+
+    file: str
+    precision: str
+    hidden_size: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class DecoderPart:
+    """file, precision: as for the encoder; portable_file: the graph of standard operators, or None.
+
+    layers, kv_heads, head_dim, context_length: the KV cache is, a layer, a key and a value of
+    [batch, kv_heads, context_length, head_dim] in `kv_dtype` (a numpy name). vocab_size: width of the logits.
+    """
+
+    file: str
+    precision: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    context_length: int
+    kv_dtype: str
+    vocab_size: int
+    portable_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened, verified bundle."""
+
+    folder: Path
+    name: str
+    image: ImageRule
+    prompt: PromptTemplate
+    tokenizer: dict
+    encoder: EncoderPart
+    decoder: DecoderPart
+
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
+
+def write_bundle(
+    out: Path,
+    fill: Callable[[Path], dict[str, Any]],
+    name: str,
+    producers: dict[str, str],
+) -> None:
+    """Make a bundle at `out`.
+
+    fill: called with an empty folder; writes the parts there and returns the manifest's sections `image`, `prompt`,
+    `tokenizer`, `encoder`, `decoder` as plain dictionaries.
+    producers: package -> version, for the record.
+    A bundle already at `out` is replaced at the end, in one step. Raises UserError if something else is there.
+    """
+    out = Path(os.path.abspath(out))
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise UserError(f"{out} exists and is no bundle; it is left as it is, choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + PARTIAL))
+    try:
+        sections = fill(partial)
+        files = {
+            str(file.relative_to(partial)): {"sha256": _sha256(file), "size": file.stat().st_size}
+            for file in sorted(partial.rglob("*"))
+            if file.is_file()
+        }
+        manifest = {"format": FORMAT, "name": name, "producers": producers, **sections, "files": files}
+        with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
+            json.dump(manifest, stream, indent=2, ensure_ascii=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        for path in (partial, *partial.rglob("*")):  # temporary files are private; a deployment's are not
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        _swap_in(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap_in(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + PARTIAL))
+    out.rename(old / "replaced")
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def open_bundle(folder: str | os.PathLike | None) -> Bundle:
+    """Read and verify a bundle; None opens the demo model's, made first where it is not there.
+
+    Raises UserError: no such bundle, unfinished export, manifest of another format or with a wrong key, file missing
+    or altered. Each file's sha256 is taken once and remembered by its size and times in the user's cache folder.
+    """
+    folder = Path(folder) if folder is not None else _demo_bundle()
+    manifest = _read_manifest(folder)
+    for section in ("image", "prompt", "tokenizer", "encoder", "decoder", "files"):
+        if not isinstance(manifest.get(section), dict):
+            raise UserError(f"{folder / MANIFEST}: no section {section!r}; the bundle is damaged, export it again")
+    _verify(folder, manifest["files"])
+    bundle = Bundle(
+        folder,
+        str(manifest.get("name", folder.name)),
+        ImageRule.from_dict(manifest["image"]),
+        PromptTemplate.from_dict(manifest["prompt"]),
+        manifest["tokenizer"],
+        _part(EncoderPart, manifest["encoder"], folder),
+        _part(DecoderPart, manifest["decoder"], folder),
+    )
+    for file in (bundle.encoder.file, bundle.decoder.file, bundle.decoder.portable_file):
+        if file is not None and file not in manifest["files"]:
+            raise UserError(f"{folder / MANIFEST}: names {file!r}, which is not among its files; export it again")
+    return bundle
+
+
+def _read_manifest(folder: Path) -> dict:
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such bundle; python -m export.bundle --checkpoint DIR --out {folder} makes one")
+    if PARTIAL in folder.resolve().name or not file.is_file():
+        raise UserError(f"{folder}: no {MANIFEST}, so not a finished bundle; export it again")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise UserError(f"{file}: no bundle manifest (it names no format)")
+    if manifest["format"] != FORMAT:
+        raise UserError(
+            f"{file}: manifest of format {manifest['format']!r}, this runtime reads format {FORMAT}; "
+            "export the bundle with the same version of the project"
+        )
+    return manifest
+
+
+def _part(kind: type, section: dict, folder: Path) -> Any:
+    known = {field.name for field in fields(kind)}
+    if unknown := section.keys() - known:
+        raise UserError(f"{folder / MANIFEST}: unknown key {sorted(unknown)[0]!r} in {kind.__name__}")
+    try:
+        return kind(**section)
+    except TypeError as error:
+        raise UserError(f"{folder / MANIFEST}: {error}") from None
+
+
+
+
+def _verify(folder: Path, files: dict[str, dict]) -> None:
+    memory = _HashMemory()
+    for name, expected in files.items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder / MANIFEST}: names {name!r}, a file outside the bundle")
+        try:
+            stat = file.stat()
+        except OSError:
+            raise UserError(f"{file}: missing from the bundle; export it again") from None
+        if stat.st_size != expected["size"]:
+            raise UserError(
+                f"{file}: altered since the export ({stat.st_size} bytes, the manifest says {expected['size']}); "
+                "export it again"
+            )
+        if memory.sha256(file, stat) != expected["sha256"]:
+            raise UserError(f"{file}: altered since the export (its sha256 is not the manifest's); export it again")
+    memory.save()
+
+
+class _HashMemory:
+    """sha256 by path, size, inode and times, kept in the user's cache folder; a folder that cannot be written is let
+    be, at the price of hashing at each start."""
+
+    def __init__(self):
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self._file = Path(cache) / "convllava-deploy" / "sha256.json"
+        try:
+            self._known = dict(json.loads(self._file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self._known = {}
+        self._changed = False
+
+    def sha256(self, file: Path, stat: os.stat_result) -> str:
+        path = str(file.resolve())
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        known = self._known.get(path)
+        if isinstance(known, list) and known[:-1] == state:
+            return known[-1]
+        digest = _sha256(file)
+        self._known[path] = [*state, digest]
+        self._changed = True
+        return digest
+
+    def save(self) -> None:
+        if not self._changed:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._file.with_name(f"{self._file.name}{PARTIAL}{os.getpid()}")
+            partial.write_text(json.dumps(self._known), encoding="utf-8")
+            partial.replace(self._file)
+        except OSError:
+            pass
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _demo_bundle() -> Path:
+    """The demo model's bundle. Making it takes the export's packages, so it is left to a process of its own."""
+    if not (DEMO_BUNDLE / MANIFEST).is_file():
+        print(f"making the demo bundle in {DEMO_BUNDLE}", file=sys.stderr)
+        command = [sys.executable, "-m", "export.bundle", "--out", str(DEMO_BUNDLE)]
+        if subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode:
+            raise UserError("the demo bundle could not be made; `make setup` installs what its export needs")
+    return DEMO_BUNDLE

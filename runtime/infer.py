@@ -1,0 +1,180 @@
+"""Ask a bundle about pictures, on the terminal.
+
+    python runtime/infer.py --bundle DIR --image FILE... --prompt TEXT     one answer, streamed, and a table of its cost
+    python runtime/infer.py --bundle DIR --image FILE...                   a chat about the pictures
+    python runtime/infer.py ... --json                                     one JSON object instead
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+if __name__ == "__main__":  # as a file, its own folder is on the path instead of the project's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from runtime.errors import UserError
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in the prompt's order")
+    parser.add_argument("--prompt", help="question, <image> in it says where a picture goes; without it: a chat")
+    parser.add_argument("--system", help="system text; default: the bundle's")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 (default): all")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the draw, for the same answer again")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    parser.add_argument("--stop", action="append", default=[], metavar="STR", help="end the answer here; repeatable")
+    parser.add_argument("--res", type=int, metavar="N", help="side of the images, pixels; default: the bundle's")
+    parser.add_argument("--aspect", metavar="MODE", help="pad, crop or any (keep the ratio); default: the bundle's")
+    parser.add_argument("--threads", type=int, metavar="N", help="of one operator; default: one a physical core")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="save pixel_values, image_embeds, first_logits (.npy)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    if args.prompt is None and (args.json or args.dump):
+        raise UserError(f"{'--json' if args.json else '--dump'} needs --prompt")
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads is {args.threads}, expected 1 or more")
+    from runtime.model import Options, load
+    from runtime.sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
+    options = Options(args.max_new_tokens, sampling, tuple(args.stop), args.res, args.aspect, args.system)
+    model = load(args.bundle, args.threads)
+    if args.prompt is None:
+        chat(model, args.image, options)
+    else:
+        answer(model, args, options)
+    return 0
+
+
+def answer(model, args: argparse.Namespace, options) -> None:
+    """One question: the answer streamed and a table, or one JSON object."""
+    from runtime.model import Trace
+
+    trace = Trace()
+    pieces = model.generate(args.image, args.prompt, options, trace)
+    if args.json:
+        *_, last = pieces
+        print(json.dumps(_as_json(model, last.result), ensure_ascii=False))
+    else:
+        result = _stream(pieces)
+        print("\n" + table(model, result))
+    if args.dump:
+        _dump(args.dump, trace)
+
+
+def chat(model, images: list[str], options) -> None:
+    """Questions from standard input until it ends; the pictures come with the first one and are encoded once."""
+    from runtime.image import open_image
+
+    pictures = [open_image(image) for image in images]  # a bad file is an error before the first question
+    conversation = model.chat(options)
+    print(f"{model.bundle.name}: {len(images)} image(s). An empty line or end of input leaves.", file=sys.stderr)
+    while question := _read_question():
+        try:
+            result = _stream(conversation.ask(question, pictures))
+        except KeyboardInterrupt:
+            print()
+            continue
+        pictures = []
+        timings = result.timings
+        rate = f", {timings.decode_tokens_per_s:.1f} tokens/s" if timings.decode_tokens_per_s else ""
+        print(f"[{result.prompt_tokens} new positions, first token {timings.ttft_ms:.0f} ms{rate}]", file=sys.stderr)
+
+
+def _read_question() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _stream(pieces: Iterator):
+    """Print the text as it comes; returns the result."""
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+    print()
+    return piece.result
+
+
+def table(model, result) -> str:
+    timings = result.timings
+    rate = timings.decode_tokens_per_s
+    rows = [
+        ("visual tokens", f"{result.visual_tokens}"),
+        ("prompt tokens", f"{result.prompt_tokens}"),
+        ("new tokens", f"{len(result.token_ids)} ({result.finish_reason})"),
+        ("load", f"{model.load_ms:.0f} ms"),
+        ("preprocess", f"{timings.preprocess_ms:.1f} ms"),
+        ("encode", f"{timings.encode_ms:.1f} ms"),
+        ("prefill", f"{timings.prefill_ms:.1f} ms"),
+        ("time to first token", f"{timings.ttft_ms:.1f} ms"),
+        ("decode", f"{rate:.1f} tokens/s" if rate else "-"),
+        ("peak memory", f"{peak_memory_mib():.0f} MiB"),
+    ]
+    return "\n".join(f"{name:<20} {value:>16}" for name, value in rows)
+
+
+def _as_json(model, result) -> dict:
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "visual_tokens": result.visual_tokens,
+        "prompt_tokens": result.prompt_tokens,
+        "timings": {"load_ms": model.load_ms, **asdict(result.timings)},
+        "peak_memory_mib": peak_memory_mib(),
+        "encoder": {"runtime": "onnxruntime", "provider": "cpu", "precision": model.bundle.encoder.precision},
+        "decoder": {"runtime": "onnxruntime", "provider": "cpu", "precision": model.bundle.decoder.precision},
+    }
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has held, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+
+
+def _dump(folder: Path, trace) -> None:
+    """pixel_values.npy [3, H, W] (several images: pixel_values-0.npy, ...), image_embeds.npy, first_logits.npy."""
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, pixel_values in enumerate(trace.pixel_values):
+        suffix = "" if len(trace.pixel_values) == 1 else f"-{number}"
+        np.save(folder / f"pixel_values{suffix}.npy", pixel_values)
+    if trace.image_embeds is not None:
+        np.save(folder / "image_embeds.npy", trace.image_embeds)
+    np.save(folder / "first_logits.npy", trace.first_logits)
+
+
+def run() -> None:
+    """Exit with 2 and one line for what the user can put right."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,248 @@
+"""Pictures and a question -> an answer, piece by piece: the parts of a bundle chained.
+
+    image -> preprocess -> encoder -> image embeds -+
+                                                    +-> prefill -> token -> decode one token at a time -> text
+    prompt -> template -> token ids ----------------+
+
+    model = runtime.load("bundle")
+    for piece in model.generate(["page.png"], "What is the total?"):
+        print(piece.text, end="", flush=True)
+    print(piece.result.timings.ttft_ms)
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+
+import numpy as np
+from PIL import Image
+
+from runtime import prompt as prompts
+from runtime.bundle import Bundle, open_bundle
+from runtime.decoder import Decoder
+from runtime.encoder import Encoder
+from runtime.errors import UserError
+from runtime.image import open_image, preprocess
+from runtime.sampling import Sampling, next_token
+from runtime.tokenizer import Tokenizer
+
+ImageSource = str | PathLike | bytes | Image.Image
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer.
+
+    max_new_tokens: at most so many tokens, the end-of-sequence token included; fewer where the context ends.
+    sampling: how the next token is chosen; greedy by default.
+    stop: strings that end the answer and do not appear in it, beside the template's own.
+    resolution: side of the square images are fitted to (or, with `any`, whose area they are fitted to), pixels; None
+    takes the bundle's. aspect: `pad`, `crop` or `any`; None takes the bundle's. system: system text; None takes the
+    template's.
+    Raises UserError for a value out of range.
+    """
+
+    max_new_tokens: int = 512
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    resolution: int | None = None
+    aspect: str | None = None
+    system: str | None = None
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
+        if "" in self.stop:
+            raise UserError("a stop string is empty")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """preprocess_ms: files to pixel values; encode_ms: those to image embeds; prefill_ms: the prompt through the
+    decoder; ttft_ms: from the call to the first token; decode_tokens_per_s: over the tokens after the first, None if
+    there is none."""
+
+    preprocess_ms: float
+    encode_ms: float
+    prefill_ms: float
+    ttft_ms: float
+    decode_tokens_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer. token_ids: the new ids, the end-of-sequence id included. finish_reason: `stop` (end of
+    sequence or a stop string) or `length`. prompt_tokens: positions prefilled, the visual tokens among them."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    visual_tokens: int
+    prompt_tokens: int
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one new token added. text: the text that became certain, often "". elapsed_ms: since the call. result: on
+    the last piece."""
+
+    text: str
+    token_id: int
+    elapsed_ms: float
+    result: Result | None = None
+
+
+@dataclass
+class Trace:
+    """Intermediate values of a turn, for comparison. pixel_values: float32 [3, H, W] of each image; image_embeds:
+    [sum of T, D]; first_logits: float32 [V], the first new token was chosen from."""
+
+    pixel_values: list[np.ndarray] = field(default_factory=list)
+    image_embeds: np.ndarray | None = None
+    first_logits: np.ndarray | None = None
+
+
+class Model:
+    """A loaded bundle. Make it with `runtime.load`."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None):
+        begin = time.perf_counter()
+        self.bundle = bundle
+        self.tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
+        self.encoder = Encoder(bundle.path(bundle.encoder.file), threads)
+        self.decoder = Decoder(bundle.path(bundle.decoder.file), bundle.decoder, threads)
+        self.load_ms = _ms_since(begin)
+
+    def generate(
+        self,
+        images: Sequence[ImageSource],
+        prompt: str,
+        options: Options | None = None,
+        trace: Trace | None = None,
+    ) -> Iterator[Piece]:
+        """Answer one question.
+
+        images: files, bytes or PIL images; `<image>` in the prompt says where each goes, else they come first.
+        trace: filled with intermediate values if given.
+        Yields a Piece for each new token; the last one carries the Result.
+        Raises UserError (at the first piece) for a bad image, more images than placeholders, or a prompt that does not
+        fit the context.
+        """
+        return Conversation(self, options).ask(prompt, images, trace)
+
+    def chat(self, options: Options | None = None) -> "Conversation":
+        """A conversation of several turns, whose images and answers are computed once."""
+        return Conversation(self, options, self.bundle.decoder.context_length)
+
+
+class Conversation:
+    """Turns that share a KV cache. capacity: positions of the cache; None sizes it for a single turn."""
+
+    def __init__(self, model: Model, options: Options | None = None, capacity: int | None = None):
+        self._model = model
+        self._options = options or Options()
+        self._capacity = capacity
+        self._sequence = None
+        self._unfed: list[int] = []  # tokens of the last answer that the cache does not hold
+
+    def ask(self, prompt: str, images: Sequence[ImageSource] = (), trace: Trace | None = None) -> Iterator[Piece]:
+        """As `Model.generate`, after the turns before. Leaving the iterator early ends the answer there."""
+        begin = time.perf_counter()
+        trace = trace if trace is not None else Trace()
+        embeds, ids, preprocess_ms, encode_ms = self._inputs(prompt, images, trace)
+        limit = self._make_room(ids)
+        prefill_begin = time.perf_counter()
+        logits = self._sequence.forward(ids, embeds)
+        prefill_ms = _ms_since(prefill_begin)
+        trace.first_logits = logits.copy()
+
+        def finish(text: str, generated: list[int], reason: str, first_ms: float) -> Result:
+            seconds = (_ms_since(begin) - first_ms) / 1000
+            rate = (len(generated) - 1) / seconds if len(generated) > 1 else None
+            timings = Timings(preprocess_ms, encode_ms, prefill_ms, first_ms, rate)
+            visual_tokens = 0 if embeds is None else len(embeds)
+            return Result(text, generated, reason, visual_tokens, len(ids), timings)
+
+        yield from self._decode(logits, limit, begin, finish)
+
+    def _inputs(self, prompt: str, images: Sequence[ImageSource], trace: Trace) -> tuple:
+        """(image embeds [sum of T, D] or None, prompt ids with an id below 0 for each of them, ms, ms)."""
+        model, options = self._model, self._options
+        begin = time.perf_counter()
+        for source in images:
+            image = open_image(source)
+            trace.pixel_values.append(preprocess(image, model.bundle.image, options.resolution, options.aspect))
+        preprocess_ms = _ms_since(begin)
+        begin = time.perf_counter()
+        parts = [model.encoder(pixel_values) for pixel_values in trace.pixel_values]
+        encode_ms = _ms_since(begin)
+        trace.image_embeds = np.concatenate(parts) if parts else None
+        template = model.bundle.prompt
+        if self._sequence is None:
+            text = prompts.first_turn(template, prompt, len(parts), options.system)
+        else:
+            text = prompts.next_turn(template, prompt, len(parts))
+        counts = [len(part) for part in parts]
+        ids = model.tokenizer.encode_prompt(text, counts, continued=self._sequence is not None)
+        return trace.image_embeds, self._unfed + ids, preprocess_ms, encode_ms
+
+    def _make_room(self, ids: list[int]) -> int:
+        """Start the sequence if need be; returns how many new tokens may come."""
+        context = self._model.bundle.decoder.context_length
+        used = self._sequence.cache.length if self._sequence else 0
+        room = context - used - len(ids)
+        if room < 1:
+            visual = sum(token < 0 for token in ids)
+            before = f" after the {used} of the turns before" if used else ""
+            raise UserError(
+                f"prompt of {len(ids)} tokens ({visual} of them visual){before} is longer than the context of {context}"
+            )
+        limit = min(self._options.max_new_tokens, room)
+        if self._sequence is None:
+            self._sequence = self._model.decoder.start(self._capacity or len(ids) + limit)
+        return limit
+
+    def _decode(self, logits: np.ndarray, limit: int, begin: float, finish) -> Iterator[Piece]:
+        options, tokenizer = self._options, self._model.tokenizer
+        detokenizer = tokenizer.detokenizer()
+        stops = prompts.StopStrings((*self._model.bundle.prompt.stop, *options.stop))
+        random = np.random.default_rng(options.sampling.seed)
+        generated: list[int] = []
+        texts: list[str] = []
+        first_ms, reason = 0.0, None
+        while reason is None:
+            token = next_token(logits, generated, options.sampling, random)
+            generated.append(token)
+            elapsed = _ms_since(begin)
+            first_ms = first_ms or elapsed
+            at_end = token in tokenizer.eos_token_ids
+            text, stopped = stops.push(detokenizer.flush() if at_end else detokenizer.push(token))
+            if at_end or stopped:
+                reason, self._unfed = "stop", []  # the template's end of an answer stands in for what ended it
+            else:
+                self._unfed = [token]
+                if len(generated) == limit:
+                    reason = "length"
+                    text += stops.push(detokenizer.flush())[0]
+            if reason:
+                text += stops.flush()
+            texts.append(text)
+            result = finish("".join(texts), generated, reason, first_ms) if reason else None
+            yield Piece(text, token, elapsed, result)
+            if not reason:
+                logits = self._sequence.forward([token])
+
+
+def load(bundle: str | PathLike | None = None, threads: int | None = None) -> Model:
+    """Open a bundle and load its parts.
+
+    bundle: the folder; None takes the demo model's and makes it first if need be. threads: of one operator; None takes
+    one a physical core. Raises UserError for a bundle that is missing, damaged or of another format.
+    """
+    return Model(open_bundle(bundle), threads)
+
+
+def _ms_since(begin: float) -> float:
+    return (time.perf_counter() - begin) * 1000
