@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from export.tokenizer import TokenizerError
 from runtime.errors import UserError
 from train.model import Checkpoint, CheckpointError
 
@@ -67,7 +68,7 @@ def run(main: Callable[[], int]) -> None:
     """Exit with main's status; with 2 and one line where the user can put it right."""
     try:
         sys.exit(main())
-    except (UserError, CheckpointError) as error:
+    except (UserError, CheckpointError, TokenizerError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -119,14 +119,14 @@ class CheckpointFiles:
 
         The tokenizer's setting comes last because it is about training text, and is wrong for some chat models.
         """
-        setting = self.generation.get("eos_token_id", self.config.get("eos_token_id"))
-        if setting is None:
-            setting = tokenizer.token_to_id(self.role("eos_token") or "</s>")
+        trained = tokenizer.token_to_id(self.role("eos_token") or "</s>")
+        settings = [self.generation.get("eos_token_id"), self.config.get("eos_token_id"), trained]
+        setting = next((setting for setting in settings if setting is not None), None)
         ids = setting if isinstance(setting, list) else [setting]
         turn_end = tokenizer.token_to_id(CHATML_TURN_END)
         ids = list(dict.fromkeys(ids if turn_end is None else [*ids, turn_end]))
         for token_id in ids:
-            if not isinstance(token_id, int) or tokenizer.id_to_token(token_id) is None:
+            if not isinstance(token_id, int) or token_id < 0 or tokenizer.id_to_token(token_id) is None:
                 raise TokenizerError(f"{self.folder}: eos_token_id {token_id!r} is not in the tokenizer's vocabulary")
         return ids
 
@@ -156,7 +156,7 @@ def _take_over(files: CheckpointFiles, file: Path) -> dict[str, Any]:
     source = files.folder / TOKENIZER_FILE
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(source))
-    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing more specific
+    except Exception as error:  # tokenizers raises nothing more specific
         raise TokenizerError(f"{source}: cannot be read: {error}") from None
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if missing := [token for token in files.image_tokens() if token not in known]:
@@ -351,8 +351,8 @@ def _read_model(file: Path) -> sentencepiece_model_pb2.ModelProto:
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(file.read_bytes())
-    except DecodeError as error:
-        raise TokenizerError(f"{file}: not a SentencePiece model: {error}") from None
+    except (OSError, DecodeError) as error:
+        raise TokenizerError(f"{file}: cannot be read as a SentencePiece model: {error}") from None
     unsupported = {
         "no pieces": not model.pieces,
         "a piece twice": len({piece.piece for piece in model.pieces}) < len(model.pieces),
@@ -484,7 +484,11 @@ def _symbols_apart(model: sentencepiece_model_pb2.ModelProto, symbols: list[str]
 
 
 def _unigram(original: OriginalTokenizer) -> models.Unigram:
-    """Scores decide alone here, so pieces that never stand for text get one that always loses."""
+    """Scores decide alone here, so pieces that never stand for text get one that loses to any known characters.
+
+    SentencePiece adds up in float32, `tokenizers` in float64. Where two ways to cut a text have equal scores, such as
+    "000" into "0" and "00", rounding decides, and the two may differ.
+    """
     model = original.model
     normal = [piece.score for piece in model.pieces if piece.type == _Piece.NORMAL]
     losing = min(normal) - 10_000.0

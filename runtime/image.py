@@ -258,7 +258,7 @@ def _identify(stream: BinaryIO, name: str) -> Image.Image:
             if accept is not None and accepted:
                 suspicion = suspicion or f"{identifier}: {_reason(error)}"
     if suspicion:
-        raise UserError(f"{name}: truncated or corrupt image ({suspicion})")
+        raise UserError(f"{name}: unsupported, truncated or corrupt image ({suspicion})")
     raise UserError(f"{name}: not an image; expected PNG, JPEG, WebP, GIF, TIFF, BMP or another format Pillow reads")
 
 
@@ -276,7 +276,6 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     transparent = _png_transparent_colour(image)
     _reserve_tiff(image)
     image.load()
-    _check_pixels(image, name, max_pixels)  # the frames in an icon may be larger than its header says
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         rgb = _deep_grey_to_8_bits(image).convert("RGB")
     elif image.mode in _MAYBE_TRANSPARENT or "transparency" in image.info:
@@ -371,7 +370,7 @@ def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
     """
     try:
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # noqa: BLE001 - broken metadata raise as many types as broken pixels, and no viewer minds them
+    except Exception:  # broken metadata raise as many types as broken pixels, and no viewer minds them
         return rgb
     return rgb if turn is None else rgb.transpose(turn)
 

@@ -87,7 +87,6 @@ CHATML = PromptTemplate(
     stop=("<|im_end|>",),
 )
 TEMPLATES = {template.name: template for template in (VICUNA_V1, PLAIN, CHATML)}
-SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 def first_turn(template: PromptTemplate, prompt: str, images: int, system: str | None = None) -> str:

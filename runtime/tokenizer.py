@@ -108,7 +108,7 @@ class Tokenizer:
             )
         ids = self._encode_continued(first) if continued else self.encode(first)
         embed = 0
-        for count, chunk in zip(image_tokens, others):
+        for count, chunk in zip(image_tokens, others, strict=True):
             ids.extend(range(-embed - 1, -embed - 1 - count, -1))
             ids.extend(self._encode_opening(chunk))
             embed += count
@@ -135,7 +135,7 @@ class Tokenizer:
 
     def _opens_with_special_token(self, encoding: tokenizers.Encoding, text: str) -> bool:
         """Whether nothing but a space comes before the first special token: the original takes that space back."""
-        space, token_id = (encoding.ids + [None, None])[:2]
+        space, token_id = [*encoding.ids, None, None][:2]
         if space != self._space_id or token_id not in self._special_ids:
             return False
         # An unknown character has the id of a special token too, but is not written like one.
@@ -150,7 +150,8 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"prompt: character {error.start} is a lone surrogate; expected valid Unicode") from None
+            found = text[error.start]
+            raise UserError(f"prompt: {found!r} is a lone surrogate; expected valid Unicode") from None
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -309,7 +310,7 @@ def _byte_alphabet() -> dict[str, int]:
 def _load(path: Path) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing more specific
+    except Exception as error:  # tokenizers raises nothing more specific
         raise UserError(f"tokenizer: {path} cannot be read: {error}") from None
     # Settings of a training run, which a file taken over as it is may carry.
     tokenizer.no_truncation()

@@ -13,7 +13,6 @@ from runtime.prompt import (
     CHATML,
     MARKED_IMAGE_LINE,
     PLAIN,
-    SMOLLM2_SYSTEM,
     TEMPLATES,
     VICUNA_V1,
     PromptTemplate,
@@ -31,6 +30,9 @@ SMOLLM2_TEMPLATE = (
     "'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
     "' }}{% endif %}"
 )
+
+
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 def smollm2(*messages: tuple[str, str]) -> str:

@@ -207,7 +207,7 @@ def test_placeholders_must_match_images(llama, text, images):
 
 
 def test_lone_surrogate_is_the_callers_fault(llama):
-    with pytest.raises(UserError, match="character 3 is a lone surrogate"):
+    with pytest.raises(UserError, match=r"'\\udc80' is a lone surrogate"):
         llama.encode("abc\udc80")
 
 

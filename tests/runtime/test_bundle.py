@@ -1,0 +1,156 @@
+"""The bundle's format: what is refused, with which words, and what a killed or failing writer leaves."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from runtime import bundle as bundles
+from runtime.bundle import MANIFEST, PARTIAL, open_bundle, write_bundle
+from runtime.errors import UserError
+
+
+@pytest.fixture
+def bundle(conformance_bundle, tmp_path):
+    return shutil.copytree(conformance_bundle, tmp_path / "bundle")
+
+
+def edit(bundle, change):
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    change(manifest)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_manifest_accounts_for_every_file(bundle):
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    found = {str(file.relative_to(bundle)) for file in bundle.rglob("*") if file.is_file()}
+    assert found == {*manifest["files"], MANIFEST}
+    assert manifest["format"] == 1
+    assert {"torch", "onnx", "onnxruntime", "timm", "transformers"} <= manifest["producers"].keys()
+
+
+def test_a_copied_bundle_opens(bundle):
+    opened = open_bundle(bundle)
+    assert (opened.encoder.stride, opened.encoder.precision, opened.decoder.layers) == (64, "fp32", 3)
+    assert opened.image.resolution == 256
+
+
+@pytest.mark.parametrize("file", ["encoder/fp32.onnx", "decoder/model.onnx.data", "tokenizer/tokenizer.json"])
+def test_missing_file_is_named(bundle, file):
+    (bundle / file).unlink()
+    with pytest.raises(UserError, match=f"{file}.*missing"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("file", ["encoder/fp32.onnx", "decoder/model.onnx.data", "tokenizer/tokenizer.json"])
+def test_one_flipped_bit_is_seen_even_after_the_bundle_was_opened(bundle, file):
+    open_bundle(bundle)
+    content = bytearray((bundle / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file}.*altered.*sha256"):
+        open_bundle(bundle)
+
+
+def test_another_size_is_seen(bundle):
+    with (bundle / "decoder/model.onnx").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(UserError, match=r"model\.onnx.*altered.*bytes"):
+        open_bundle(bundle)
+
+
+def test_hashes_are_taken_once(bundle, monkeypatch):
+    taken = []
+    original = bundles._sha256
+    monkeypatch.setattr(bundles, "_sha256", lambda file: taken.append(file) or original(file))
+    open_bundle(bundle)
+    assert len(taken) == len(json.loads((bundle / MANIFEST).read_text())["files"])
+    open_bundle(bundle)
+    assert len(taken) == len(set(taken))
+    os.utime(bundle / "encoder/fp32.onnx")
+    open_bundle(bundle)
+    assert taken[-1] == bundle / "encoder/fp32.onnx"
+    assert taken.count(taken[-1]) == 2
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_let_be(bundle, tmp_path, monkeypatch):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert open_bundle(bundle).name == "checkpoint"
+    cache = tmp_path / "cache"
+    (cache / "convllava-deploy").mkdir(parents=True)
+    (cache / "convllava-deploy" / "sha256.json").write_text("not json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    assert open_bundle(bundle).name == "checkpoint"
+
+
+@pytest.mark.parametrize("format_", [0, 2, "1", None])
+def test_another_format_is_refused(bundle, format_):
+    edit(bundle, lambda manifest: manifest.update(format=format_))
+    with pytest.raises(UserError, match="format"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("section", ["image", "prompt", "tokenizer", "encoder", "decoder", "files"])
+def test_missing_section_is_named(bundle, section):
+    edit(bundle, lambda manifest: manifest.pop(section))
+    with pytest.raises(UserError, match=section):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize(("section", "key"), [("encoder", "stride"), ("decoder", "layers"), ("image", "mean")])
+def test_missing_and_unknown_keys_are_named(bundle, section, key):
+    edit(bundle, lambda manifest: manifest[section].update(surprise=1))
+    with pytest.raises(UserError, match="surprise"):
+        open_bundle(bundle)
+    edit(bundle, lambda manifest: (manifest[section].pop("surprise"), manifest[section].pop(key)))
+    with pytest.raises(UserError, match=key):
+        open_bundle(bundle)
+
+
+def test_files_outside_the_bundle_are_refused(bundle):
+    edit(bundle, lambda manifest: manifest["files"].update({"../secret": {"sha256": "0", "size": 1}}))
+    with pytest.raises(UserError, match="outside"):
+        open_bundle(bundle)
+
+
+def test_a_graph_the_manifest_does_not_account_for_is_refused(bundle):
+    edit(bundle, lambda manifest: manifest["files"].pop("encoder/fp32.onnx"))
+    with pytest.raises(UserError, match=r"encoder/fp32\.onnx"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"name": 1}'])
+def test_damaged_manifest_is_refused(bundle, content):
+    (bundle / MANIFEST).write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        open_bundle(bundle)
+
+
+def test_unfinished_folders_are_refused(bundle):
+    left_over = bundle.rename(bundle.with_name(f"bundle{PARTIAL}abc"))
+    with pytest.raises(UserError, match="not a finished bundle"):
+        open_bundle(left_over)
+
+
+def test_a_failing_writer_leaves_nothing_and_keeps_the_old_bundle(bundle):
+    before = (bundle / MANIFEST).read_bytes()
+
+    def fail(folder):
+        (folder / "half").write_text("x")
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        write_bundle(bundle, fail, "name", {})
+    assert (bundle / MANIFEST).read_bytes() == before
+    assert os.listdir(bundle.parent) == [bundle.name]
+
+
+def test_something_that_is_no_bundle_is_not_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="no bundle"):
+        write_bundle(tmp_path / "mine", lambda folder: {}, "name", {})
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"

@@ -1,0 +1,246 @@
+"""The command line: what it prints, and that every mistake is one clear line and exit code 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import runtime
+from tests.conftest import ROOT, run_module
+
+
+@pytest.fixture
+def picture(tmp_path):
+    file = tmp_path / "picture.png"
+    Image.new("RGB", (300, 200), (20, 120, 220)).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(conformance_bundle):
+    return runtime.load(conformance_bundle)
+
+
+def infer(bundle, *arguments, **options):
+    return run_module("runtime.infer", "--bundle", bundle, *arguments, **options)
+
+
+def answer(bundle, *arguments) -> dict:
+    done = infer(bundle, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_one_line_error(done, *mentions):
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    for mention in mentions:
+        assert str(mention) in done.stderr
+
+
+def test_answer_is_streamed_and_a_table_follows(conformance_bundle, picture):
+    done = infer(conformance_bundle, "--image", picture, "--prompt", "What?", "--max-new-tokens", 5)
+    assert done.returncode == 0, done.stderr
+    for row in ("visual tokens", "preprocess", "encode", "prefill", "time to first token", "decode", "peak memory"):
+        assert row in done.stdout
+
+
+def test_runs_as_a_file_from_any_folder(conformance_bundle, picture, tmp_path):
+    command = [sys.executable, ROOT / "runtime" / "infer.py", "--bundle", conformance_bundle, "--image", picture]
+    done = subprocess.run(
+        [*command, "--prompt", "What?", "--max-new-tokens", "3", "--json"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 3
+
+
+def test_json_has_every_key(conformance_bundle, picture):
+    found = answer(conformance_bundle, "--image", picture, "--prompt", "What?", "--max-new-tokens", 4)
+    assert found.keys() == {
+        "text", "token_ids", "finish_reason", "visual_tokens", "prompt_tokens", "timings", "peak_memory_mib",
+        "encoder", "decoder",
+    }  # fmt: skip
+    assert found["timings"].keys() == {
+        "load_ms", "preprocess_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_tokens_per_s",
+    }  # fmt: skip
+    timings = found["timings"]
+    assert timings["ttft_ms"] >= timings["preprocess_ms"] + timings["encode_ms"] + timings["prefill_ms"]
+    assert found["peak_memory_mib"] > 10
+
+
+def test_one_token_has_no_decode_rate(conformance_bundle, picture):
+    found = answer(conformance_bundle, "--image", picture, "--prompt", "What?", "--max-new-tokens", 1)
+    assert found["timings"]["decode_tokens_per_s"] is None
+
+
+def test_seed_gives_the_same_draw(conformance_bundle, picture):
+    options = ["--image", picture, "--prompt", "What?", "--max-new-tokens", 20, "--temperature", 1.5, "--top-k", 50]
+    first, again, other = (answer(conformance_bundle, *options, "--seed", seed)["token_ids"] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_several_images_and_their_places(model, conformance, picture):
+    first, second = conformance / "case0.png", conformance / "case1.png"
+    ahead, placed, swapped = (runtime.Trace() for _ in range(3))
+    options = runtime.Options(max_new_tokens=4)
+    *_, a = model.generate([first, second], "Compare.", options, ahead)
+    *_, b = model.generate([first, second], "<image>\n<image>\nCompare.", options, placed)
+    *_, c = model.generate([second, first], "Compare.", options, swapped)
+    assert a.result.visual_tokens == 32
+    assert np.array_equal(ahead.first_logits, placed.first_logits)
+    assert not np.allclose(ahead.first_logits, swapped.first_logits)
+    assert np.array_equal(ahead.image_embeds[:16], swapped.image_embeds[16:])
+
+
+def test_text_alone_needs_no_image(model):
+    *_, last = model.generate([], "Hello", runtime.Options(max_new_tokens=3))
+    assert last.result.visual_tokens == 0
+
+
+def test_any_aspect_costs_fewer_tokens_for_an_oblong_image(conformance_bundle, tmp_path):
+    Image.new("RGB", (1200, 300), (9, 99, 9)).save(tmp_path / "wide.png")
+    options = ["--image", tmp_path / "wide.png", "--prompt", "What?", "--max-new-tokens", 2]
+    found = answer(conformance_bundle, *options, "--aspect", "any", "--dump", tmp_path)
+    _, height, width = np.load(tmp_path / "pixel_values.npy").shape
+    assert height % 64 == width % 64 == 0
+    assert width > 2 * height
+    assert found["visual_tokens"] == height // 64 * width // 64 <= 16
+
+
+def test_resolution_is_a_choice(conformance_bundle, picture):
+    found = answer(conformance_bundle, "--image", picture, "--prompt", "What?", "--res", 512, "--max-new-tokens", 1)
+    assert found["visual_tokens"] == 64
+
+
+def test_stop_string_ends_the_answer_and_is_left_out(model, conformance, reference):
+    case = reference["cases"][0]
+    options = runtime.Options(max_new_tokens=24, stop=("come",))
+    *pieces, last = model.generate([conformance / case["image"]], case["prompt"], options)
+    assert last.result.text == case["generated_text"].split("come")[0]
+    assert last.result.finish_reason == "stop"
+    assert "".join(piece.text for piece in [*pieces, last]) == last.result.text
+
+
+def test_repetition_penalty_changes_a_repeating_answer(model, conformance, reference):
+    case = reference["cases"][0]  # its first answer says one token twice in a row
+    plain, punished = (
+        list(model.generate([conformance / case["image"]], case["prompt"], runtime.Options(24, sampling)))[-1].result
+        for sampling in (runtime.Sampling(), runtime.Sampling(repetition_penalty=5.0))
+    )
+    assert len(set(plain.token_ids)) < len(plain.token_ids)
+    assert len(set(punished.token_ids)) == len(punished.token_ids)
+
+
+def test_chat_keeps_the_image_and_answers_as_one_long_prompt_would(model, conformance):
+    """Turn two through the cache against the same token ids prefilled at once."""
+    options = runtime.Options(max_new_tokens=6)
+    conversation = model.chat(options)
+    *_, first = conversation.ask("What is it?", [conformance / "case0.png"])
+    trace = runtime.Trace()
+    *_, second = conversation.ask("And now?", trace=trace)
+    assert trace.pixel_values == []
+    assert second.result.visual_tokens == 0
+    assert second.result.prompt_tokens < 60 < first.result.prompt_tokens
+
+    from runtime.prompt import first_turn, next_turn
+
+    whole = runtime.Trace()
+    *_, _ = model.generate([conformance / "case0.png"], "What is it?", options, whole)
+    ids = model.tokenizer.encode_prompt(first_turn(model.bundle.prompt, "What is it?", 1), [16])
+    ids += first.result.token_ids
+    ids += model.tokenizer.encode_prompt(next_turn(model.bundle.prompt, "And now?"), [], continued=True)
+    logits = model.decoder.start(512).forward(ids, whole.image_embeds)
+    assert np.abs(logits - trace.first_logits).max() < 1e-4 * np.abs(logits).max()
+
+
+def test_chat_on_the_terminal_takes_questions_until_the_end(conformance_bundle, picture):
+    done = infer(conformance_bundle, "--image", picture, "--max-new-tokens", 3, input="What?\nAnd then?\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("new positions") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentions"),
+    [
+        (["--image", "nowhere.png"], ["nowhere.png"]),
+        (["--image", ROOT / "README.md"], ["README.md"]),
+        (["--image", ROOT / "tests"], ["tests"]),
+        (["--res", 1000], ["1000", "64", "960", "1024"]),
+        (["--res", 0], ["0"]),
+        (["--aspect", "stretch"], ["stretch", "pad", "any"]),
+        (["--temperature", -1], ["temperature", "-1"]),
+        (["--top-p", 0], ["top_p"]),
+        (["--top-k", -3], ["top_k"]),
+        (["--repetition-penalty", 0], ["repetition_penalty"]),
+        (["--max-new-tokens", 0], ["max_new_tokens"]),
+        (["--threads", 0], ["threads"]),
+        (["--stop", ""], ["stop"]),
+    ],
+)  # fmt: skip
+def test_bad_options_are_one_line(conformance_bundle, picture, arguments, mentions):
+    image = [] if "--image" in arguments else ["--image", picture]
+    assert_one_line_error(infer(conformance_bundle, *image, "--prompt", "What?", *arguments, "--json"), *mentions)
+
+
+def test_truncated_image_is_one_line(conformance_bundle, picture):
+    picture.write_bytes(picture.read_bytes()[:-40])
+    assert_one_line_error(infer(conformance_bundle, "--image", picture, "--prompt", "What?"), "picture.png")
+
+
+def test_decompression_bomb_is_one_line(conformance_bundle, tmp_path):
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (40_000, 40_000)).save(bomb)
+    assert bomb.stat().st_size < 1_000_000
+    assert_one_line_error(infer(conformance_bundle, "--image", bomb, "--prompt", "What?"), "bomb.png", "pixels")
+
+
+def test_prompt_longer_than_the_context_is_one_line(conformance_bundle, picture):
+    done = infer(conformance_bundle, "--image", picture, "--prompt", "What? " * 3000)
+    assert_one_line_error(done, "context", "4096")
+
+
+def test_placeholders_must_match_the_images(conformance_bundle, picture):
+    done = infer(conformance_bundle, "--image", picture, "--prompt", "<image> against <image>?")
+    assert_one_line_error(done, "2", "1")
+
+
+def test_json_without_a_prompt_is_one_line(conformance_bundle, picture):
+    assert_one_line_error(infer(conformance_bundle, "--image", picture, "--json"), "--prompt")
+
+
+def test_no_such_bundle_names_the_command_that_makes_one(tmp_path):
+    assert_one_line_error(infer(tmp_path / "none", "--prompt", "What?"), "none", "export.bundle")
+
+
+def test_altered_file_is_one_line(conformance_bundle, tmp_path):
+    bundle = shutil.copytree(conformance_bundle, tmp_path / "bundle")
+    with (bundle / "decoder" / "model.onnx").open("r+b") as stream:
+        stream.seek(100)
+        stream.write(b"\0\1\2")
+    assert_one_line_error(infer(bundle, "--prompt", "What?"), "model.onnx", "sha256")
+
+
+def test_answer_stops_where_the_context_ends(model):
+    prompt = "What? " * 980
+    *_, last = model.generate([], prompt, runtime.Options(max_new_tokens=4096))
+    assert last.result.prompt_tokens + len(last.result.token_ids) == 4096
+    assert last.result.finish_reason == "length"
+
+
+def test_runtime_loads_neither_torch_nor_transformers(conformance_bundle, picture):
+    script = (
+        "import sys, runtime\n"
+        f"model = runtime.load({str(conformance_bundle)!r})\n"
+        f"list(model.generate([{str(picture)!r}], 'What?', runtime.Options(2)))\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}"
+        " & {'torch', 'transformers', 'timm', 'onnx', 'train', 'export'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
