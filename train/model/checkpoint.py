@@ -10,17 +10,19 @@
 Weights are read tensor by tensor (memory-mapped), so that one part of a large checkpoint can be taken alone.
 """
 
+import copy
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from train.model.convllava import ConvLLaVA, ImageEncoder
@@ -31,7 +33,7 @@ from train.model.projector import build_projector
 # Keys that old exporters left in checkpoints and that no module needs
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 # config.json keys that belong to the Llama decoder; the rest is LLaVA's
-LLAMA_KEYS = (
+LLAMA_KEYS = (  # noqa: SIM905 - a literal would take twenty-three lines
     "attention_bias attention_dropout bos_token_id eos_token_id pad_token_id head_dim hidden_act hidden_size "
     "initializer_range intermediate_size max_position_embeddings mlp_bias num_attention_heads num_hidden_layers "
     "num_key_value_heads pretraining_tp rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings "
@@ -47,10 +49,24 @@ TOKENIZER_FILES = (
 )
 PROJECTOR = "model.mm_projector."
 TOWER = "model.vision_tower."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What may stand before a Hugging Face ConvNeXt's own names: LLaVA's module, transformers' ConvNeXt with a head
+TOWER_PREFIX = re.compile(r"(model\.vision_tower\.)?(vision_tower\.)?(convnext\.)?")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read: the message names the file, the key, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor under `key` in `file`; `name` is what the module calls it, None if no module has a place for it."""
+
+    name: str | None
+    key: str
+    tensor: Tensor
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -72,10 +88,10 @@ class Checkpoint:
         """`source`: a folder or a Hub id. Raises CheckpointError if a file is missing or is not what it should be."""
         folder = _folder_or_hub(str(source))
         config = _read_json(folder / "config.json")
-        if "mm_projector_type" not in config and "mm_vision_tower" not in config:
+        if (kind := config.get("model_type")) != "llava_llama":
             raise CheckpointError(
-                f"{folder / 'config.json'}: not a LLaVA checkpoint (model_type {config.get('model_type')!r}, no "
-                "mm_vision_tower); expected the released ConvLLaVA layout with model_type 'llava_llama'"
+                f"{folder / 'config.json'}: model_type is {kind!r}, expected 'llava_llama': give a checkpoint in the "
+                "layout that ConvLLaVA was released in"
             )
         vision_folder = _find_vision_folder(folder, config)
         return cls(
@@ -90,15 +106,21 @@ class Checkpoint:
     def encoder_config(self) -> EncoderConfig:
         """Raises CheckpointError where the vision configuration is not a ConvNeXt this encoder can be."""
         file, vision = self.vision_folder / "config.json", self.vision_config
-        if (act := vision.get("hidden_act", "gelu")) != "gelu":
-            raise CheckpointError(f"{file}: hidden_act is {act!r}, expected 'gelu'")
-        if (channels := vision.get("num_channels", 3)) != 3:
-            raise CheckpointError(f"{file}: num_channels is {channels}, expected 3")
+        fixed = {
+            "model_type": "convnext",
+            "hidden_act": "gelu",
+            "num_channels": 3,
+            "patch_size": EncoderConfig.patch_size,
+        }
+        for key, value in fixed.items():
+            if (found := vision.get(key, value)) != value:
+                raise CheckpointError(f"{file}: {key} is {found!r}, expected {value!r}: no other encoder is supported")
         try:
+            if (stages := vision.get("num_stages", len(vision["depths"]))) != len(vision["depths"]):
+                raise ValueError(f"num_stages is {stages}, but depths are {vision['depths']}")
             return EncoderConfig(
                 depths=tuple(vision["depths"]),
                 widths=tuple(vision["hidden_sizes"]),
-                patch_size=vision.get("patch_size", 4),
                 layer_scale=vision.get("layer_scale_init_value", 1e-6),
                 drop_path_rate=vision.get("drop_path_rate", 0.0),
                 norm_eps=vision.get("norm_eps", 1e-6),
@@ -106,12 +128,20 @@ class Checkpoint:
             )
         except KeyError as error:
             raise CheckpointError(f"{file}: no key {error}, which a ConvNeXt configuration has") from None
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: {error}") from None
 
     @property
     def llama_config(self) -> LlamaConfig:
-        return LlamaConfig(**{key: self.config[key] for key in LLAMA_KEYS if key in self.config})
+        """The decoder's shape; an absent key has Llama's default, as in the original. Raises CheckpointError."""
+        keys = {key: copy.deepcopy(self.config[key]) for key in LLAMA_KEYS if key in self.config}
+        if rope := keys.pop("rope_parameters", None):  # how transformers 5 writes the two keys that both 4 and 5 read
+            keys["rope_theta"] = rope.pop("rope_theta", 10000.0)
+            keys["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        try:
+            return LlamaConfig(**keys)
+        except Exception as error:  # transformers 4 and 5 raise different ones
+            raise CheckpointError(f"{self.folder / 'config.json'}: not a Llama's configuration: {error}") from error
 
     @property
     def resolution(self) -> int:
@@ -126,38 +156,51 @@ class Checkpoint:
             raise CheckpointError(f"{self.vision_folder / 'preprocessor_config.json'}: no crop_size or size")
         return size
 
-    def language_tensors(self) -> Iterator[tuple[str, Tensor, Path]]:
-        """(key, tensor, file) of the decoder, under Llama's own names."""
+    def language_tensors(self) -> Iterator[StoredTensor]:
+        """Those of the decoder, under Llama's own names."""
         for key, tensor, file in _read_tensors(self.folder):
             if not key.startswith((PROJECTOR, TOWER)) and not HARMLESS.search(key):
-                yield key, tensor, file
+                yield StoredTensor(key, key, tensor, file)
 
-    def projector_tensors(self) -> Iterator[tuple[str, Tensor, Path]]:
-        """(key without its prefix, tensor, file) of the projector."""
+    def projector_tensors(self) -> Iterator[StoredTensor]:
         for key, tensor, file in _read_tensors(self.folder, PROJECTOR):
-            yield key.removeprefix(PROJECTOR), tensor, file
+            yield StoredTensor(key.removeprefix(PROJECTOR), key, tensor, file)
 
-    def vision_tensors(self) -> Iterator[tuple[str, Tensor, Path]]:
-        """(timm's key, tensor, file) of the encoder, from its own folder or else from the main files.
+    def vision_tensors(self) -> Iterator[StoredTensor]:
+        """Those of the encoder under timm's names, from its own folder or else from the main files.
 
         As in the original, the folder's weights count where both have some. The pooler's `layernorm`, which the model
-        does not use, is left out when it has the size of one of the last two stages; a key without a place in a
-        ConvNeXt keeps its name, for the caller to refuse.
+        does not use, is left out; it may have the size of the fourth stage or of the fifth.
         """
-        own = _weight_files(self.vision_folder)
-        source = _read_tensors(self.vision_folder) if own else _read_tensors(self.folder, TOWER)
-        config = self.encoder_config
+        folder, prefix = self.vision_source
+        config, found = self.encoder_config, False
+        pooler = [(width,) for width in config.widths[3:]]
         unused_block = f"stages.{len(config.depths) - 1}.blocks.{config.depths[-1] - 1}."
-        for key, tensor, file in source:
-            key = key.removeprefix(TOWER).removeprefix("vision_tower.").removeprefix("convnext.")
-            if key in ("layernorm.weight", "layernorm.bias") and tensor.shape in [(w,) for w in config.widths[-2:]]:
+        for key, tensor, file in _read_tensors(folder, prefix):
+            found, bare = True, TOWER_PREFIX.sub("", key, count=1)
+            if bare in ("layernorm.weight", "layernorm.bias"):
+                if tensor.shape not in pooler:
+                    expected = " or ".join(map(str, pooler))
+                    raise CheckpointError(
+                        f"{file}: wrong shape of {key}: expected {expected}, found {tuple(tensor.shape)}"
+                    )
                 continue
             try:
-                key = hf_to_timm(key)
+                name = hf_to_timm(bare)
             except KeyError:
-                pass
-            if not (config.skip_last_block and key.startswith(unused_block)):
-                yield key, tensor, file
+                name = None
+            if not (config.skip_last_block and name and name.startswith(unused_block)):
+                yield StoredTensor(name, key, tensor, file)
+        if not found:
+            raise CheckpointError(
+                f"{self.vision_folder}: no encoder weights, expected {WEIGHTS[0]}, {WEIGHTS[2]} or shards of one, or "
+                f"keys {TOWER}* in the files of {self.folder}"
+            )
+
+    @property
+    def vision_source(self) -> tuple[Path, str]:
+        """The folder whose files hold the encoder's weights, and what their keys begin with there."""
+        return (self.vision_folder, "") if _weights(self.vision_folder) else (self.folder, TOWER)
 
 
 def load_image_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> ImageEncoder:
@@ -165,29 +208,46 @@ def load_image_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float3
 
     Raises CheckpointError naming every key that is missing, unexpected or of the wrong shape.
     """
-    config = checkpoint.encoder_config
+    config, folder = checkpoint.encoder_config, checkpoint.folder
     encoder = ConvNeXtEncoder(config, device="meta")
-    with torch.device("meta"):
-        try:
-            projector = build_projector(
-                checkpoint.config.get("mm_projector_type", "linear"),
-                config.widths[-1],
-                checkpoint.config["hidden_size"],
-            )
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint.folder / 'config.json'}: {error}") from None
-    _assign(encoder, checkpoint.vision_tensors(), checkpoint.vision_folder, dtype, timm_to_hf)
-    _assign(projector, checkpoint.projector_tensors(), checkpoint.folder, dtype, PROJECTOR.__add__)
+    kind, out_features = checkpoint.config.get("mm_projector_type", "linear"), checkpoint.llama_config.hidden_size
+    try:
+        with torch.device("meta"):
+            projector = build_projector(kind, config.widths[-1], out_features)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: mm_projector_type: {error}") from None
+    vision_folder, prefix = checkpoint.vision_source
+    prefix = prefix and prefix + "vision_tower."
+    for module, stored, source, key_of in (
+        (encoder, checkpoint.vision_tensors(), vision_folder, lambda name: prefix + timm_to_hf(name)),
+        (projector, checkpoint.projector_tensors(), folder, PROJECTOR.__add__),
+    ):
+        module.load_state_dict(_collect(module.state_dict(), stored, source, key_of, dtype), assign=True)
     return ImageEncoder(encoder, projector).eval()
 
 
 def load_language_state(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The decoder's weights under Llama's names; dtype None keeps the stored one. Raises CheckpointError likewise."""
-    config = checkpoint.llama_config
-    with torch.device("meta"):
-        expected = LlamaForCausalLM(config).state_dict()
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return _collect(expected, checkpoint.language_tensors(), checkpoint.folder, dtype, str, optional)
+    """The decoder's weights under Llama's names; dtype None keeps the stored one. Raises CheckpointError likewise.
+
+    A tied `lm_head.weight` is not among them, stored or not: it is the embedding.
+    """
+    config, folder = checkpoint.llama_config, checkpoint.folder
+    try:
+        with torch.device("meta"):
+            expected = LlamaForCausalLM(config).state_dict()
+    except Exception as error:  # such as KeyError for an activation or a rope_type that transformers does not have
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers cannot build a Llama from it: {type(error).__name__}: {error}"
+        ) from error
+    optional = {HEAD} if config.tie_word_embeddings else set()
+    state = _collect(expected, checkpoint.language_tensors(), folder, str, dtype, optional)
+    # transformers 4 would take the embedding for the head here, transformers 5 the stored head
+    if optional and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBEDDING]):
+        raise CheckpointError(
+            f"{_file_for(folder, HEAD)}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings in "
+            f"{folder / 'config.json'} is true; make it false if the head was trained apart"
+        )
+    return state
 
 
 def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> ConvLLaVA:
@@ -206,15 +266,15 @@ def save_checkpoint(model: ConvLLaVA, like: Checkpoint, folder: Path, dtype: tor
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists; a checkpoint is written to a new folder")
-    main = {key: tensor for key, tensor in model.decoder.state_dict().items()}
+    main = dict(model.decoder.state_dict())
     if like.config.get("tie_word_embeddings"):
-        main.pop("lm_head.weight", None)  # the embedding once more
+        main.pop(HEAD, None)  # the embedding once more
     main |= {PROJECTOR + key: tensor for key, tensor in model.image_encoder.projector.state_dict().items()}
     tower = {timm_to_hf(key): tensor for key, tensor in model.image_encoder.encoder.state_dict().items()}
     if dtype is None:
-        stored = {key: tensor.dtype for key, tensor, _ in like.language_tensors()}
-        stored |= {PROJECTOR + key: tensor.dtype for key, tensor, _ in like.projector_tensors()}
-        stored |= {timm_to_hf(key): tensor.dtype for key, tensor, _ in like.vision_tensors()}
+        stored = {item.key: item.tensor.dtype for item in like.language_tensors()}
+        stored |= {item.key: item.tensor.dtype for item in like.projector_tensors()}
+        stored |= {timm_to_hf(item.name): item.tensor.dtype for item in like.vision_tensors()}
     else:
         stored = dict.fromkeys([*main, *tower], dtype)
 
@@ -233,72 +293,68 @@ def save_checkpoint(model: ConvLLaVA, like: Checkpoint, folder: Path, dtype: tor
     partial.rename(folder)
 
 
-def _assign(
-    module: nn.Module,
-    tensors: Iterator[tuple[str, Tensor, Path]],
-    folder: Path,
-    dtype: torch.dtype,
-    stored_name: Callable[[str], str],
-) -> None:
-    """Fill a module built on the meta device."""
-    state = _collect(module.state_dict(), tensors, folder, dtype, stored_name)
-    module.load_state_dict(state, assign=True)
-
-
 def _collect(
     expected: dict[str, Tensor],
-    tensors: Iterator[tuple[str, Tensor, Path]],
+    stored: Iterable[StoredTensor],
     folder: Path,
+    key_of: Callable[[str], str],
     dtype: torch.dtype | None,
-    stored_name: Callable[[str], str],
-    optional: set[str] = frozenset(),
+    optional: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """The tensors by key, in `dtype` (None: as stored), after checking that they are exactly the expected ones."""
-    state, problems = {}, []
-    for key, tensor, file in tensors:
-        found = tuple(tensor.shape)
-        if key not in expected:
-            problems.append(f"{file}: unexpected key {key}: expected none, found shape {found}")
-        elif found != tuple(expected[key].shape):
-            shape = tuple(expected[key].shape)
-            problems.append(f"{file}: wrong shape of {stored_name(key)}: expected {shape}, found {found}")
+    """The tensors by name, in `dtype` (None: as stored), after checking that they are exactly the expected ones.
+
+    key_of: name -> key in the files of `folder`.
+    """
+    state, problems, seen = {}, [], set(optional)
+    for item in stored:
+        found = tuple(item.tensor.shape)
+        if item.name not in expected:
+            problems.append(f"{item.file}: unexpected key {item.key}: expected none, found shape {found}")
+            continue
+        seen.add(item.name)
+        if found != (shape := tuple(expected[item.name].shape)):
+            problems.append(f"{item.file}: wrong shape of {item.key}: expected {shape}, found {found}")
         else:
-            state[key] = tensor if dtype is None else tensor.to(dtype)
-    seen = state.keys() | optional
-    files = ", ".join(str(file) for file in _weight_files(folder)) or str(folder)
-    for key in expected.keys() - seen:
-        if not any(f" {stored_name(key)}:" in problem for problem in problems):
-            shape = tuple(expected[key].shape)
-            problems.append(f"{files}: missing key {stored_name(key)}: expected shape {shape}, found none")
+            state[item.name] = item.tensor if dtype is None else item.tensor.to(dtype)
+    for name, tensor in expected.items():
+        if name not in seen:
+            key, shape = key_of(name), tuple(tensor.shape)
+            problems.append(f"{_file_for(folder, key)}: missing key {key}: expected shape {shape}, found none")
     if problems:
-        raise CheckpointError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{'; '.join(problems[:5])}{more} (do these weights and their config.json belong together?)"
+        )
     return state
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Files that hold the folder's weights, safetensors before .bin; empty if there are none."""
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / index).is_file():
-            weight_map = _read_json(folder / index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{folder / index}: no weight_map, expected the index of a sharded checkpoint")
-            return [folder / name for name in sorted(set(weight_map.values()))]
-        if (folder / single).is_file():
-            return [folder / single]
-    return []
+def _weights(folder: Path) -> Path | None:
+    """The file or the index of shards that holds the folder's weights; transformers' choice where there are several."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _shards(index: Path) -> dict[str, Path]:
+    """key -> file."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: no weight_map from keys to files, expected the index of a sharded checkpoint")
+    return {key: index.parent / name for key, name in weight_map.items()}
+
+
+def _file_for(folder: Path, key: str) -> Path:
+    """Where `key` should be: the only file, or its shard, or the index that does not have it."""
+    weights = _weights(folder)
+    return _shards(weights).get(key, weights) if weights.suffix == ".json" else weights
 
 
 def _read_tensors(folder: Path, prefix: str = "") -> Iterator[tuple[str, Tensor, Path]]:
     """Every (key, tensor, file) of a folder whose key begins with `prefix`."""
-    files = _weight_files(folder)
-    if not files:
-        raise CheckpointError(f"{folder}: no weights, expected model.safetensors, pytorch_model.bin or shards of one")
-    for file in files:
+    weights = _weights(folder)
+    if not weights:
+        raise CheckpointError(f"{folder}: no weights, expected {WEIGHTS[0]}, {WEIGHTS[2]} or shards of one")
+    for file in sorted(set(_shards(weights).values())) if weights.suffix == ".json" else [weights]:
         if not file.is_file():
-            raise CheckpointError(f"{file}: no such file, but the index in {folder} names it")
+            raise CheckpointError(f"{file}: no such file, but {weights} names it; is the download complete?")
         if file.suffix == ".safetensors":
             yield from _read_safetensors(file, prefix)
         else:
@@ -313,12 +369,8 @@ def _read_safetensors(file: Path, prefix: str) -> Iterator[tuple[str, Tensor, Pa
             for key in tensors.keys():  # noqa: SIM118 - not a dict
                 if key.startswith(prefix):
                     yield key, tensors.get_tensor(key), file
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # the class is not importable by a stable name
-            raise
-        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}; is the download complete?") from error
 
 
 def _read_bin(file: Path) -> dict[str, Tensor]:
@@ -326,10 +378,22 @@ def _read_bin(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except Exception as error:
-        raise CheckpointError(f"{file}: cannot be read as a weights-only torch file: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{file}: expected a dictionary of tensors")
-    return state
+        # torch's own message tells how to run the code after all
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{file}: refused: its pickle asks for {asked[1]}, and a checkpoint may hold tensors only; have its "
+                "author save it as safetensors"
+            ) from None
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{file}: cannot be read as a torch file of tensors: {reason}; is the download complete?"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: holds a {type(state).__name__}, expected a dictionary of tensors")
+    for key, value in state.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise CheckpointError(f"{file}: {key!r} is a {type(value).__name__}, expected a dictionary of tensors")
+    return {key: tensor.detach() for key, tensor in state.items()}
 
 
 def _is_zip(file: Path) -> bool:
@@ -339,10 +403,10 @@ def _is_zip(file: Path) -> bool:
 
 
 def _folder_or_hub(source: str) -> Path:
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # unlike Path's own, it lets an unknown ~user be
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise CheckpointError(f"{source}: no such folder, and not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
@@ -350,18 +414,34 @@ def _folder_or_hub(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
-        raise CheckpointError(f"{source}: no such folder, and the Hub gave none: {error}") from error
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{source}: no such folder, and the Hub gave none: {reason}") from error
 
 
 def _find_vision_folder(folder: Path, config: dict) -> Path:
-    """Inside the checkpoint, else where `mm_vision_tower` says: a path, or a Hub id."""
+    """Inside the checkpoint, else where `mm_vision_tower` says: a path, or a Hub id.
+
+    Inside comes first: the key of a freshly trained checkpoint still names the encoder that its training began with.
+    """
     name = config.get("mm_vision_tower")
-    for inside in (folder / name if name else folder, folder / "vision_tower"):
-        if inside != folder and (inside / "config.json").is_file():
-            return inside
+    inside = [folder / "vision_tower"]
+    if name and not Path(name).is_absolute():
+        inside.insert(0, folder / name)
+    for candidate in inside:
+        if candidate != folder and (candidate / "config.json").is_file():
+            return candidate
     if not name:
-        raise CheckpointError(f"{folder}: no vision_tower/ inside and no mm_vision_tower in config.json")
-    return _folder_or_hub(name)
+        raise CheckpointError(
+            f"{folder}: no vision_tower/config.json inside and no mm_vision_tower in config.json, one of which has to "
+            "say where the encoder is"
+        )
+    try:
+        return _folder_or_hub(name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: mm_vision_tower: {error}; put the encoder into {folder / 'vision_tower'}, or "
+            "its folder or Hub id here"
+        ) from error
 
 
 def _read_json(file: Path) -> dict:

@@ -73,13 +73,13 @@ class ConvLLaVA(nn.Module):
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, images: list[Tensor], max_new_tokens: int, eos_ids: set[int]) -> list[int]:
-        """Greedy decoding of one conversation, as in `forward`: the new ids, EOS included. A reference, not a server."""
+        """Greedy decoding of one conversation, as in `forward`: the new ids, EOS included. A reference: no batch."""
         embeds = [self.image_encoder(image[None])[0] for image in images]
         inputs_embeds, _ = self.merge(input_ids, embeds)
         step = self.decoder(inputs_embeds=inputs_embeds[None], use_cache=True, logits_to_keep=1)
         new_ids = [int(step.logits[0, -1].argmax())]
         while len(new_ids) < max_new_tokens and new_ids[-1] not in eos_ids:
-            last = torch.tensor([[new_ids[-1]]])
+            last = input_ids.new_tensor([[new_ids[-1]]])
             step = self.decoder(input_ids=last, past_key_values=step.past_key_values, use_cache=True)
             new_ids.append(int(step.logits[0, -1].argmax()))
         return new_ids

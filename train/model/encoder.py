@@ -7,6 +7,7 @@ used: the original takes the last stage's output as it is.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +36,6 @@ class EncoderConfig:
     """Shape of the encoder.
 
     depths, widths: blocks and channels of each of four or five stages.
-    patch_size: kernel and stride of the stem, pixels.
     layer_scale: initial value of each block's layer scale; 0 or less means the blocks have none (as in Hugging Face).
     drop_path_rate: stochastic depth of the last block while training; rises linearly from 0 at the first.
     norm_eps: epsilon of every LayerNorm. Hugging Face's blocks use 1e-6 whatever `layer_norm_eps` says.
@@ -44,7 +44,7 @@ class EncoderConfig:
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]
-    patch_size: int = 4
+    patch_size: ClassVar[int] = 4  # of the stem, pixels; with another, timm strides or dilates unlike Hugging Face
     layer_scale: float = 1e-6
     drop_path_rate: float = 0.0
     norm_eps: float = 1e-6
