@@ -1,4 +1,4 @@
-# make setup | demo | test | lint        (PYTHON=python3.12 chooses the interpreter of a new .venv)
+# make setup | demo | test | lint | tables        (PYTHON=python3.12 chooses the interpreter of a new .venv)
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # another build of them.
 EXTRAS := cpu,export,train,calib,openvino,serve,dev
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint tables
 
 setup: $(VENV)/.installed
 
@@ -30,3 +30,7 @@ test: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m benchmarks.tables --check
+
+tables: setup
+	$(RUN) -m benchmarks.tables

@@ -1,7 +1,7 @@
 """Checkpoint -> bundle: encoder, decoder, tokenizer and manifest in one folder, written whole or not at all.
 
-    python -m export.bundle --checkpoint DIR --res N --out DIR [--precision fp32|fp16]
-                            [--decoder-precision fp32|fp16|int8|int4] [--portable-decoder] [--template NAME]
+python -m export.bundle --checkpoint DIR --res N --out DIR [--precision fp32|fp16]
+                        [--decoder-precision fp32|fp16|int8|int4] [--portable-decoder] [--template NAME]
 """
 
 import argparse

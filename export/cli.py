@@ -28,7 +28,8 @@ def check_resolution(resolution: int, stride: int) -> int:
     if resolution < stride or resolution % stride:
         below = max(resolution // stride, 1) * stride
         raise UserError(
-            f"resolution {resolution} is not a multiple of the encoder's stride {stride}; try {below} or {below + stride}"
+            f"resolution {resolution} is not a multiple of the encoder's stride {stride}; "
+            f"try {below} or {below + stride}"
         )
     return resolution
 

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -186,9 +186,7 @@ def _build_portable(source: Path, out: Path, precision: str) -> None:
         from optimum.exporters.onnx import main_export
     except ImportError as error:
         raise UserError(f"--graph portable needs optimum-onnx, whose import failed: {error}") from error
-    main_export(
-        str(source), output=out, task="text-generation-with-past", opset=20, do_validation=False
-    )
+    main_export(str(source), output=out, task="text-generation-with-past", opset=20, do_validation=False)
 
 
 def _save_portable(model: onnx.ModelProto, file: Path, precision: str) -> None:
@@ -219,7 +217,9 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
     """Logits of the graph against PyTorch in float32: a prompt with two images, a second turn, three single steps."""
     random = np.random.default_rng(0)
     state = load_language_state(checkpoint, torch.float32)
-    llama = LlamaForCausalLM.from_pretrained(None, config=checkpoint.llama_config, state_dict=state, dtype=torch.float32)
+    llama = LlamaForCausalLM.from_pretrained(
+        None, config=checkpoint.llama_config, state_dict=state, dtype=torch.float32
+    )
     table = llama.get_input_embeddings().weight.detach().numpy()
     images = (random.standard_normal((9, table.shape[1])) * table.std()).astype(np.float32)
     tokens = random.integers(3, len(table), 16).tolist()
@@ -231,7 +231,7 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
         "step 3": [tokens[15]],
     }
     part = decoder_part(checkpoint, precision, file.name)
-    forward = Decoder(file, part).start(64).forward if graph == "fused" else _PortableSequence(file, part).forward
+    forward = Decoder(file, part).start(64).forward if graph == "fused" else PortableSequence(file, part).forward
     rows, past = [], None
     for what, ids in calls.items():
         embeds = np.stack([table[i] if i >= 0 else images[-1 - i] for i in ids])
@@ -243,17 +243,24 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
     return rows
 
 
-class _PortableSequence:
+class PortableSequence:
     """The portable graph on ONNX Runtime: `present` comes back longer and is the next call's `past`."""
 
     def __init__(self, file: Path, part: DecoderPart):
         self._session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        empty = np.empty((1, part.kv_heads, 0, part.head_dim), part.kv_dtype)
-        self._past = [empty] * (2 * part.layers)
+        self._part = part
+        self.restart()
         hidden = next(value.shape[1] for value in self._session.get_inputs() if value.name == "image_embeds")
         self._no_images = np.empty((0, hidden), part.kv_dtype)
 
+    def restart(self) -> "PortableSequence":
+        """Forget everything; returns itself."""
+        part = self._part
+        self._past = [np.empty((1, part.kv_heads, 0, part.head_dim), part.kv_dtype)] * (2 * part.layers)
+        return self
+
     def forward(self, ids: list[int], image_embeds: np.ndarray | None = None) -> np.ndarray:
+        """As `runtime.decoder.Sequence.forward`."""
         length = self._past[0].shape[2]
         none = self._no_images
         feeds = {
@@ -272,7 +279,9 @@ def main() -> int:
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--precision", default="fp32", help=f"one of {', '.join(PRECISIONS)}; default: fp32")
     parser.add_argument("--graph", default="fused", help="fused (ONNX Runtime) or portable (standard operators)")
-    parser.add_argument("--out", type=Path, help="folder for the graph; default: build/decoder/<checkpoint>-<precision>")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the graph; default: build/decoder/<checkpoint>-<precision>"
+    )
     args = parser.parse_args()
     check_options(args.precision, args.graph)
     checkpoint = open_checkpoint(args.checkpoint)

@@ -54,7 +54,9 @@ def main() -> int:
     checkpoint = open_checkpoint(args.checkpoint)
     model = load(args.bundle)
     if model.bundle.encoder.stride != checkpoint.encoder_config.stride:
-        raise UserError(f"the bundle's stride is {model.bundle.encoder.stride}, the checkpoint's another: not made from it")
+        raise UserError(
+            f"the bundle's stride is {model.bundle.encoder.stride}, the checkpoint's another: not made from it"
+        )
     reference = load_model(checkpoint)
     exact = model.bundle.encoder.precision == model.bundle.decoder.precision == "fp32"
     rows, same = [], []

@@ -184,8 +184,6 @@ def _part(kind: type, section: dict, folder: Path) -> Any:
         raise UserError(f"{folder / MANIFEST}: {error}") from None
 
 
-
-
 def _verify(folder: Path, files: dict[str, dict]) -> None:
     memory = _HashMemory()
     for name, expected in files.items():

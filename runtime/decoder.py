@@ -25,9 +25,7 @@ class KVCache:
         shape = (1, part.kv_heads, capacity, part.head_dim)
         self.capacity = capacity
         self.length = 0  # positions filled
-        self.layers = [
-            (np.zeros(shape, part.kv_dtype), np.zeros(shape, part.kv_dtype)) for _ in range(part.layers)
-        ]
+        self.layers = [(np.zeros(shape, part.kv_dtype), np.zeros(shape, part.kv_dtype)) for _ in range(part.layers)]
 
 
 class Decoder:

@@ -1,8 +1,8 @@
 """Ask a bundle about pictures, on the terminal.
 
-    python runtime/infer.py --bundle DIR --image FILE... --prompt TEXT     one answer, streamed, and a table of its cost
-    python runtime/infer.py --bundle DIR --image FILE...                   a chat about the pictures
-    python runtime/infer.py ... --json                                     one JSON object instead
+python runtime/infer.py --bundle DIR --image FILE... --prompt TEXT     one answer, streamed, and a table of its cost
+python runtime/infer.py --bundle DIR --image FILE...                   a chat about the pictures
+python runtime/infer.py ... --json                                     one JSON object instead
 """
 
 import argparse

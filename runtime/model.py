@@ -1,13 +1,13 @@
 """Pictures and a question -> an answer, piece by piece: the parts of a bundle chained.
 
-    image -> preprocess -> encoder -> image embeds -+
-                                                    +-> prefill -> token -> decode one token at a time -> text
-    prompt -> template -> token ids ----------------+
+image -> preprocess -> encoder -> image embeds -+
+                                                +-> prefill -> token -> decode one token at a time -> text
+prompt -> template -> token ids ----------------+
 
-    model = runtime.load("bundle")
-    for piece in model.generate(["page.png"], "What is the total?"):
-        print(piece.text, end="", flush=True)
-    print(piece.result.timings.ttft_ms)
+model = runtime.load("bundle")
+for piece in model.generate(["page.png"], "What is the total?"):
+    print(piece.text, end="", flush=True)
+print(piece.result.timings.ttft_ms)
 """
 
 import time

@@ -29,7 +29,9 @@ def reference(conformance: Path) -> dict:
 def conformance_bundle(conformance: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 bundle of the conformance checkpoint, made by the command a user would type."""
     out = tmp_path_factory.mktemp("bundles") / "conformance"
-    run_module("export.bundle", "--checkpoint", conformance / "checkpoint", "--res", 256, "--out", out).check_returncode()
+    run_module(
+        "export.bundle", "--checkpoint", conformance / "checkpoint", "--res", 256, "--out", out
+    ).check_returncode()
     return out
 
 

@@ -49,7 +49,15 @@ def test_template_is_vicunas_unless_something_says_otherwise(checkpoint):
 def test_killed_export_leaves_nothing_the_runtime_would_accept(conformance, tmp_path, seconds):
     """SIGKILL at several moments; whatever lies in the folder afterwards is no bundle, unless it is the whole one."""
     out = tmp_path / "bundle"
-    command = [sys.executable, "-m", "export.bundle", "--checkpoint", str(conformance / "checkpoint"), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "export.bundle",
+        "--checkpoint",
+        str(conformance / "checkpoint"),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)

@@ -89,10 +89,10 @@ def test_several_images_and_their_places(model, conformance, picture):
     first, second = conformance / "case0.png", conformance / "case1.png"
     ahead, placed, swapped = (runtime.Trace() for _ in range(3))
     options = runtime.Options(max_new_tokens=4)
-    *_, a = model.generate([first, second], "Compare.", options, ahead)
-    *_, b = model.generate([first, second], "<image>\n<image>\nCompare.", options, placed)
-    *_, c = model.generate([second, first], "Compare.", options, swapped)
-    assert a.result.visual_tokens == 32
+    *_, last = model.generate([first, second], "Compare.", options, ahead)
+    list(model.generate([first, second], "<image>\n<image>\nCompare.", options, placed))
+    list(model.generate([second, first], "Compare.", options, swapped))
+    assert last.result.visual_tokens == 32
     assert np.array_equal(ahead.first_logits, placed.first_logits)
     assert not np.allclose(ahead.first_logits, swapped.first_logits)
     assert np.array_equal(ahead.image_embeds[:16], swapped.image_embeds[16:])

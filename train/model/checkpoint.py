@@ -146,7 +146,7 @@ class Checkpoint:
     @property
     def resolution(self) -> int:
         """Default side of the square input, pixels. As in the original, `mm_vision_resolution` counts above 256."""
-        configured = self.config.get("mm_vision_resolution", 256)
+        configured = self.config.get("mm_vision_resolution") or 256
         if configured > 256:
             return configured
         size = self.preprocessor.get("crop_size", self.preprocessor.get("size"))
@@ -284,7 +284,10 @@ def save_checkpoint(model: ConvLLaVA, like: Checkpoint, folder: Path, dtype: tor
     for tensors, target in ((main, partial), (tower, partial / "vision_tower")):
         tensors = {key: tensor.detach().to("cpu", stored[key]).contiguous() for key, tensor in tensors.items()}
         save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    _write_json(partial / "config.json", like.config | {"mm_vision_tower": "vision_tower"})
+    config = like.config | {"mm_vision_tower": "vision_tower"}
+    if dtype is not None:
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(partial / "config.json", config)
     _write_json(partial / "vision_tower" / "config.json", like.vision_config)
     _write_json(partial / "vision_tower" / "preprocessor_config.json", like.preprocessor)
     for name in TOKENIZER_FILES:

@@ -1,0 +1,57 @@
+"""The whole chain on the demo model: `runtime/infer.py` on the photograph, for each precision of the decoder.
+
+    python -m benchmarks.chain
+
+Every run is a process of its own, as a user starts it, in rounds through all precisions; medians are recorded. The
+resident pages of the memory-mapped weights count towards the peak memory.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import record
+from export.bundle import export_bundle
+from export.cli import BUILD, open_checkpoint
+from runtime.bundle import MANIFEST
+
+ROOT = Path(__file__).parents[1]
+PRECISIONS = ("fp32", "int8", "int4")
+ROUNDS = 5
+PROMPT = "Write one sentence about coffee."
+FIGURES = ("preprocess_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_tokens_per_s", "load_ms")
+
+
+def main() -> None:
+    checkpoint = open_checkpoint(None)
+    bundles = {}
+    for precision in PRECISIONS:
+        bundles[precision] = BUILD / "bundle" / f"{checkpoint.folder.name}-{precision}"
+        if not (bundles[precision] / MANIFEST).is_file():
+            export_bundle(checkpoint, bundles[precision], checkpoint.resolution, decoder_precision=precision)
+    runs: dict[str, list[dict]] = {precision: [] for precision in PRECISIONS}
+    for _ in range(ROUNDS + 1):
+        for precision, bundle in bundles.items():
+            runs[precision].append(infer(bundle))
+    rows = []
+    for precision, answers in runs.items():
+        timed = answers[1:]  # the first round fills the page cache and takes the hashes
+        row = {"encoder": "fp32", "decoder": precision, "visual_tokens": timed[0]["visual_tokens"]}
+        row |= {key: round(statistics.median(answer["timings"][key] for answer in timed), 1) for key in FIGURES}
+        row["peak_memory_mib"] = round(statistics.median(answer["peak_memory_mib"] for answer in timed))
+        row["text"] = timed[0]["text"]
+        rows.append(row)
+        print(row, flush=True)
+    record.write("chain", rows)
+
+
+def infer(bundle: Path) -> dict:
+    command = [sys.executable, "runtime/infer.py", "--bundle", str(bundle), "--image", "assets/coffee.jpg"]
+    command += ["--prompt", PROMPT, "--max-new-tokens", "64", "--json"]
+    return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+
+if __name__ == "__main__":
+    main()

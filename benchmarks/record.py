@@ -1,0 +1,58 @@
+"""What every results file says beside its figures: the machine, the versions, the command."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx", "timm", "torch", "transformers")
+
+
+def write(name: str, rows: list[dict]) -> Path:
+    """Write benchmarks/results/<name>.json; the command is the running process's own."""
+    module = sys.modules["__main__"].__spec__.name
+    content = {
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
+        "versions": {"python": platform.python_version(), **_versions()},
+        "rows": rows,
+    }
+    file = RESULTS / f"{name}.json"
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {file.relative_to(RESULTS.parents[1])}")
+    return file
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _memory_gib() -> int:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)

@@ -1,0 +1,93 @@
+"""Writes README's figures from the results files, between `<!-- table NAME -->` and `<!-- end -->`.
+
+    python -m benchmarks.tables [--check]
+
+--check changes nothing and exits with 1 where README says something else than the files.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.record import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+# name of a results file -> (row's key, title) of the columns shown
+COLUMNS = {
+    "chain": [
+        ("decoder", "decoder"),
+        ("visual_tokens", "visual tokens"),
+        ("preprocess_ms", "preprocess, ms"),
+        ("encode_ms", "encode, ms"),
+        ("prefill_ms", "prefill, ms"),
+        ("ttft_ms", "first token, ms"),
+        ("decode_tokens_per_s", "decode, tokens/s"),
+        ("load_ms", "load, ms"),
+        ("peak_memory_mib", "peak memory, MiB"),
+    ],
+    "decoder_graphs": [
+        ("graph", "graph"),
+        ("precision", "precision"),
+        ("size_mb", "size, MB"),
+        ("nodes", "nodes"),
+        ("export_s", "export, s"),
+        ("load_ms", "load, ms"),
+        ("prefill_ms", "prefill 614, ms"),
+        ("decode_tokens_per_s", "decode, tokens/s"),
+        ("relative_error", "error of the logits"),
+    ],
+    "export_encoder": [
+        ("precision", "precision"),
+        ("seconds", "export and checks, s"),
+        ("peak_memory_gib", "peak memory, GiB"),
+        ("files_gb", "files, GB"),
+    ],
+}
+
+
+def table(name: str) -> str:
+    """The results file as a Markdown table with its machine and command below."""
+    content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    keys, titles = zip(*COLUMNS[name], strict=True)
+    lines = [titles, ["---"] * len(titles), *([_text(row[key]) for key in keys] for row in content["rows"])]
+    machine, versions = content["machine"], content["versions"]
+    source = (
+        f"`{content['command']}`, {content['date']}, {machine['processor']}, {machine['cores']} cores, "
+        f"onnxruntime {versions['onnxruntime']}, torch {versions['torch']}; "
+        f"[results file](benchmarks/results/{name}.json)"
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{source}"
+
+
+def _text(value: object) -> str:
+    return f"{value:.1e}" if isinstance(value, float) and abs(value) < 0.01 else str(value)
+
+
+def fill(text: str) -> str:
+    """`text` with each marked place filled from its file."""
+    return re.sub(
+        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{table(match[2])}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    check = parser.parse_args().check
+    before = README.read_text(encoding="utf-8")
+    after = fill(before)
+    if check and before != after:
+        print("README.md does not say what benchmarks/results/ does; run `make tables`", file=sys.stderr)
+        return 1
+    if not check:
+        README.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
