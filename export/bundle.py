@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from export import encoder as encoder_export
-from export.cli import check_resolution, open_checkpoint, report, run
+from export.cli import ParityError, check_resolution, open_checkpoint, report, run
 from export.decoder import check_decoder, check_options, decoder_part, export_decoder
 from export.tokenizer import export_tokenizer
 from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
@@ -36,7 +36,7 @@ def export_bundle(
 
     resolution: default side of the images, pixels. portable: also the decoder of standard operators, for an engine.
     template: a name in `runtime.prompt.TEMPLATES`; None: see `prompt_template`.
-    Raises UserError for an option that cannot be, RuntimeError where a graph does not compute what the model does.
+    Raises UserError for an option that cannot be, ParityError where a graph does not compute what the model does.
     """
     prompt = prompt_template(checkpoint, template)
 
@@ -110,7 +110,7 @@ def _encoder_part(checkpoint: Checkpoint, precision: str) -> EncoderPart:
 
 def _require(good: bool, part: str) -> None:
     if not good:
-        raise RuntimeError(f"the exported {part} does not compute what the checkpoint does (see the table)")
+        raise ParityError(f"the exported {part} does not compute what the checkpoint does; no bundle was written")
 
 
 def _producers() -> dict[str, str]:

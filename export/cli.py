@@ -34,6 +34,10 @@ def check_resolution(resolution: int, stride: int) -> int:
     return resolution
 
 
+class ParityError(Exception):
+    """An exported graph does not compute what the checkpoint does; the table above the message says where."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """One comparison with the reference; `error` is the norm of the difference over the norm of the reference."""
@@ -66,11 +70,14 @@ def report(rows: list[Difference]) -> bool:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Exit with main's status; with 2 and one line where the user can put it right."""
+    """Exit with main's status; with one line and 2 where the user can put it right, 1 where an export went wrong."""
     try:
         sys.exit(main())
     except (UserError, CheckpointError, TokenizerError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except ParityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

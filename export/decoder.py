@@ -162,12 +162,31 @@ def _write_llama(checkpoint: Checkpoint, folder: Path) -> None:
     folder.mkdir(parents=True)
     config = checkpoint.llama_config
     config.architectures = ["LlamaForCausalLM"]
+    if scale := _position_scale(checkpoint):
+        config.rope_position_scale = scale  # the model builder's word for linear scaling
     state = {key: tensor.contiguous() for key, tensor in load_language_state(checkpoint).items()}
     config.dtype = next(iter(state.values())).dtype
     config.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     # The exporters insist on some tokenizer; the real one reaches the bundle by another way
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(folder)
+
+
+def _position_scale(checkpoint: Checkpoint) -> float | None:
+    """What linear rotary scaling multiplies positions by; None where there is none, or the exporters know it.
+
+    Raises UserError for a kind that the graphs cannot have: dynamic scaling depends on the length reached.
+    """
+    scaling = checkpoint.config.get("rope_scaling") or checkpoint.config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        return 1 / scaling["factor"]
+    if kind not in ("default", "llama3"):
+        raise UserError(
+            f"{checkpoint.folder / 'config.json'}: rotary scaling {kind!r} cannot be exported, "
+            "expected none, linear or llama3"
+        )
+    return None
 
 
 def _build_fused(source: Path, out: Path, precision: str) -> None:

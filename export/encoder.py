@@ -9,7 +9,6 @@ torch.export, so that the sizes stay symbolic rather than those of an example.
 
 import argparse
 import shutil
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -20,7 +19,7 @@ import onnx_ir
 import onnxruntime
 import torch
 
-from export.cli import BUILD, Difference, check_resolution, compare, open_checkpoint, report, run
+from export.cli import BUILD, Difference, ParityError, check_resolution, compare, open_checkpoint, report, run
 from runtime.errors import UserError
 from train.model import ImageEncoder, load_image_encoder
 
@@ -151,8 +150,7 @@ def main() -> int:
             for file in sorted(Path(partial).iterdir(), reverse=True):  # weights before the graph that names them
                 shutil.move(file, out / file.name)
     if not good:
-        print("the exported graph does not compute what the checkpoint does; nothing was written", file=sys.stderr)
-        return 1
+        raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
     tokens = (resolution // stride) ** 2
     print(f"{out / args.precision}.onnx: {resolution}x{resolution} -> {tokens} visual tokens, opset {OPSET}")
     return 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from export import encoder as encoder_export
+from export.cli import ParityError, run
 from export.encoder import OPSET, check_encoder, export_encoder, parity_inputs, pytorch_outputs
 from tests.conftest import run_module
 from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
@@ -141,6 +142,12 @@ def test_command_fails_where_the_error_exceeds_its_bound(conformance, tmp_path, 
     arguments = ["encoder", "--checkpoint", conformance / "checkpoint", "--res", "128", "--out", tmp_path]
     monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
     monkeypatch.setitem(encoder_export.BOUNDS, "fp32", 1e-9)
-    assert encoder_export.main() == 1
-    assert "TOO LARGE" in capsys.readouterr().out
+    with pytest.raises(ParityError):
+        encoder_export.main()
+    with pytest.raises(SystemExit) as left:
+        run(encoder_export.main)
+    assert left.value.code == 1
+    printed = capsys.readouterr()
+    assert "TOO LARGE" in printed.out
+    assert len(printed.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

@@ -791,6 +791,18 @@ def test_cut_off_weights_are_named(write: Callable, keep: float, parts: Parts, t
     assert message.startswith(f"{file}: cannot be read as ")
     assert message.endswith("is the download complete?")
     assert "\n" not in message
+    assert "weights_only" not in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_pointer_in_place_of_weights_is_named(name: str, folder: Path):
+    """What a clone without Git LFS has."""
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 13476835328\n")
+    message = refusal(lambda: load_model(folder))
+    assert message.startswith(f"{folder / name}: cannot be read as ")
+    assert message.endswith("is the download complete?")
+    assert "weights_only" not in message
 
 
 class Trap:
@@ -869,6 +881,7 @@ def test_other_encoders_are_refused(change: dict, told: str, folder: Path):
         ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "spiral"),
         ({"hidden_act": "swoosh"}, "swoosh"),
         ({"hidden_size": "wide"}, "int"),
+        ({"rope_parameters": [1]}, "not a Llama's configuration"),
     ],
 )
 def test_impossible_configurations_are_named(change: dict, told: str, folder: Path):

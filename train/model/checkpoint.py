@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -135,13 +136,14 @@ class Checkpoint:
     def llama_config(self) -> LlamaConfig:
         """The decoder's shape; an absent key has Llama's default, as in the original. Raises CheckpointError."""
         keys = {key: copy.deepcopy(self.config[key]) for key in LLAMA_KEYS if key in self.config}
-        if rope := keys.pop("rope_parameters", None):  # how transformers 5 writes the two keys that both 4 and 5 read
-            keys["rope_theta"] = rope.pop("rope_theta", 10000.0)
-            keys["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
         try:
+            if rope := keys.pop("rope_parameters", None):  # transformers 5's spelling of the two that both 4 and 5 read
+                keys["rope_theta"] = rope.pop("rope_theta", 10000.0)
+                keys["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
             return LlamaConfig(**keys)
         except Exception as error:  # transformers 4 and 5 raise different ones
-            raise CheckpointError(f"{self.folder / 'config.json'}: not a Llama's configuration: {error}") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{self.folder / 'config.json'}: not a Llama's configuration: {reason}") from error
 
     @property
     def resolution(self) -> int:
@@ -286,7 +288,7 @@ def save_checkpoint(model: ConvLLaVA, like: Checkpoint, folder: Path, dtype: tor
         save_file(tensors, target / "model.safetensors", {"format": "pt"})
     config = like.config | {"mm_vision_tower": "vision_tower"}
     if dtype is not None:
-        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     _write_json(partial / "config.json", config)
     _write_json(partial / "vision_tower" / "config.json", like.vision_config)
     _write_json(partial / "vision_tower" / "preprocessor_config.json", like.preprocessor)
@@ -381,13 +383,13 @@ def _read_bin(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except Exception as error:
-        # torch's own message tells how to run the code after all
+        # torch's own words on a pickle tell how to run its code after all
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{file}: refused: its pickle asks for {asked[1]}, and a checkpoint may hold tensors only; have its "
                 "author save it as safetensors"
             ) from None
-        reason = str(error).strip().split("\n")[0]
+        reason = "no valid pickle" if isinstance(error, UnpicklingError) else str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"{file}: cannot be read as a torch file of tensors: {reason}; is the download complete?"
         ) from error
