@@ -215,6 +215,12 @@ def test_every_file_format_is_read(write: Callable, parts: Parts, tmp_path: Path
     assert_same_logits(parts.write(tmp_path / "checkpoint", write), parts)
 
 
+def test_stored_parameters_become_plain_tensors(parts: Parts, tmp_path: Path):
+    """Else every use of them outside a module would build a graph for gradients."""
+    folder = parts.write(tmp_path / "checkpoint", write_parameters)
+    assert not any(tensor.requires_grad for tensor in load_language_state(Checkpoint.open(folder)).values())
+
+
 @pytest.mark.parametrize("llama", [{}, GQA, TIED, GQA | TIED], ids=["mha", "gqa", "mha-tied", "gqa-tied"])
 def test_every_decoder_is_read_as_transformers_writes_it(llama: dict, tmp_path: Path):
     parts = Parts(**llama)
@@ -463,7 +469,7 @@ def test_hub_ids_are_downloaded(folder: Path, parts: Parts, tmp_path: Path, monk
     checkpoint = Checkpoint.open("author/model")
     assert (checkpoint.folder, checkpoint.vision_folder) == (folder, tmp_path / "cache")
     assert asked.keys() == hub.keys()
-    files = ["config.json", "tokenizer.model", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+    files = ["config.json", "tokenizer.model", "model-00001-of-00002.safetensors", "vision_tower/pytorch_model.bin"]
     for patterns in asked.values():
         assert set(files) == set(huggingface_hub.utils.filter_repo_objects([*files, "a.png"], allow_patterns=patterns))
     assert_same_logits("author/model", parts)

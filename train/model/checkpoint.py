@@ -415,7 +415,7 @@ def _folder_or_hub(source: str) -> Path:
         raise CheckpointError(f"{source}: no such folder, and not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "vision_tower/*"]
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model"]  # in vision_tower/ too: * goes past a slash here
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
