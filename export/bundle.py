@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
 from export import encoder as encoder_export
 from export.cli import ParityError, check_resolution, open_checkpoint, report, run
 from export.decoder import check_decoder, check_options, decoder_part, export_decoder
@@ -72,8 +74,8 @@ def image_rule(checkpoint: Checkpoint, resolution: int) -> ImageRule:
     """The checkpoint's preprocessing. `image_aspect_ratio` other than `pad` is a centre crop in the original."""
     preprocessor, stride = checkpoint.preprocessor, checkpoint.encoder_config.stride
     return ImageRule(
-        mean=tuple(preprocessor["image_mean"]),
-        std=tuple(preprocessor["image_std"]),
+        mean=tuple(preprocessor.get("image_mean", OPENAI_CLIP_MEAN)),  # the original's processor has these defaults
+        std=tuple(preprocessor.get("image_std", OPENAI_CLIP_STD)),
         aspect="pad" if checkpoint.config.get("image_aspect_ratio") == "pad" else "crop",
         resolution=resolution,
         multiple=stride,
@@ -103,7 +105,7 @@ def _encoder_part(checkpoint: Checkpoint, precision: str) -> EncoderPart:
     return EncoderPart(
         file=f"encoder/{precision}.onnx",
         precision=precision,
-        hidden_size=checkpoint.config["hidden_size"],
+        hidden_size=checkpoint.llama_config.hidden_size,
         stride=checkpoint.encoder_config.stride,
     )
 
