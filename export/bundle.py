@@ -79,7 +79,7 @@ def image_rule(checkpoint: Checkpoint, resolution: int) -> ImageRule:
         aspect="pad" if checkpoint.config.get("image_aspect_ratio") == "pad" else "crop",
         resolution=resolution,
         multiple=stride,
-        max_visual_tokens=(resolution // stride) ** 2,
+        max_visual_tokens=checkpoint.llama_config.max_position_embeddings // 2,  # the other half is for the text
     )
 
 

@@ -27,6 +27,7 @@ from onnx import helper, numpy_helper
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from export.cli import BUILD, Difference, compare, open_checkpoint, report, run
 from runtime.bundle import DecoderPart
@@ -220,7 +221,8 @@ def _save_portable(model: onnx.ModelProto, file: Path, precision: str) -> None:
 
 def _quietly(build, *arguments) -> None:
     """Run an exporter without its chatter; what it said comes out only if it fails."""
-    said = io.StringIO()
+    said, verbosity = io.StringIO(), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its handler keeps the real stderr
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -230,6 +232,8 @@ def _quietly(build, *arguments) -> None:
     except Exception:
         print(said.getvalue(), file=sys.stderr)
         raise
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str = "fused") -> list[Difference]:

@@ -170,6 +170,11 @@ def run() -> None:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        print("error: no onnxruntime; install one flavour: pip install '.[cpu]' or '.[gpu]'", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # whoever read the output has left

@@ -29,7 +29,7 @@ def with_config(checkpoint: Checkpoint, **changes) -> Checkpoint:
 
 def test_image_rule_is_the_checkpoints(checkpoint):
     rule = image_rule(checkpoint, 768)
-    assert (rule.aspect, rule.resolution, rule.multiple, rule.max_visual_tokens) == ("pad", 768, 64, 144)
+    assert (rule.aspect, rule.resolution, rule.multiple, rule.max_visual_tokens) == ("pad", 768, 64, 2048)
     assert rule.mean == tuple(checkpoint.preprocessor["image_mean"])
     assert image_rule(with_config(checkpoint, image_aspect_ratio="square"), 768).aspect == "crop"
 

@@ -244,3 +244,14 @@ def test_runtime_loads_neither_torch_nor_transformers(conformance_bundle, pictur
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_missing_onnxruntime_is_one_line(conformance_bundle):
+    script = (
+        "import runpy, sys\n"
+        "sys.modules['onnxruntime'] = None\n"  # as Python marks a module that must not be found
+        f"sys.argv = ['infer.py', '--bundle', {str(conformance_bundle)!r}, '--prompt', 'What?']\n"
+        "runpy.run_module('runtime.infer', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert_one_line_error(done, "onnxruntime", "[cpu]", "[gpu]")
