@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from benchmarks import record
-from export.cli import BUILD, open_checkpoint
+from export.cli import BUILD, name_of, open_checkpoint
 from export.decoder import PortableSequence, check_decoder, decoder_part, export_decoder
 from runtime.decoder import Decoder
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 def prepare(checkpoint, graph: str, precision: str) -> tuple[dict, callable]:
     """(what can be said before timing, a function that starts a fresh sequence)."""
-    folder = BUILD / "decoder" / f"{checkpoint.folder.resolve().name}-{precision}"
+    folder = BUILD / "decoder" / f"{name_of(checkpoint)}-{precision}"
     begin = time.perf_counter()
     file = export_decoder(checkpoint, folder, precision, graph)
     export_s = time.perf_counter() - begin

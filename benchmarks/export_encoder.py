@@ -28,6 +28,7 @@ from train.model import (
 
 ROOT = Path(__file__).parents[1]
 RESOLUTION = 1536
+MAX_SECONDS, MAX_GIB = 180, 12
 # Vicuna-7B's width, so that the projector has the released size; one thin layer and a few words stand in for the rest
 LLAMA = {
     "hidden_size": 4096,
@@ -78,6 +79,8 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     record.write("export_encoder", rows)
+    if any(row["exit_status"] or row["seconds"] > MAX_SECONDS or row["peak_memory_gib"] > MAX_GIB for row in rows):
+        sys.exit(f"an export failed or went over {MAX_SECONDS} s or {MAX_GIB} GiB")
 
 
 if __name__ == "__main__":

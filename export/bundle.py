@@ -13,7 +13,7 @@ from typing import Any
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from export import encoder as encoder_export
-from export.cli import ParityError, check_resolution, open_checkpoint, report, run
+from export.cli import ParityError, choose_resolution, name_of, open_checkpoint, report, run
 from export.decoder import check_decoder, check_options, decoder_part, export_decoder
 from export.tokenizer import export_tokenizer
 from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
@@ -40,7 +40,10 @@ def export_bundle(
     template: a name in `runtime.prompt.TEMPLATES`; None: see `prompt_template`.
     Raises UserError for an option that cannot be, ParityError where a graph does not compute what the model does.
     """
-    prompt = prompt_template(checkpoint, template)
+    prompt, image = prompt_template(checkpoint, template), image_rule(checkpoint, resolution)
+    tokens, context = (resolution // image.multiple) ** 2, checkpoint.llama_config.max_position_embeddings
+    if tokens >= context:
+        raise UserError(f"resolution {resolution} makes {tokens} visual tokens, the decoder's context is {context}")
 
     def fill(folder: Path) -> dict[str, Any]:
         tokenizer = export_tokenizer(checkpoint.folder, folder / "tokenizer")
@@ -56,7 +59,7 @@ def export_bundle(
             rows = check_decoder(checkpoint, portable_file, portable_precision, "portable")
             _require(report(rows), "portable decoder")
         return {
-            "image": image_rule(checkpoint, resolution).to_dict(),
+            "image": image.to_dict(),
             "prompt": prompt.to_dict(),
             "tokenizer": tokenizer,
             "encoder": asdict(_encoder_part(checkpoint, precision)),
@@ -67,7 +70,7 @@ def export_bundle(
             ),
         }
 
-    write_bundle(out, fill, checkpoint.folder.resolve().name, _producers())
+    write_bundle(out, fill, name_of(checkpoint), _producers())
 
 
 def image_rule(checkpoint: Checkpoint, resolution: int) -> ImageRule:
@@ -138,8 +141,8 @@ def main() -> int:
     encoder_export.check_precision(args.precision)
     check_options(args.decoder_precision)
     checkpoint = open_checkpoint(args.checkpoint)
-    resolution = check_resolution(args.res or checkpoint.resolution, checkpoint.encoder_config.stride)
-    out = args.out or DEMO_BUNDLE.parent / checkpoint.folder.resolve().name
+    resolution = choose_resolution(args.res, checkpoint)
+    out = args.out or DEMO_BUNDLE.parent / name_of(checkpoint)
     export_bundle(
         checkpoint, out, resolution, args.precision, args.decoder_precision, args.portable_decoder, args.template
     )

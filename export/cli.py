@@ -1,5 +1,6 @@
 """What the commands of this folder share: the demo model as default, errors as one line, parity tables."""
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,18 @@ def open_checkpoint(source: str | None) -> Checkpoint:
     return Checkpoint.open(source)
 
 
-def check_resolution(resolution: int, stride: int) -> int:
-    """Raises UserError unless `resolution` is a positive multiple of `stride`."""
+def name_of(checkpoint: Checkpoint) -> str:
+    """The folder's name; for one from the Hub's cache, the repository's."""
+    folder = checkpoint.folder.resolve()
+    if folder.parent.name == "snapshots":  # models--owner--name/snapshots/commit
+        return folder.parents[1].name.rpartition("--")[2]
+    return folder.name
+
+
+def choose_resolution(asked: int | None, checkpoint: Checkpoint) -> int:
+    """`asked`, or the checkpoint's own. Raises UserError unless it is a positive multiple of the stride."""
+    resolution = checkpoint.resolution if asked is None else asked
+    stride = checkpoint.encoder_config.stride
     if resolution < stride or resolution % stride:
         below = max(resolution // stride, 1) * stride
         raise UserError(
@@ -71,10 +82,14 @@ def report(rows: list[Difference]) -> bool:
 
 def run(main: Callable[[], int]) -> None:
     """Exit with main's status; with one line and 2 where the user can put it right, 1 where an export went wrong."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that partial folders are cleared away
     try:
         sys.exit(main())
     except (UserError, CheckpointError, TokenizerError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ParityError as error:
         print(f"error: {error}", file=sys.stderr)

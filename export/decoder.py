@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from export.cli import BUILD, Difference, compare, open_checkpoint, report, run
+from export.cli import BUILD, Difference, ParityError, compare, name_of, open_checkpoint, report, run
 from runtime.bundle import DecoderPart
 from runtime.decoder import Decoder
 from runtime.errors import UserError
@@ -308,12 +308,18 @@ def main() -> int:
     args = parser.parse_args()
     check_options(args.precision, args.graph)
     checkpoint = open_checkpoint(args.checkpoint)
-    out = args.out or BUILD / "decoder" / f"{checkpoint.folder.resolve().name}-{args.precision}"
-    file = export_decoder(checkpoint, out, args.precision, args.graph)
-    good = report(check_decoder(checkpoint, file, args.precision, args.graph))
-    size = sum(path.stat().st_size for path in out.glob(f"{file.name}*"))
-    print(f"{file}: {args.graph} {args.precision}, {size / 1e6:.1f} MB")
-    return 0 if good else 1
+    out = args.out or BUILD / "decoder" / f"{name_of(checkpoint)}-{args.precision}"
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
+        file = export_decoder(checkpoint, Path(partial), args.precision, args.graph)
+        if not report(check_decoder(checkpoint, file, args.precision, args.graph)):
+            raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
+        size = 0
+        for written in sorted(Path(partial).iterdir(), reverse=True):  # weights before the graph that names them
+            size += written.stat().st_size
+            shutil.move(written, out / written.name)
+    print(f"{out / file.name}: {args.graph} {args.precision}, {size / 1e6:.1f} MB")
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import onnx_ir
 import onnxruntime
 import torch
 
-from export.cli import BUILD, Difference, ParityError, check_resolution, compare, open_checkpoint, report, run
+from export.cli import BUILD, Difference, ParityError, choose_resolution, compare, name_of, open_checkpoint, report, run
 from runtime.errors import UserError
 from train.model import ImageEncoder, load_image_encoder
 
@@ -90,7 +90,7 @@ def parity_inputs(resolution: int, stride: int) -> list[np.ndarray]:
     half = max(resolution // 2 // stride, 1) * stride
     quarter = max(resolution // 4 // stride, 1) * stride
     random = np.random.default_rng(0)
-    shapes = [(1, 3, resolution, resolution), (1, 3, half, quarter + stride), (2, 3, quarter, quarter)]
+    shapes = [(1, 3, resolution, resolution), (1, 3, quarter, half + stride), (2, 3, quarter, quarter)]
     return [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
 
 
@@ -137,8 +137,8 @@ def main() -> int:
     check_precision(args.precision)
     checkpoint = open_checkpoint(args.checkpoint)
     stride = checkpoint.encoder_config.stride
-    resolution = check_resolution(args.res or checkpoint.resolution, stride)
-    out = args.out or BUILD / "encoder" / checkpoint.folder.resolve().name
+    resolution = choose_resolution(args.res, checkpoint)
+    out = args.out or BUILD / "encoder" / name_of(checkpoint)
     if out.is_file():
         raise UserError(f"--out {out} is a file, expected a folder")
     out.mkdir(parents=True, exist_ok=True)

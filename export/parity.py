@@ -18,7 +18,7 @@ from export.cli import Difference, compare, open_checkpoint, report, run
 from runtime.errors import UserError
 from runtime.model import Model, Options, Result, Trace, load
 from runtime.prompt import first_turn
-from train.model import IMAGE_TOKEN_INDEX, ConvLLaVA, load_model
+from train.model import IMAGE_TOKEN_INDEX, Checkpoint, ConvLLaVA, load_model
 
 
 def compare_image(
@@ -43,6 +43,21 @@ def compare_image(
     return rows, expected, last.result
 
 
+def _check_same_shape(model: Model, checkpoint: Checkpoint) -> None:
+    """Raises UserError where a bundle cannot have been made from the checkpoint."""
+    llama, decoder = checkpoint.llama_config, model.bundle.decoder
+    for what, bundled, expected in (
+        ("stride", model.bundle.encoder.stride, checkpoint.encoder_config.stride),
+        ("hidden size", model.bundle.encoder.hidden_size, llama.hidden_size),
+        ("layers", decoder.layers, llama.num_hidden_layers),
+        ("vocabulary", decoder.vocab_size, llama.vocab_size),
+    ):
+        if bundled != expected:
+            raise UserError(
+                f"{model.bundle.folder} was not made from {checkpoint.folder}: its {what} is {bundled}, not {expected}"
+            )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m export.parity", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", help="what the bundle was made from; default: the demo model")
@@ -53,10 +68,7 @@ def main() -> int:
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.checkpoint)
     model = load(args.bundle)
-    if model.bundle.encoder.stride != checkpoint.encoder_config.stride:
-        raise UserError(
-            f"the bundle's stride is {model.bundle.encoder.stride}, the checkpoint's another: not made from it"
-        )
+    _check_same_shape(model, checkpoint)
     reference = load_model(checkpoint)
     exact = model.bundle.encoder.precision == model.bundle.decoder.precision == "fp32"
     rows, same = [], []

@@ -11,7 +11,9 @@ The runtime believes nothing but the manifest. Bundles are written beside their 
 manifest last, so that a killed writer leaves nothing that `open_bundle` accepts.
 """
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from runtime.errors import UserError
 from runtime.image import ImageRule
@@ -30,6 +32,7 @@ from runtime.prompt import PromptTemplate
 FORMAT = 1
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
+KV_DTYPES = ("float32", "float16")
 ROOT = Path(__file__).parents[1]
 DEMO_BUNDLE = ROOT / "build" / "bundle" / "convllava-smol"
 
@@ -91,7 +94,7 @@ def write_bundle(
     fill: called with an empty folder; writes the parts there and returns the manifest's sections `image`, `prompt`,
     `tokenizer`, `encoder`, `decoder` as plain dictionaries.
     producers: package -> version, for the record.
-    A bundle already at `out` is replaced at the end, in one step. Raises UserError if something else is there.
+    A bundle already at `out` is replaced at the very end. Raises UserError if something else is there.
     """
     out = Path(os.path.abspath(out))
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
@@ -148,9 +151,17 @@ def open_bundle(folder: str | os.PathLike | None) -> Bundle:
         _part(EncoderPart, manifest["encoder"], folder),
         _part(DecoderPart, manifest["decoder"], folder),
     )
-    for file in (bundle.encoder.file, bundle.decoder.file, bundle.decoder.portable_file):
-        if file is not None and file not in manifest["files"]:
+    files = (bundle.encoder.file, bundle.decoder.file, bundle.tokenizer.get("file"), bundle.decoder.portable_file)
+    for file in files[: 4 if files[3] else 3]:
+        if not isinstance(file, str) or file not in manifest["files"]:
             raise UserError(f"{folder / MANIFEST}: names {file!r}, which is not among its files; export it again")
+    if bundle.decoder.kv_dtype not in KV_DTYPES:
+        raise UserError(f"{folder / MANIFEST}: kv_dtype is {bundle.decoder.kv_dtype!r}, expected one of {KV_DTYPES}")
+    if bundle.image.multiple != bundle.encoder.stride:
+        raise UserError(
+            f"{folder / MANIFEST}: images are multiples of {bundle.image.multiple}, the encoder's stride is "
+            f"{bundle.encoder.stride}; export it again"
+        )
     return bundle
 
 
@@ -178,18 +189,23 @@ def _part(kind: type, section: dict, folder: Path) -> Any:
     known = {field.name for field in fields(kind)}
     if unknown := section.keys() - known:
         raise UserError(f"{folder / MANIFEST}: unknown key {sorted(unknown)[0]!r} in {kind.__name__}")
-    try:
-        return kind(**section)
-    except TypeError as error:
-        raise UserError(f"{folder / MANIFEST}: {error}") from None
+    for name, expected in get_type_hints(kind).items():
+        if not isinstance(section.get(name), expected):
+            raise UserError(
+                f"{folder / MANIFEST}: {kind.__name__} needs {name!r} as {getattr(expected, '__name__', expected)}, "
+                f"found {section.get(name)!r}"
+            )
+    return kind(**section)
 
 
 def _verify(folder: Path, files: dict[str, dict]) -> None:
     memory = _HashMemory()
     for name, expected in files.items():
         file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # a link is no matter: the hash is of the content
             raise UserError(f"{folder / MANIFEST}: names {name!r}, a file outside the bundle")
+        if not isinstance(expected, dict) or not {"sha256", "size"} <= expected.keys():
+            raise UserError(f"{folder / MANIFEST}: no sha256 and size for {name!r}")
         try:
             stat = file.stat()
         except OSError:
@@ -209,12 +225,11 @@ class _HashMemory:
     be, at the price of hashing at each start."""
 
     def __init__(self):
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self._file = Path(cache) / "convllava-deploy" / "sha256.json"
-        try:
+        self._known: dict[str, list] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
             self._known = dict(json.loads(self._file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            self._known = {}
         self._changed = False
 
     def sha256(self, file: Path, stat: os.stat_result) -> str:
@@ -229,15 +244,13 @@ class _HashMemory:
         return digest
 
     def save(self) -> None:
-        if not self._changed:
+        if not self._changed or not self._file.is_absolute():  # "~" stays where the user has no home
             return
-        try:
+        with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             partial = self._file.with_name(f"{self._file.name}{PARTIAL}{os.getpid()}")
             partial.write_text(json.dumps(self._known), encoding="utf-8")
             partial.replace(self._file)
-        except OSError:
-            pass
 
 
 def _sha256(file: Path) -> str:
@@ -248,6 +261,8 @@ def _sha256(file: Path) -> str:
 def _demo_bundle() -> Path:
     """The demo model's bundle. Making it takes the export's packages, so it is left to a process of its own."""
     if not (DEMO_BUNDLE / MANIFEST).is_file():
+        if importlib.util.find_spec("torch") is None:
+            raise UserError("no --bundle given, and making the demo model's takes the export's packages: `make setup`")
         print(f"making the demo bundle in {DEMO_BUNDLE}", file=sys.stderr)
         command = [sys.executable, "-m", "export.bundle", "--out", str(DEMO_BUNDLE)]
         if subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode:

@@ -60,10 +60,13 @@ class Sequence:
     def forward(self, ids: list[int], image_embeds: np.ndarray | None = None) -> np.ndarray:
         """Take `ids` [S] after what the cache holds.
 
-        image_embeds: [N, D], the rows that ids below 0 name. The caller sees to it that S more positions fit.
+        image_embeds: [N, D], the rows that ids below 0 name.
         Returns logits [V] float32 of the last position; valid until the next call.
+        Raises ValueError if S more positions do not fit.
         """
         total = self.cache.length + len(ids)
+        if total > self.cache.capacity:
+            raise ValueError(f"{total} positions do not fit a KV cache of {self.cache.capacity}")
         none = self._decoder.no_images
         input_ids = np.array([ids], np.int64)
         embeds = none if image_embeds is None else np.ascontiguousarray(image_embeds, none.dtype)

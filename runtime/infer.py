@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain as concatenate
 from pathlib import Path
 
 if __name__ == "__main__":  # as a file, its own folder is on the path instead of the project's
@@ -19,11 +20,15 @@ if __name__ == "__main__":  # as a file, its own folder is on the path instead o
 
 from runtime.errors import UserError
 
+MAX_THREADS = 512
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
-    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in the prompt's order")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", default=[], metavar="FILE", help="pictures, in the prompt's order"
+    )
     parser.add_argument("--prompt", help="question, <image> in it says where a picture goes; without it: a chat")
     parser.add_argument("--system", help="system text; default: the bundle's")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
@@ -45,8 +50,10 @@ def main() -> int:
     args = parse()
     if args.prompt is None and (args.json or args.dump):
         raise UserError(f"{'--json' if args.json else '--dump'} needs --prompt")
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads is {args.threads}, expected 1 or more")
+    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
+        raise UserError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}")
+    if args.dump:
+        args.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     from runtime.model import Options, load
     from runtime.sampling import Sampling
 
@@ -68,7 +75,7 @@ def answer(model, args: argparse.Namespace, options) -> None:
     pieces = model.generate(args.image, args.prompt, options, trace)
     if args.json:
         *_, last = pieces
-        print(json.dumps(_as_json(model, last.result), ensure_ascii=False))
+        print(json.dumps(_as_json(model, last.result)))
     else:
         result = _stream(pieces)
         print("\n" + table(model, result))
@@ -84,12 +91,17 @@ def chat(model, images: list[str], options) -> None:
     conversation = model.chat(options)
     print(f"{model.bundle.name}: {len(images)} image(s). An empty line or end of input leaves.", file=sys.stderr)
     while question := _read_question():
+        pieces = conversation.ask(question, pictures)
         try:
-            result = _stream(conversation.ask(question, pictures))
+            first = next(pieces)
+            pictures = []  # they are in the cache now
+            result = _stream(concatenate([first], pieces))
         except KeyboardInterrupt:
             print()
             continue
-        pictures = []
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
         timings = result.timings
         rate = f", {timings.decode_tokens_per_s:.1f} tokens/s" if timings.decode_tokens_per_s else ""
         print(f"[{result.prompt_tokens} new positions, first token {timings.ttft_ms:.0f} ms{rate}]", file=sys.stderr)
@@ -153,7 +165,8 @@ def _dump(folder: Path, trace) -> None:
     """pixel_values.npy [3, H, W] (several images: pixel_values-0.npy, ...), image_embeds.npy, first_logits.npy."""
     import numpy as np
 
-    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("pixel_values*.npy"):
+        old.unlink()
     for number, pixel_values in enumerate(trace.pixel_values):
         suffix = "" if len(trace.pixel_values) == 1 else f"-{number}"
         np.save(folder / f"pixel_values{suffix}.npy", pixel_values)
@@ -164,6 +177,7 @@ def _dump(folder: Path, trace) -> None:
 
 def run() -> None:
     """Exit with 2 and one line for what the user can put right."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         status = main()
         sys.stdout.flush()
@@ -180,6 +194,9 @@ def run() -> None:
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except (OSError, MemoryError) as error:
+        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
+        status = 2
     sys.exit(status)
 
 

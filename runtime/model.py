@@ -23,7 +23,7 @@ from runtime.bundle import Bundle, open_bundle
 from runtime.decoder import Decoder
 from runtime.encoder import Encoder
 from runtime.errors import UserError
-from runtime.image import open_image, preprocess
+from runtime.image import open_image, preprocess, target_size
 from runtime.sampling import Sampling, next_token
 from runtime.tokenizer import Tokenizer
 
@@ -53,8 +53,8 @@ class Options:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
-        if "" in self.stop:
-            raise UserError("a stop string is empty")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise UserError(f"stop is {self.stop!r}, expected a sequence of strings that are not empty")
 
 
 @dataclass(frozen=True)
@@ -130,66 +130,79 @@ class Model:
         Raises UserError (at the first piece) for a bad image, more images than placeholders, or a prompt that does not
         fit the context.
         """
-        return Conversation(self, options).ask(prompt, images, trace)
+        return Conversation(self, options, single_turn=True).ask(prompt, images, trace)
 
     def chat(self, options: Options | None = None) -> "Conversation":
         """A conversation of several turns, whose images and answers are computed once."""
-        return Conversation(self, options, self.bundle.decoder.context_length)
+        return Conversation(self, options)
 
 
 class Conversation:
-    """Turns that share a KV cache. capacity: positions of the cache; None sizes it for a single turn."""
+    """Turns that share a KV cache, which has room for the whole context; with single_turn, for one question and its
+    answer alone."""
 
-    def __init__(self, model: Model, options: Options | None = None, capacity: int | None = None):
+    def __init__(self, model: Model, options: Options | None = None, single_turn: bool = False):
         self._model = model
         self._options = options or Options()
-        self._capacity = capacity
-        self._sequence = None
+        self._single_turn = single_turn
+        self._sequence = None  # from the first prefill on
         self._unfed: list[int] = []  # tokens of the last answer that the cache does not hold
 
     def ask(self, prompt: str, images: Sequence[ImageSource] = (), trace: Trace | None = None) -> Iterator[Piece]:
-        """As `Model.generate`, after the turns before. Leaving the iterator early ends the answer there."""
+        """As `Model.generate`, after the turns before. Leaving the iterator early ends the answer there; a turn that
+        fails or is interrupted before its first piece leaves the conversation as it was."""
         begin = time.perf_counter()
         trace = trace if trace is not None else Trace()
-        embeds, ids, preprocess_ms, encode_ms = self._inputs(prompt, images, trace)
-        limit = self._make_room(ids)
+        if isinstance(images, str | bytes | PathLike | Image.Image):
+            images = [images]
+        ids, limit, preprocess_ms, encode_ms = self._inputs(prompt, images, trace)
+        sequence = self._sequence or self._start(len(ids) + limit)
         prefill_begin = time.perf_counter()
-        logits = self._sequence.forward(ids, embeds)
+        logits = sequence.forward(ids, trace.image_embeds)
         prefill_ms = _ms_since(prefill_begin)
+        self._sequence, self._unfed = sequence, []
         trace.first_logits = logits.copy()
 
-        def finish(text: str, generated: list[int], reason: str, first_ms: float) -> Result:
-            seconds = (_ms_since(begin) - first_ms) / 1000
-            rate = (len(generated) - 1) / seconds if len(generated) > 1 else None
+        def finish(text: str, generated: list[int], reason: str, first_ms: float, decode_s: float) -> Result:
+            rate = (len(generated) - 1) / decode_s if len(generated) > 1 else None
             timings = Timings(preprocess_ms, encode_ms, prefill_ms, first_ms, rate)
-            visual_tokens = 0 if embeds is None else len(embeds)
+            visual_tokens = 0 if trace.image_embeds is None else len(trace.image_embeds)
             return Result(text, generated, reason, visual_tokens, len(ids), timings)
 
         yield from self._decode(logits, limit, begin, finish)
 
-    def _inputs(self, prompt: str, images: Sequence[ImageSource], trace: Trace) -> tuple:
-        """(image embeds [sum of T, D] or None, prompt ids with an id below 0 for each of them, ms, ms)."""
-        model, options = self._model, self._options
+    def _start(self, single_turn_length: int):
+        capacity = single_turn_length if self._single_turn else self._model.bundle.decoder.context_length
+        return self._model.decoder.start(capacity)
+
+    def _inputs(self, prompt: str, images: Sequence[ImageSource], trace: Trace) -> tuple[list[int], int, float, float]:
+        """(prompt ids, below 0 for each image embed; how many new tokens may come; preprocess ms; encode ms).
+
+        Whether all of it fits the context is settled before anything large is computed.
+        """
+        model, options, rule = self._model, self._options, self._model.bundle.image
         begin = time.perf_counter()
-        for source in images:
-            image = open_image(source)
-            trace.pixel_values.append(preprocess(image, model.bundle.image, options.resolution, options.aspect))
+        pictures = [open_image(source) for source in images]
+        sizes = [target_size(*picture.size, rule, options.resolution, options.aspect) for picture in pictures]
+        ids = self._prompt_ids(prompt, [height // rule.multiple * (width // rule.multiple) for height, width in sizes])
+        limit = self._limit(ids)
+        trace.pixel_values = [preprocess(picture, rule, options.resolution, options.aspect) for picture in pictures]
         preprocess_ms = _ms_since(begin)
         begin = time.perf_counter()
         parts = [model.encoder(pixel_values) for pixel_values in trace.pixel_values]
-        encode_ms = _ms_since(begin)
         trace.image_embeds = np.concatenate(parts) if parts else None
-        template = model.bundle.prompt
-        if self._sequence is None:
-            text = prompts.first_turn(template, prompt, len(parts), options.system)
-        else:
-            text = prompts.next_turn(template, prompt, len(parts))
-        counts = [len(part) for part in parts]
-        ids = model.tokenizer.encode_prompt(text, counts, continued=self._sequence is not None)
-        return trace.image_embeds, self._unfed + ids, preprocess_ms, encode_ms
+        return ids, limit, preprocess_ms, _ms_since(begin)
 
-    def _make_room(self, ids: list[int]) -> int:
-        """Start the sequence if need be; returns how many new tokens may come."""
+    def _prompt_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
+        template, tokenizer = self._model.bundle.prompt, self._model.tokenizer
+        if self._sequence is None:
+            text = prompts.first_turn(template, prompt, len(image_tokens), self._options.system)
+            return tokenizer.encode_prompt(text, image_tokens)
+        text = prompts.next_turn(template, prompt, len(image_tokens))
+        return self._unfed + tokenizer.encode_prompt(text, image_tokens, continued=True)
+
+    def _limit(self, ids: list[int]) -> int:
+        """How many new tokens may come after `ids`."""
         context = self._model.bundle.decoder.context_length
         used = self._sequence.cache.length if self._sequence else 0
         room = context - used - len(ids)
@@ -199,10 +212,7 @@ class Conversation:
             raise UserError(
                 f"prompt of {len(ids)} tokens ({visual} of them visual){before} is longer than the context of {context}"
             )
-        limit = min(self._options.max_new_tokens, room)
-        if self._sequence is None:
-            self._sequence = self._model.decoder.start(self._capacity or len(ids) + limit)
-        return limit
+        return min(self._options.max_new_tokens, room)
 
     def _decode(self, logits: np.ndarray, limit: int, begin: float, finish) -> Iterator[Piece]:
         options, tokenizer = self._options, self._model.tokenizer
@@ -211,12 +221,19 @@ class Conversation:
         random = np.random.default_rng(options.sampling.seed)
         generated: list[int] = []
         texts: list[str] = []
-        first_ms, reason = 0.0, None
+        first_ms, decode_s, reason = 0.0, 0.0, None
         while reason is None:
+            step = time.perf_counter()  # what the consumer of the pieces takes is not ours
+            if generated:
+                logits = self._sequence.forward(generated[-1:])
+                self._unfed = []
             token = next_token(logits, generated, options.sampling, random)
             generated.append(token)
             elapsed = _ms_since(begin)
-            first_ms = first_ms or elapsed
+            if len(generated) == 1:
+                first_ms = elapsed
+            else:
+                decode_s += time.perf_counter() - step
             at_end = token in tokenizer.eos_token_ids
             text, stopped = stops.push(detokenizer.flush() if at_end else detokenizer.push(token))
             if at_end or stopped:
@@ -229,10 +246,8 @@ class Conversation:
             if reason:
                 text += stops.flush()
             texts.append(text)
-            result = finish("".join(texts), generated, reason, first_ms) if reason else None
+            result = finish("".join(texts), generated, reason, first_ms, decode_s) if reason else None
             yield Piece(text, token, elapsed, result)
-            if not reason:
-                logits = self._sequence.forward([token])
 
 
 def load(bundle: str | PathLike | None = None, threads: int | None = None) -> Model:

@@ -99,3 +99,16 @@ def test_parity_command_sees_another_checkpoint(conformance, conformance_bundle,
     done = run_module("export.parity", *arguments, "--image", conformance / "case0.png")
     assert done.returncode == 1
     assert "TOO LARGE" in done.stdout
+
+
+def test_parity_command_refuses_a_bundle_of_another_shape(conformance_bundle, conformance, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    config = json.loads((conformance / "checkpoint" / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+    (checkpoint / "vision_tower").symlink_to(conformance / "checkpoint" / "vision_tower")
+    arguments = ["--checkpoint", checkpoint, "--bundle", conformance_bundle, "--image", conformance / "case0.png"]
+    done = run_module("export.parity", *arguments)
+    assert done.returncode == 2
+    assert "layers is 3, not 7" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -84,6 +84,8 @@ def test_replacing_a_bundle_is_whole_and_leaves_no_litter(conformance, conforman
     ("arguments", "mention"),
     [
         (["--res", "100"], "64"),
+        (["--res", "0"], "64"),
+        (["--res", "8192"], "16384"),
         (["--precision", "int8"], "int8"),
         (["--decoder-precision", "bf16"], "bf16"),
         (["--template", "alpaca"], "alpaca"),
@@ -104,3 +106,20 @@ def test_two_exports_write_the_same_bytes(conformance, conformance_bundle, tmp_p
     assert run_module("export.bundle", "--checkpoint", conformance / "checkpoint", "--out", out).returncode == 0
     first, second = (json.loads((folder / "manifest.json").read_text()) for folder in (conformance_bundle, out))
     assert first["files"] == second["files"]
+
+
+def test_a_file_in_the_way_is_one_line(conformance, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for module in ("export.encoder", "export.decoder", "export.bundle"):
+        done = run_module(module, "--checkpoint", conformance / "checkpoint", "--out", tmp_path / "file" / "below")
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_terminated_export_cleans_up(conformance, tmp_path):
+    command = [sys.executable, "-m", "export.bundle", "--checkpoint", str(conformance / "checkpoint")]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "bundle")], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()  # the encoder's table begins: the export is at work
+    process.terminate()
+    assert process.wait() == 143
+    assert list(tmp_path.iterdir()) == []

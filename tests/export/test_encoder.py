@@ -88,7 +88,7 @@ def test_graph_holds_no_path_of_the_exporting_machine(graph):
 
 
 def test_parity_sizes_hold_the_resolution_an_oblong_and_a_batch():
-    for resolution in (64, 128, 768, 1024, 1536):
+    for resolution in (64, 128, 256, 320, 768, 1024, 1536):
         shapes = [pixels.shape for pixels in parity_inputs(resolution, 64)]
         assert len(shapes) >= 3
         assert (1, 3, resolution, resolution) in shapes

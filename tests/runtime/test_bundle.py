@@ -122,6 +122,46 @@ def test_a_graph_the_manifest_does_not_account_for_is_refused(bundle):
         open_bundle(bundle)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("encoder", "stride", "64"),
+        ("encoder", "stride", 32),
+        ("encoder", "file", []),
+        ("decoder", "layers", "3"),
+        ("decoder", "kv_dtype", "banana"),
+        ("tokenizer", "file", "../x"),
+        ("tokenizer", "file", None),
+        ("files", "encoder/fp32.onnx", 5),
+        ("files", "/etc/passwd", {"sha256": "0", "size": 1}),
+    ],
+)
+def test_values_of_no_use_are_named(bundle, section, key, value):
+    edit(bundle, lambda manifest: manifest[section].update({key: value}))
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        open_bundle(bundle)
+
+
+def test_a_bundle_of_links_opens(bundle, tmp_path):
+    """As a download cache lays one out."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(file for file in bundle.rglob("*") if file.is_file())):
+        link = snapshot / file.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(blobs / str(number))
+        link.symlink_to(blobs / str(number))
+    assert open_bundle(snapshot).name == "checkpoint"
+
+
+def test_no_home_is_no_obstacle(bundle, tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where the user has none
+    monkeypatch.chdir(tmp_path)
+    assert open_bundle(bundle).name == "checkpoint"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"name": 1}'])
 def test_damaged_manifest_is_refused(bundle, content):
     (bundle / MANIFEST).write_text(content)

@@ -255,3 +255,79 @@ def test_missing_onnxruntime_is_one_line(conformance_bundle):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert_one_line_error(done, "onnxruntime", "[cpu]", "[gpu]")
+
+
+def test_every_image_option_counts(conformance_bundle, picture):
+    found = answer(conformance_bundle, "--image", picture, "--image", picture, "--prompt", "?", "--max-new-tokens", 1)
+    assert found["visual_tokens"] == 32
+
+
+def test_an_image_beyond_the_context_is_refused_before_it_is_computed(model, picture, monkeypatch):
+    monkeypatch.setattr(model, "encoder", lambda pixel_values: pytest.fail("encoded"))
+    with pytest.raises(runtime.UserError, match=r"16384 of them visual.*context"):
+        next(model.generate([picture], "What?", runtime.Options(resolution=8192)))
+
+
+def test_conversations_have_room_for_the_context_and_one_turn_for_itself(model):
+    conversation = runtime.Conversation(model, runtime.Options(4))
+    answers = [list(conversation.ask("And now?"))[-1].result.token_ids for _ in range(3)]
+    chat = model.chat(runtime.Options(4))
+    assert answers == [list(chat.ask("And now?"))[-1].result.token_ids for _ in range(3)]
+    sequence = model.decoder.start(4)
+    sequence.forward([1, 2, 3])
+    with pytest.raises(ValueError, match="5 positions do not fit a KV cache of 4"):
+        sequence.forward([4, 5])
+
+
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, picture):
+    def two_turns(between) -> list[int]:
+        conversation = model.chat(runtime.Options(5))
+        list(conversation.ask("What is it?", [picture]))
+        between(conversation)
+        return list(conversation.ask("And now?"))[-1].result.token_ids
+
+    def too_long(conversation):
+        with pytest.raises(runtime.UserError, match="context"):
+            next(conversation.ask("What? " * 3000))
+
+    assert two_turns(too_long) == two_turns(lambda conversation: None)
+
+
+def test_a_first_turn_that_fails_can_be_asked_again(model, picture):
+    conversation = model.chat(runtime.Options(5))
+    with pytest.raises(runtime.UserError):
+        next(conversation.ask("What? " * 3000, [picture]))
+    *_, last = conversation.ask("What?", [picture])
+    *_, alone = model.generate([picture], "What?", runtime.Options(5))
+    assert last.result.token_ids == alone.result.token_ids
+
+
+def test_an_answer_left_early_is_part_of_the_conversation(model, picture):
+    """The pieces that were taken, and no more, precede the next question."""
+    left, whole = model.chat(runtime.Options(6)), model.chat(runtime.Options(3))
+    pieces = left.ask("What is it?", [picture])
+    taken = [next(pieces).token_id for _ in range(3)]
+    pieces.close()
+    *_, last = whole.ask("What is it?", [picture])
+    assert last.result.token_ids == taken
+    assert [piece.token_id for piece in left.ask("And?")][:3] == [piece.token_id for piece in whole.ask("And?")]
+
+
+def test_a_bad_question_does_not_end_the_chat(conformance_bundle, picture):
+    questions = "What?\nwhat is <image>?\nAnd then?\n"
+    done = infer(conformance_bundle, "--image", picture, "--max-new-tokens", 3, input=questions)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("new positions") == 2
+    assert done.stderr.count("error:") == 1
+
+
+def test_dump_folder_that_is_a_file_is_one_line(conformance_bundle, picture):
+    assert_one_line_error(infer(conformance_bundle, "--prompt", "What?", "--dump", picture), "picture.png")
+
+
+def test_a_terminal_without_unicode_gets_an_answer(conformance_bundle, reference, conformance, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    case = reference["cases"][0]
+    options = ["--image", conformance / case["image"], "--prompt", case["prompt"], "--max-new-tokens", 24]
+    assert answer(conformance_bundle, *options)["text"] == case["generated_text"]
+    assert infer(conformance_bundle, *options).returncode == 0
