@@ -14,6 +14,7 @@ not applied: it is off for Llama, and it would also undo spaces the model meant.
 
 import codecs
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -155,19 +156,19 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-class Detokenizer:
+class Detokenizer(ABC):
     """Turns the ids of one answer into text as they come; made by `Tokenizer.detokenizer`.
 
     What `push` and `flush` return, joined, is the decoding of the whole sequence; no text is revised afterwards.
     """
 
+    @abstractmethod
     def push(self, token_id: int) -> str:
         """The text that became certain with this id, often "" (a special token, a part of a character)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flush(self) -> str:
         """The text still held back, once the answer has ended: U+FFFD for an unfinished character."""
-        raise NotImplementedError
 
 
 class _ByteLevelDetokenizer(Detokenizer):
