@@ -1,6 +1,5 @@
 """What every results file says beside its figures: the machine, the versions, the command."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,13 +15,15 @@ PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx",
 
 def write(name: str, rows: list[dict]) -> Path:
     """Write benchmarks/results/<name>.json; the command is the running process's own."""
+    from export.cli import installed_versions  # here, so that reading the results takes no torch
+
     module = sys.modules["__main__"].__spec__.name
     content = {
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit(),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
         "rows": rows,
     }
     file = RESULTS / f"{name}.json"
@@ -35,16 +36,6 @@ def write(name: str, rows: list[dict]) -> Path:
 def _commit() -> str:
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
-
-
-def _versions() -> dict[str, str]:
-    installed = {}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def _processor() -> str:

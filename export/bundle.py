@@ -5,7 +5,6 @@ python -m export.bundle --checkpoint DIR --res N --out DIR [--precision fp32|fp1
 """
 
 import argparse
-import importlib.metadata
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from export import encoder as encoder_export
-from export.cli import ParityError, choose_resolution, name_of, open_checkpoint, report, run
+from export.cli import ParityError, choose_resolution, installed_versions, name_of, open_checkpoint, report, run
 from export.decoder import check_decoder, check_options, decoder_part, export_decoder
 from export.tokenizer import export_tokenizer
 from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
@@ -70,7 +69,7 @@ def export_bundle(
             ),
         }
 
-    write_bundle(out, fill, name_of(checkpoint), _producers())
+    write_bundle(out, fill, name_of(checkpoint), installed_versions(PRODUCERS))
 
 
 def image_rule(checkpoint: Checkpoint, resolution: int) -> ImageRule:
@@ -116,16 +115,6 @@ def _encoder_part(checkpoint: Checkpoint, precision: str) -> EncoderPart:
 def _require(good: bool, part: str) -> None:
     if not good:
         raise ParityError(f"the exported {part} does not compute what the checkpoint does; no bundle was written")
-
-
-def _producers() -> dict[str, str]:
-    found = {}
-    for package in PRODUCERS:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def main() -> int:

@@ -1,8 +1,10 @@
 """What the commands of this folder share: the demo model as default, errors as one line, parity tables."""
 
+import contextlib
+import importlib.metadata
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,15 @@ def choose_resolution(asked: int | None, checkpoint: Checkpoint) -> int:
             f"try {below} or {below + stride}"
         )
     return resolution
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """package -> version of those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 class ParityError(Exception):

@@ -76,7 +76,8 @@ def test_fp16_is_fp16_through_and_through(tmp_path):
 def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder_export, "INLINE_BYTES", 1000)
     export_encoder(tiny(), tmp_path / "fp32.onnx", "fp32")
-    assert (tmp_path / "fp32.onnx.data").stat().st_size > 10 * (tmp_path / "fp32.onnx").stat().st_size / 10
+    weights = sum(parameter.nbytes for parameter in tiny().parameters() if parameter.ndim > 1)
+    assert (tmp_path / "fp32.onnx.data").stat().st_size >= weights
     assert any(t.external_data for t in onnx.load(tmp_path / "fp32.onnx", load_external_data=False).graph.initializer)
     onnxruntime.InferenceSession(tmp_path / "fp32.onnx").run(None, {"pixel_values": np.zeros((1, 3, 64, 64), "f4")})
 
