@@ -1,0 +1,73 @@
+"""Train a ConvLLaVA, or one of its parts, as a recipe says.
+
+    python -m train RECIPE.yaml [key=value ...]
+    torchrun --nproc-per-node 8 -m train RECIPE.yaml [key=value ...]
+
+The same command again goes on from the newest checkpoint in the recipe's `out`. See `train.recipe` for the keys.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from train.recipe import Recipe, RecipeError, read_recipe
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", help="YAML file; `train/recipes` has some")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe; dotted where nested")
+    args = parser.parse_args()
+    try:
+        recipe = read_recipe(args.recipe, args.overrides)
+        recipe.accumulation(int(os.environ.get("WORLD_SIZE", "1")))
+        run(recipe)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def is_users(error: Exception) -> bool:
+    """Whether the user can put it right: then it is one line without a traceback."""
+    if isinstance(error, RecipeError):
+        return True
+    from train.model import CheckpointError
+    from train.report import TooManySkipped
+
+    return isinstance(error, CheckpointError | TooManySkipped)
+
+
+def run(recipe: Recipe) -> None:
+    """Everything after the recipe's own checks. torch is imported here, so that those are quick."""
+    from train import distributed, loop, state
+
+    out = Path(recipe.out)
+    state.check_same_run(out, recipe)
+    if state.is_finished(out):
+        print(f"{out / 'final'}: this run has finished")
+        return
+    world = distributed.join()
+    try:
+        loop.seed_everything(recipe.seed)  # the same on every process: new weights are drawn from it
+        loop.train(make_task(recipe, world), recipe, world)
+    finally:
+        distributed.leave()
+
+
+def make_task(recipe: Recipe, world):
+    if recipe.task == "local":
+        from train.local import LocalTask
+
+        return LocalTask(recipe, world)
+    from train.conversations import ConversationTask
+
+    return ConversationTask(recipe, world)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

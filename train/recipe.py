@@ -1,0 +1,331 @@
+"""A training run as a YAML file: read, overridden from the command line, checked before anything is loaded.
+
+    python -m train recipe.yaml out=runs/first learning_rate=1e-4 lora.rank=8
+
+Paths in a recipe are relative to the folder the command runs in, as they are on the command line.
+"""
+
+import difflib
+import types
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+TASKS = ("conversation", "local")
+ASPECTS = ("pad", "any")
+PRECISIONS = ("auto", "fp32", "bf16")
+ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
+TEMPLATES = ("vicuna_v1", "plain", "chatml")
+# Keys that may differ between the run that wrote a checkpoint and the one that goes on from it: none of them changes
+# a weight
+HARMLESS = frozenset({"out", "log_every", "save_every", "keep", "workers", "malformed_limit"})
+
+T = TypeVar("T")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the key, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Where a new model's ConvNeXt comes from; exactly one of the first three.
+
+    pretrained: folder or Hub id of a Hugging Face ConvNeXt, of four stages or of five.
+    timm: name of a ConvNeXt in timm, with timm's weights, such as `convnext_large_mlp.clip_laion2b_ft_320`.
+    variant: a name in `train.model.VARIANTS`; weights drawn from `seed`.
+    fifth_stage: [blocks, channels] of a new fifth stage behind the four, or null for none.
+    layer_scale: initial layer scale of what is drawn from `seed`.
+    """
+
+    pretrained: str | None = None
+    timm: str | None = None
+    variant: str | None = None
+    fifth_stage: tuple[int, int] | None = None
+    layer_scale: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the language model's linear layers (arXiv 2106.09685), in place of its own weights.
+
+    targets: names of the layers, as peft's `target_modules`.
+    """
+
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Records:
+    """One dataset of conversations.
+
+    records: LLaVA's JSON, a list, or JSON lines. images: the folder that its image paths are relative to.
+    weight: how often an epoch goes through it; 0.5 is a half, drawn anew each epoch, and 2.5 is twice and a half.
+    """
+
+    records: str
+    images: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run computes.
+
+    out: folder of the run: checkpoints, log, curve.
+    task: `conversation`, or `local`: auxiliary classifiers on the encoder's stages, set up by the section `local`.
+
+    checkpoint: the model to start from, folder or Hub id in the released layout; or else its parts:
+    language_model: folder or Hub id of a Llama; encoder: see `Encoder`; projector: `mlp2x_gelu`, `linear`, ...
+
+    train: the parts to train: `projector`, `fifth_stage`, `encoder`, `encoder.stages.N`, `language_model`; see
+        `train.parts`.
+    learning_rates: by part, where one differs from `learning_rate`.
+    lora: adapters instead of the language model's own weights.
+
+    data: the conversations. resolution: side of the images, pixels. aspect: `pad` or `any`; None: `pad`.
+    template, system: of the prompts; None: the checkpoint's own, else `vicuna_v1`'s. max_length: positions of a
+        sequence, visual tokens included; a longer conversation is cut at its end.
+    malformed_limit: how many records may be skipped for what is wrong with them.
+
+    global_batch: records of an optimiser step, over all processes. micro_batch: records of one forward pass.
+    epochs or steps: exactly one of the two.
+    warmup_ratio: share of the steps in which the learning rate rises from 0, before its cosine to 0.
+    weight_decay: AdamW's, on matrices and kernels. max_grad_norm: what gradients are scaled down to.
+
+    precision: `bf16` computes in bfloat16 (autocast) with float32 weights where they are trained; `auto` is bf16
+        where a GPU has it, else fp32.
+    attention: `auto` is FlashAttention 2 where it is installed and there is a GPU that computes in bf16, else SDPA.
+    fsdp: shard weights, gradients and optimiser over the processes (torch's fully_shard).
+    save_every: steps between checkpoints. keep: newest ones that stay. workers: processes that read data, for each
+        training process.
+    """
+
+    out: str
+    train: tuple[str, ...]
+    learning_rate: float
+    global_batch: int
+    micro_batch: int
+    task: str = "conversation"
+    checkpoint: str | None = None
+    language_model: str | None = None
+    encoder: Encoder | None = None
+    projector: str = "mlp2x_gelu"
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    lora: Lora | None = None
+    data: tuple[Records, ...] = ()
+    local: dict[str, Any] = field(default_factory=dict)
+    resolution: int | None = None
+    aspect: str = "pad"
+    template: str | None = None
+    system: str | None = None
+    max_length: int = 2048
+    malformed_limit: int = 100
+    epochs: float | None = None
+    steps: int | None = None
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    attention: str = "auto"
+    fsdp: bool = False
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 1
+    workers: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        for key, choices in (
+            ("task", TASKS),
+            ("aspect", ASPECTS),
+            ("precision", PRECISIONS),
+            ("attention", ATTENTIONS),
+            ("template", (*TEMPLATES, None)),
+        ):
+            if (value := getattr(self, key)) not in choices:
+                raise RecipeError(f"{key}: {value!r}, expected one of {', '.join(map(str, choices))}")
+        for key in ("global_batch", "micro_batch", "max_length", "save_every", "keep", "log_every"):
+            _at_least(key, getattr(self, key), 1)
+        for key in ("steps", "workers", "malformed_limit", "seed", "weight_decay", "learning_rate"):
+            _at_least(key, getattr(self, key), 0)
+        if self.max_grad_norm <= 0:
+            raise RecipeError(f"max_grad_norm: {self.max_grad_norm}, expected more than 0")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise RecipeError(f"warmup_ratio: {self.warmup_ratio}, expected a share of the steps, 0 to 1")
+        if (self.epochs is None) == (self.steps is None):
+            raise RecipeError("epochs, steps: expected exactly one of the two")
+        if self.epochs is not None and self.epochs <= 0:
+            raise RecipeError(f"epochs: {self.epochs}, expected more than 0")
+        self._check_model()
+        self._check_parts()
+
+    def _check_model(self) -> None:
+        if self.checkpoint is not None and (self.encoder or self.language_model):
+            raise RecipeError("checkpoint: has an encoder and a language_model; remove it, or those two keys")
+        if self.checkpoint is None and not (self.encoder and self.language_model):
+            raise RecipeError("checkpoint: missing; give one to start from, or both encoder and language_model")
+        if self.encoder:
+            given = [key for key in ("pretrained", "timm", "variant") if getattr(self.encoder, key)]
+            if len(given) != 1:
+                found = " and ".join(given) or "none"
+                raise RecipeError(f"encoder: expected exactly one of pretrained, timm and variant, found {found}")
+        if self.task == "conversation" and not self.data:
+            raise RecipeError("data: missing; expected a list of records and images")
+
+    def _check_parts(self) -> None:
+        if not self.train:
+            raise RecipeError("train: no parts, so that nothing would change")
+        for part in self.learning_rates:
+            if part not in self.train:
+                raise RecipeError(
+                    f"learning_rates.{part}: {part} is frozen, as train has only {', '.join(self.train)}; add it there "
+                    "or remove its rate"
+                )
+        if self.lora and "language_model" not in self.train:
+            raise RecipeError(
+                "lora: its adapters belong to language_model, which is frozen; add language_model to train or remove "
+                "lora"
+            )
+
+    def accumulation(self, processes: int) -> int:
+        """Micro-batches of a process in a step. Raises RecipeError where the batch does not divide."""
+        at_once = self.micro_batch * processes
+        if self.global_batch % at_once:
+            raise RecipeError(
+                f"global_batch: {self.global_batch} is not a multiple of {at_once}, which {processes} process(es) with "
+                f"micro_batch {self.micro_batch} take at once"
+            )
+        return self.global_batch // at_once
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return _plain(asdict(self))
+
+
+def read_recipe(file: str | Path, overrides: list[str] = ()) -> Recipe:
+    """The recipe in `file` with `key=value` overrides; keys may be dotted (`lora.rank=8`), values are YAML.
+
+    Raises RecipeError for a file that cannot be read, an unknown key (naming the nearest), a value of the wrong type,
+    a missing key, or values that do not go together.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file}: expected keys and values, found {_name_of(content)}")
+    for override in overrides:
+        _override(content, override)
+    return build(Recipe, content)
+
+
+def build(cls: type[T], content: dict[str, Any], where: str = "") -> T:
+    """A dataclass from plain YAML types, checked against its annotations. `where` stands before keys in messages.
+
+    Raises RecipeError for an unknown key, a wrong type or a missing key.
+    """
+    hints = get_type_hints(cls)
+    names = [entry.name for entry in fields(cls)]
+    for key in content:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+            raise RecipeError(f"{where}{key}: unknown key; the nearest is {where}{near[0]}")
+    for entry in fields(cls):
+        if entry.name not in content and entry.default is MISSING and entry.default_factory is MISSING:
+            raise RecipeError(f"{where}{entry.name}: missing")
+    return cls(**{key: _convert(value, hints[key], f"{where}{key}") for key, value in content.items()})
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Top-level keys in which two recipes (`to_dict`) differ, but for the harmless ones."""
+    return sorted(key for key in old.keys() | new.keys() if key not in HARMLESS and old.get(key) != new.get(key))
+
+
+def _at_least(key: str, value: float | None, least: int) -> None:
+    if value is not None and value < least:
+        raise RecipeError(f"{key}: {value}, expected at least {least}")
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{override}: expected key=value")
+    *sections, last = key.split(".")
+    # A part's name has dots of its own
+    if sections and sections[0] == "learning_rates":
+        sections, last = sections[:1], ".".join([*sections[1:], last])
+    for depth, section in enumerate(sections):
+        if content.get(section) is None:
+            content[section] = {}
+        content = content[section]
+        if not isinstance(content, dict):
+            raise RecipeError(f"{override}: {'.'.join(sections[: depth + 1])} has no keys; it is {_name_of(content)}")
+    try:
+        content[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{override}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _convert(value, next(a for a in arguments if a is not type(None)), where)
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise _wrong(where, "keys and values", value)
+        return build(hint, value, f"{where}.")
+    if origin is tuple:
+        return _convert_list(value, arguments, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(where, "keys and values", value)
+        return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float:
+        return _convert_float(value, where)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise _wrong(where, {int: "a whole number", str: "text", bool: "true or false"}[hint], value)
+    return value
+
+
+def _convert_list(value: Any, items: tuple[Any, ...], where: str) -> tuple:
+    if not isinstance(value, list | tuple):
+        raise _wrong(where, "a list", value)
+    if items[-1] is not Ellipsis and len(items) != len(value):
+        raise _wrong(where, f"a list of {len(items)}", value)
+    return tuple(_convert(item, items[0], f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _convert_float(value: Any, where: str) -> float:
+    """YAML 1.1 reads 3e-4, which lacks a dot, as text."""
+    try:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(value)
+    except ValueError:
+        pass
+    raise _wrong(where, "a number", value)
+
+
+def _wrong(where: str, expected: str, value: Any) -> RecipeError:
+    return RecipeError(f"{where}: expected {expected}, found {_name_of(value)}")
+
+
+def _name_of(value: Any) -> str:
+    kind = {dict: "keys and values", list: "a list", type(None): "nothing"}.get(type(value))
+    return kind or repr(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
