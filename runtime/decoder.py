@@ -57,6 +57,12 @@ class Sequence:
         logits = self._logits
         self._binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
 
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` positions. Raises ValueError if there are not so many."""
+        if not 0 <= length <= self.cache.length:
+            raise ValueError(f"cannot go back to {length} positions, the KV cache holds {self.cache.length}")
+        self.cache.length = length
+
     def forward(self, ids: list[int], image_embeds: np.ndarray | None = None) -> np.ndarray:
         """Take `ids` [S] after what the cache holds.
 

@@ -21,6 +21,7 @@ from PIL import Image
 from runtime import prompt as prompts
 from runtime.bundle import Bundle, open_bundle
 from runtime.decoder import Decoder
+from runtime.decoder import Sequence as DecoderSequence
 from runtime.encoder import Encoder
 from runtime.errors import UserError
 from runtime.image import open_image, preprocess, target_size
@@ -136,6 +137,10 @@ class Model:
         """A conversation of several turns, whose images and answers are computed once."""
         return Conversation(self, options)
 
+    def about(self, images: Sequence[ImageSource], options: Options | None = None) -> "Questions":
+        """Questions that do not know of each other, about the same images, which are encoded and prefilled once."""
+        return Questions(self, images, options)
+
 
 class Conversation:
     """Turns that share a KV cache, which has room for the whole context; with single_turn, for one question and its
@@ -157,6 +162,19 @@ class Conversation:
             images = [images]
         ids, limit, preprocess_ms, encode_ms = self._inputs(prompt, images, trace)
         sequence = self._sequence or self._start(len(ids) + limit)
+        yield from self._answer(sequence, ids, limit, trace, begin, (preprocess_ms, encode_ms))
+
+    def _answer(
+        self,
+        sequence: DecoderSequence,
+        ids: list[int],
+        limit: int,
+        trace: Trace,
+        begin: float,
+        before_ms: tuple[float, float],
+    ) -> Iterator[Piece]:
+        """Prefill `ids`, then decode. before_ms: what preprocessing and encoding took."""
+        preprocess_ms, encode_ms = before_ms
         prefill_begin = time.perf_counter()
         logits = sequence.forward(ids, trace.image_embeds)
         prefill_ms = _ms_since(prefill_begin)
@@ -171,7 +189,7 @@ class Conversation:
 
         yield from self._decode(logits, limit, begin, finish)
 
-    def _start(self, single_turn_length: int):
+    def _start(self, single_turn_length: int = 0) -> DecoderSequence:
         capacity = single_turn_length if self._single_turn else self._model.bundle.decoder.context_length
         return self._model.decoder.start(capacity)
 
@@ -248,6 +266,50 @@ class Conversation:
             texts.append(text)
             result = finish("".join(texts), generated, reason, first_ms, decode_s) if reason else None
             yield Piece(text, token, elapsed, result)
+
+
+class Questions(Conversation):
+    """Questions about the same images, each answered as if it were the only one.
+
+    What the prompts have in common up to the first token that differs, the images above all, stays in the KV cache.
+    """
+
+    def __init__(self, model: Model, images: Sequence[ImageSource], options: Options | None = None):
+        """Nothing is computed before the first question."""
+        super().__init__(model, options)
+        self._images = [images] if isinstance(images, str | bytes | PathLike | Image.Image) else list(images)
+        self._seen: Trace | None = None  # pixel values and embeds of the images, once they are encoded
+        self._image_tokens: list[int] = []  # visual tokens of each image
+        self._held: list[int] = []  # ids of the last prompt, which the KV cache still begins with
+
+    def ask(self, prompt: str, trace: Trace | None = None) -> Iterator[Piece]:
+        """As `Model.generate` with the images: the same tokens. The Result's prompt_tokens are those prefilled anew."""
+        begin = time.perf_counter()
+        trace = trace if trace is not None else Trace()
+        if self._sequence is None:
+            ids, limit, *before_ms = self._inputs(prompt, self._images, trace)
+            sequence, kept, self._seen = self._start(), 0, trace
+            area = self._model.bundle.image.multiple**2
+            self._image_tokens = [pixels[0].size // area for pixels in trace.pixel_values]
+        else:
+            sequence, before_ms = self._sequence, (0.0, 0.0)
+            trace.pixel_values, trace.image_embeds = self._seen.pixel_values, self._seen.image_embeds
+            text = prompts.first_turn(self._model.bundle.prompt, prompt, len(self._image_tokens), self._options.system)
+            ids = self._model.tokenizer.encode_prompt(text, self._image_tokens)
+            # The last id is fed in any case, for its logits. A prefill that failed left the cache shorter than its ids.
+            kept = _common_length(self._held[: sequence.cache.length], ids[:-1])
+            sequence.rewind(kept)
+            limit = self._limit(ids[kept:])
+        self._held = ids
+        yield from self._answer(sequence, ids[kept:], limit, trace, begin, before_ms)
+
+
+def _common_length(one: list[int], other: list[int]) -> int:
+    """How many ids the two begin with alike."""
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return min(len(one), len(other))
 
 
 def load(bundle: str | PathLike | None = None, threads: int | None = None) -> Model:

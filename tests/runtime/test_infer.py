@@ -331,3 +331,36 @@ def test_a_terminal_without_unicode_gets_an_answer(conformance_bundle, reference
     options = ["--image", conformance / case["image"], "--prompt", case["prompt"], "--max-new-tokens", 24]
     assert answer(conformance_bundle, *options)["text"] == case["generated_text"]
     assert infer(conformance_bundle, *options).returncode == 0
+
+
+def test_questions_about_the_same_images_are_answered_as_if_alone(model, picture):
+    options = runtime.Options(max_new_tokens=6)
+    prompts = ["What is this?", "What is this? Say it in one word.", "<image> before?", "What is this?"]
+    questions = model.about([picture], options)
+    for number, prompt in enumerate(prompts):
+        trace, alone_trace = runtime.Trace(), runtime.Trace()
+        *_, last = questions.ask(prompt, trace)
+        *_, alone = model.generate([picture], prompt, options, alone_trace)
+        assert (last.result.token_ids, last.result.text) == (alone.result.token_ids, alone.result.text)
+        scale = np.abs(alone_trace.first_logits).max()
+        np.testing.assert_allclose(trace.first_logits, alone_trace.first_logits, rtol=0, atol=1e-5 * scale)
+        np.testing.assert_array_equal(trace.image_embeds, alone_trace.image_embeds)
+        if number:  # the image is neither encoded again nor, where it comes first, prefilled again
+            assert last.result.timings.encode_ms == 0
+            assert last.result.prompt_tokens < alone.result.prompt_tokens - (16 if prompt[0] != "<" else 0)
+
+
+def test_a_question_that_fails_does_not_harm_the_next(model, picture, monkeypatch):
+    options = runtime.Options(max_new_tokens=4)
+    questions = model.about(picture, options)
+    *_, first = questions.ask("What is this?")
+    with pytest.raises(runtime.UserError, match="longer than the context"):
+        list(questions.ask("word " * 5000))
+    session = questions._sequence._decoder.session
+    with monkeypatch.context() as patch:
+        patch.setattr(questions._sequence._decoder, "session", None)
+        with pytest.raises(AttributeError):
+            list(questions.ask("And is this what it was?"))
+    assert questions._sequence._decoder.session is session
+    *_, again = questions.ask("What is this?")
+    assert again.result.token_ids == first.result.token_ids
