@@ -7,6 +7,7 @@ from train.model.checkpoint import (
     load_language_state,
     load_model,
     save_checkpoint,
+    save_state,
 )
 from train.model.convllava import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConvLLaVA, ImageEncoder
 from train.model.encoder import VARIANTS, ConvNeXtEncoder, EncoderConfig
@@ -27,4 +28,5 @@ __all__ = [
     "load_language_state",
     "load_model",
     "save_checkpoint",
+    "save_state",
 ]

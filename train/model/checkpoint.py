@@ -87,8 +87,8 @@ class Checkpoint:
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
         """`source`: a folder or a Hub id. Raises CheckpointError if a file is missing or is not what it should be."""
-        folder = _folder_or_hub(str(source))
-        config = _read_json(folder / "config.json")
+        folder = folder_or_hub(str(source))
+        config = read_json(folder / "config.json")
         if (kind := config.get("model_type")) != "llava_llama":
             raise CheckpointError(
                 f"{folder / 'config.json'}: model_type is {kind!r}, expected 'llava_llama': give a checkpoint in the "
@@ -99,8 +99,8 @@ class Checkpoint:
             folder,
             vision_folder,
             config,
-            _read_json(vision_folder / "config.json"),
-            _read_json(vision_folder / "preprocessor_config.json"),
+            read_json(vision_folder / "config.json"),
+            read_json(vision_folder / "preprocessor_config.json"),
         )
 
     @property
@@ -266,13 +266,18 @@ def save_checkpoint(model: ConvLLaVA, like: Checkpoint, folder: Path, dtype: tor
     dtype: of the weights on disk; None keeps the one each tensor has in `like`'s files, so that loading and saving
     again changes no bit. The folder appears whole or not at all. Raises FileExistsError if it is there already.
     """
+    save_state(model.state_dict(), like, folder, dtype)
+
+
+def save_state(state: dict[str, Tensor], like: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """`save_checkpoint` of a ConvLLaVA's state_dict, which may be on any device."""
     if folder.exists():
         raise FileExistsError(f"{folder} exists; a checkpoint is written to a new folder")
-    main = dict(model.decoder.state_dict())
+    main = _under("decoder.", state)
     if like.config.get("tie_word_embeddings"):
         main.pop(HEAD, None)  # the embedding once more
-    main |= {PROJECTOR + key: tensor for key, tensor in model.image_encoder.projector.state_dict().items()}
-    tower = {timm_to_hf(key): tensor for key, tensor in model.image_encoder.encoder.state_dict().items()}
+    main |= {PROJECTOR + key: tensor for key, tensor in _under("image_encoder.projector.", state).items()}
+    tower = {timm_to_hf(key): tensor for key, tensor in _under("image_encoder.encoder.", state).items()}
     if dtype is None:
         stored = {item.key: item.tensor.dtype for item in like.language_tensors()}
         stored |= {item.key: item.tensor.dtype for item in like.projector_tensors()}
@@ -296,6 +301,11 @@ def save_checkpoint(model: ConvLLaVA, like: Checkpoint, folder: Path, dtype: tor
         if (like.folder / name).is_file():
             shutil.copy(like.folder / name, partial / name)
     partial.rename(folder)
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose name begins with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _collect(
@@ -340,7 +350,7 @@ def _weights(folder: Path) -> Path | None:
 
 def _shards(index: Path) -> dict[str, Path]:
     """key -> file."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: no weight_map from keys to files, expected the index of a sharded checkpoint")
     return {key: index.parent / name for key, name in weight_map.items()}
@@ -407,7 +417,8 @@ def _is_zip(file: Path) -> bool:
         return stream.read(2) == b"PK"
 
 
-def _folder_or_hub(source: str) -> Path:
+def folder_or_hub(source: str) -> Path:
+    """The folder `source`, or that of the Hub id, fetched first. Raises CheckpointError."""
     folder = Path(os.path.expanduser(source))  # unlike Path's own, it lets an unknown ~user be
     if folder.is_dir():
         return folder
@@ -441,7 +452,7 @@ def _find_vision_folder(folder: Path, config: dict) -> Path:
             "say where the encoder is"
         )
     try:
-        return _folder_or_hub(name)
+        return folder_or_hub(name)
     except CheckpointError as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: mm_vision_tower: {error}; put the encoder into {folder / 'vision_tower'}, or "
@@ -449,7 +460,8 @@ def _find_vision_folder(folder: Path, config: dict) -> Path:
         ) from error
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """Raises CheckpointError for a file that is missing or no JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

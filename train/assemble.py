@@ -1,0 +1,244 @@
+"""The model a run starts from: a checkpoint in the released layout, or an encoder, a projector and a language model.
+
+Opening (`Source.open`) reads configurations alone, so that what does not fit is known before gigabytes are read.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.models.convnext import ConvNeXt
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from train.model import (
+    Checkpoint,
+    CheckpointError,
+    ConvLLaVA,
+    ConvNeXtEncoder,
+    EncoderConfig,
+    ImageEncoder,
+    build_projector,
+    load_language_state,
+    load_model,
+)
+from train.model.checkpoint import folder_or_hub, read_json
+from train.recipe import Encoder, Recipe, RecipeError
+
+# CLIP's, which every ConvLLaVA was trained with
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+DEFAULT_RESOLUTION = 768  # of a new model; the original's first
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run starts from, opened but not loaded.
+
+    like: the configurations and tokenizer files that the run's checkpoints are written with. `checkpoint`: what is
+    read, None where the model is put together. encoder_config: of the model to be trained, new fifth stage included.
+    """
+
+    like: Checkpoint
+    checkpoint: Checkpoint | None
+    encoder_config: EncoderConfig
+    recipe: Recipe
+
+    @classmethod
+    def open(cls, recipe: Recipe) -> "Source":
+        """Raises CheckpointError or RecipeError where there is no such thing, or it is not what it should be."""
+        if recipe.checkpoint is not None:
+            checkpoint = Checkpoint.open(recipe.checkpoint)
+            config = checkpoint.encoder_config
+            return cls(_as_trained(checkpoint, recipe), checkpoint, config, recipe)
+        config, preprocessor = _encoder_to_build(recipe.encoder)
+        language = _open_llama(recipe.language_model)
+        like = dataclasses.replace(
+            language,
+            config=language.config | _llava_config(recipe, config),
+            vision_config=_vision_config(config),
+            preprocessor=preprocessor,
+        )
+        return cls(_as_trained(like, recipe), None, config, recipe)
+
+    @property
+    def projector(self) -> str:
+        return self.like.config.get("mm_projector_type", "linear")
+
+    def load(self) -> ConvLLaVA:
+        """The model in float32; what is new is drawn from torch's global generator."""
+        if self.checkpoint:
+            return load_model(self.checkpoint)
+        encoder = _build_encoder(self.recipe.encoder, self.encoder_config)
+        llama = self.like.llama_config
+        decoder = LlamaForCausalLM.from_pretrained(
+            None, config=llama, state_dict=load_language_state(self.like, torch.float32), dtype=torch.float32
+        )
+        try:
+            projector = build_projector(self.projector, self.encoder_config.widths[-1], llama.hidden_size)
+        except ValueError as error:
+            raise RecipeError(f"projector: {error}") from None
+        return ConvLLaVA(ImageEncoder(encoder, projector), decoder)
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """Of the run's checkpoints: a model put together has its language model's; None: each tensor its own."""
+        return None if self.checkpoint else next(self.like.language_tensors()).tensor.dtype
+
+
+def _as_trained(like: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """`like` with what the recipe says of resolution, aspect and template, for whoever uses the checkpoints."""
+    config = like.config | {"image_aspect_ratio": recipe.aspect}
+    vision, preprocessor = like.vision_config, like.preprocessor
+    if recipe.template and recipe.template != config.get("conversation_template", "vicuna_v1"):
+        config["conversation_template"] = recipe.template
+        config.pop("conversation_system", None)  # it was the other template's
+    if recipe.system is not None:
+        config["conversation_system"] = recipe.system
+    if recipe.resolution and recipe.resolution != like.resolution:
+        side = recipe.resolution
+        config["mm_vision_resolution"] = side
+        vision = vision | {"image_size": side}
+        preprocessor = preprocessor | {
+            "crop_size": {"height": side, "width": side},
+            "size": {"shortest_edge": side},
+        }
+    return dataclasses.replace(like, config=config, vision_config=vision, preprocessor=preprocessor)
+
+
+def _open_llama(source: str) -> Checkpoint:
+    """A Llama's folder or Hub id, as a checkpoint without an encoder."""
+    folder = folder_or_hub(source)
+    config = read_json(folder / "config.json")
+    if (kind := config.get("model_type")) != "llama":
+        raise CheckpointError(f"{folder / 'config.json'}: model_type is {kind!r}, expected 'llama'")
+    return Checkpoint(folder, folder, config, {}, {})
+
+
+def _llava_config(recipe: Recipe, encoder: EncoderConfig) -> dict[str, Any]:
+    """What a LlavaConfig has beside its Llama's keys."""
+    return {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_hidden_size": encoder.widths[-1],
+        "mm_projector_type": recipe.projector,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_resolution": recipe.resolution or DEFAULT_RESOLUTION,
+        "mm_vision_select_layer": -1,
+        "mm_vision_tower": "vision_tower",
+        "tokenizer_model_max_length": recipe.max_length,
+        "vision_add_five_stage": 0,
+    }
+
+
+def _vision_config(encoder: EncoderConfig) -> dict[str, Any]:
+    return {
+        "model_type": "convnext",
+        "depths": list(encoder.depths),
+        "hidden_sizes": list(encoder.widths),
+        "hidden_act": "gelu",
+        "layer_scale_init_value": encoder.layer_scale,
+        "norm_eps": encoder.norm_eps,
+        "num_channels": 3,
+        "num_stages": len(encoder.depths),
+        "patch_size": encoder.patch_size,
+    }
+
+
+def _preprocessor(mean: tuple[float, ...], std: tuple[float, ...], side: int = DEFAULT_RESOLUTION) -> dict[str, Any]:
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": side, "width": side},
+        "size": {"shortest_edge": side},
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "resample": 3,
+    }
+
+
+def _encoder_to_build(encoder: Encoder) -> tuple[EncoderConfig, dict[str, Any]]:
+    """The shape of a new model's encoder, fifth stage included, and its preprocessor_config.json."""
+    if encoder.variant:
+        try:
+            config = EncoderConfig.from_variant(encoder.variant, layer_scale=encoder.layer_scale)
+        except ValueError as error:
+            raise RecipeError(f"encoder.variant: {error}") from None
+        preprocessor = _preprocessor(MEAN, STD)
+    elif encoder.timm:
+        model = _timm_model(encoder.timm, pretrained=False)
+        config = _timm_config(model)
+        preprocessor = _preprocessor(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    else:
+        tower = _open_convnext(encoder.pretrained)
+        config = tower.encoder_config
+        statistics = (tower.preprocessor.get("image_mean", MEAN), tower.preprocessor.get("image_std", STD))
+        preprocessor = _preprocessor(*statistics)
+    if encoder.fifth_stage is None:
+        return config, preprocessor
+    if len(config.depths) == 5:
+        raise RecipeError(f"encoder.fifth_stage: {encoder.pretrained} has one already; remove the key")
+    depth, width = encoder.fifth_stage
+    five = dataclasses.replace(config, depths=(*config.depths, depth), widths=(*config.widths, width))
+    return five, preprocessor
+
+
+def _build_encoder(encoder: Encoder, config: EncoderConfig) -> ConvNeXtEncoder:
+    """The encoder with what is pretrained of it loaded. Raises CheckpointError where that does not fit."""
+    built = ConvNeXtEncoder(config)
+    if encoder.variant:
+        return built
+    found = _timm_state(encoder.timm) if encoder.timm else _convnext_state(encoder.pretrained)
+    new = "stages.4." if encoder.fifth_stage else None
+    expected = {name: tensor for name, tensor in built.state_dict().items() if not (new and name.startswith(new))}
+    wrong = [name for name in expected.keys() | found.keys() if _shape(expected, name) != _shape(found, name)]
+    if wrong:
+        name = min(wrong)
+        raise CheckpointError(
+            f"{encoder.timm or encoder.pretrained}: {name}: expected shape {_shape(expected, name)}, found "
+            f"{_shape(found, name)}; it is not a plain ConvNeXt"
+        )
+    built.load_state_dict(found, strict=False)
+    return built
+
+
+def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None
+
+
+def _open_convnext(source: str) -> Checkpoint:
+    """A Hugging Face ConvNeXt's folder or Hub id, as a checkpoint without a language model."""
+    folder = folder_or_hub(source)
+    file = folder / "preprocessor_config.json"
+    return Checkpoint(folder, folder, {}, read_json(folder / "config.json"), read_json(file) if file.is_file() else {})
+
+
+def _convnext_state(source: str) -> dict[str, Tensor]:
+    """By timm's names; a key that has none of those keeps its own."""
+    tensors = _open_convnext(source).vision_tensors()
+    return {item.name or item.key: item.tensor for item in tensors if not item.key.startswith("classifier.")}
+
+
+def _timm_model(name: str, pretrained: bool) -> ConvNeXt:
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # an unknown name, or no network
+        raise RecipeError(f"encoder.timm: {name}: {' '.join(str(error).split())}") from error
+    if not isinstance(model, ConvNeXt):
+        raise RecipeError(f"encoder.timm: {name} is a {type(model).__name__}, not a ConvNeXt")
+    return model
+
+
+def _timm_config(model: ConvNeXt) -> EncoderConfig:
+    block = model.stages[0].blocks[0]
+    return EncoderConfig(
+        depths=tuple(len(stage.blocks) for stage in model.stages),
+        widths=tuple(stage["num_chs"] for stage in model.feature_info),
+        layer_scale=1e-6 if block.gamma is not None else 0.0,
+        norm_eps=block.norm.eps,
+    )
+
+
+def _timm_state(name: str) -> dict[str, Tensor]:
+    state = _timm_model(name, pretrained=True).state_dict()
+    return {name: tensor for name, tensor in state.items() if name.startswith(("stem.", "stages."))}

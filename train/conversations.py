@@ -1,0 +1,183 @@
+"""The task of LLaVA's stages: learn the answers of conversations about images."""
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from train.assemble import MEAN, STD, Source
+from train.data.collate import ConversationBatch, collate
+from train.data.conversation import TEMPLATES
+from train.data.dataset import Conversation, Conversations
+from train.data.image import ImageRule
+from train.data.sampler import Sampler, micro_batches
+from train.data.tokenizer import TokenizerError, load_tokenizer
+from train.distributed import World
+from train.loop import Loss, compute_dtype
+from train.lora import add_lora, merge_lora
+from train.model import IGNORE_INDEX, CheckpointError, ConvLLaVA, save_state
+from train.parts import check_parts, freeze_others, parameter_groups
+from train.recipe import Recipe, RecipeError
+
+_OUTER = "model."  # what `AnswerLoss` puts in front of the names of a ConvLLaVA's parameters
+
+
+class AnswerLoss(nn.Module):
+    """A batch of conversations to the cross-entropy of its answers. Right-padded, as in the original."""
+
+    def __init__(self, model: ConvLLaVA):
+        super().__init__()
+        self.model = model
+
+    def forward(self, conversations: list[Conversation]) -> tuple[Tensor, int]:
+        """Returns the sum over all learnt labels of -log p(label), float32, and their number.
+
+        A label is learnt where it is not IGNORE_INDEX, and predicted from the position before it. Logits are computed
+        for those positions only: over the whole batch they would be the largest tensor by far. An empty batch has the
+        sum 0, by way of one token that nothing is learnt from, so that a process without data takes part in FSDP.
+        """
+        embeds, labels = zip(*self._merged(conversations or [self._nothing()]), strict=True)
+        lengths = torch.tensor([len(label) for label in labels], device=labels[0].device)
+        padded = pad_sequence(list(embeds), batch_first=True)  # [B, S, D]
+        mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]  # [B, S]
+        decoder = self.model.decoder
+        states = decoder.model(inputs_embeds=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        targets = pad_sequence(list(labels), batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
+        learnt = targets != IGNORE_INDEX
+        logits = decoder.lm_head(states[:, :-1][learnt])  # [learnt labels, V]
+        return F.cross_entropy(logits.float(), targets[learnt], reduction="sum"), int(learnt.sum())
+
+    def _merged(self, conversations: list[Conversation]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Embeds [S', D] and labels [S'] of each conversation, its images in place."""
+        embeds = iter(self._encode([image for conversation in conversations for image in conversation.images]))
+        for conversation in conversations:
+            own = [next(embeds) for _ in conversation.images]
+            yield self.model.merge(conversation.input_ids, own, conversation.labels)
+
+    def _encode(self, images: list[Tensor]) -> list[Tensor]:
+        """Embeds [T, D] of each image; images of one size go through the encoder together."""
+        embeds: list[Tensor | None] = [None] * len(images)
+        for size in dict.fromkeys(image.shape for image in images):
+            at = [i for i, image in enumerate(images) if image.shape == size]
+            for i, embed in zip(at, self.model.image_encoder(torch.stack([images[i] for i in at])), strict=True):
+                embeds[i] = embed
+        return embeds
+
+    def _nothing(self) -> Conversation:
+        token = torch.zeros(1, dtype=torch.long, device=self.model.decoder.device)
+        return Conversation(token, torch.full_like(token, IGNORE_INDEX), [], 1)
+
+
+class ConversationTask:
+    """A `train.loop.Task`: data from the recipe's JSON files, a ConvLLaVA, the loss of its answers."""
+
+    def __init__(self, recipe: Recipe, world: World):
+        """Raises RecipeError or CheckpointError, for what configurations alone can tell before any weight is read."""
+        self._recipe, self._world = recipe, world
+        self._source = source = Source.open(recipe)
+        check_parts(recipe.train, len(source.encoder_config.depths), source.projector)
+        self._dataset = _dataset(recipe, source)
+        datasets = [(n, records.weight) for n, records in zip(self._dataset.counts, recipe.data, strict=True)]
+        self._sampler = Sampler(self._dataset.lengths, datasets, recipe.global_batch, recipe.seed)
+        self.steps_in_epoch = self._sampler.steps_in_epoch
+        self.model = AnswerLoss(_trainable_model(source, recipe, world))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.model.model, self._recipe)
+
+    def steps(self, first: int, last: int) -> Iterator[Sequence[ConversationBatch]]:
+        count = self._recipe.accumulation(self._world.size)
+        while first < last:
+            epoch, begin = divmod(first, self.steps_in_epoch)
+            end = min(self.steps_in_epoch, begin + last - first)
+            batches = iter(self._loader(epoch, begin, end, count))
+            for _ in range(begin, end):
+                yield [next(batches) for _ in range(count)]
+            first += end - begin
+
+    def loss(self, batch: ConversationBatch) -> Loss:
+        return Loss(*self.model(batch.conversations))
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        weights = {name.removeprefix(_OUTER): tensor for name, tensor in weights.items()}
+        if self._recipe.lora:
+            weights = merge_lora(weights, self._recipe.lora)
+        save_state(weights, self._source.like, folder, self._source.stored_dtype())
+
+    def _loader(self, epoch: int, begin: int, end: int, count: int) -> DataLoader:
+        """This process's micro-batches of some steps of an epoch, in order."""
+        world, size = self._world, self._recipe.micro_batch
+        plan = [
+            indices.tolist()
+            for batch in self._sampler.epoch(epoch)[begin:end]
+            for indices in micro_batches(batch, size, count, world.rank, world.size)
+        ]
+        return DataLoader(
+            self._dataset,
+            batch_sampler=plan,
+            collate_fn=collate,
+            num_workers=self._recipe.workers,
+            generator=torch.Generator(),  # else it would draw its workers' seeds from the model's
+        )
+
+
+def _dataset(recipe: Recipe, source: Source) -> Conversations:
+    config, like, stride = source.like.config, source.like, source.encoder_config.stride
+    resolution = recipe.resolution or like.resolution
+    if resolution % stride:
+        below = max(resolution // stride, 1) * stride
+        raise RecipeError(f"resolution: {resolution} is not a multiple of {stride}; try {below} or {below + stride}")
+    if config.get("mm_use_im_start_end"):
+        raise RecipeError("checkpoint: mm_use_im_start_end is set; training with marked images is not supported")
+    name = config.get("conversation_template", "vicuna_v1")
+    if name not in TEMPLATES:
+        raise RecipeError(f"template: the checkpoint's is {name!r}; give one of {', '.join(TEMPLATES)}")
+    rule = ImageRule(
+        mean=tuple(like.preprocessor.get("image_mean", MEAN)),
+        std=tuple(like.preprocessor.get("image_std", STD)),
+        aspect=recipe.aspect,
+        resolution=resolution,
+        multiple=stride,
+        max_visual_tokens=like.llama_config.max_position_embeddings // 2,  # the other half is for the text
+    )
+    try:
+        tokenizer = load_tokenizer(like.folder)
+    except TokenizerError as error:
+        raise CheckpointError(str(error)) from error
+    return Conversations(
+        recipe.data, TEMPLATES[name], config.get("conversation_system"), tokenizer, rule, recipe.max_length
+    )
+
+
+def _trainable_model(source: Source, recipe: Recipe, world: World) -> ConvLLaVA:
+    """Loaded, with adapters, its frozen parts frozen, attention and checkpointing as the recipe says."""
+    model = source.load()
+    freeze_others(model, recipe.train)
+    if recipe.lora:
+        add_lora(model.decoder, recipe.lora)
+    model.decoder.set_attn_implementation(_attention(recipe, world))
+    if recipe.gradient_checkpointing:
+        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        for stage in model.image_encoder.encoder.stages:
+            stage.grad_checkpointing = True
+    return model
+
+
+def _attention(recipe: Recipe, world: World) -> str:
+    """`auto`: FlashAttention 2 where it can run, which is on a GPU and in half precision only."""
+    can_flash = (
+        find_spec("flash_attn") is not None
+        and world.device.type == "cuda"
+        and compute_dtype(recipe, world) == torch.bfloat16
+    )
+    if recipe.attention == "flash_attention_2" and not can_flash:
+        raise RecipeError(
+            "attention: flash_attention_2 needs the package flash_attn, a GPU, and precision bf16; take auto or sdpa"
+        )
+    return "flash_attention_2" if can_flash and recipe.attention != "sdpa" else "sdpa"

@@ -1,0 +1,159 @@
+"""Conversations from LLaVA's JSON files: an index in memory, images opened when a batch needs them."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from train.data.conversation import Encoded, MalformedError, Template, encode_conversation, images_of, turns_of
+from train.data.image import ImageRule, open_image, preprocess
+from train.data.tokenizer import Tokenizer
+from train.loop import Skipped
+from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from train.recipe import RecipeError, Records
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One record, ready for the model.
+
+    input_ids, labels: [S] int64, as `ConvLLaVA.forward` takes them. images: pixel values, float32 [3, H, W] each.
+    positions: length with the images expanded.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    images: list[Tensor]
+    positions: int
+
+
+class Conversations(Dataset):
+    """Records of several files by one index; each is a Conversation, or Skipped where something is wrong with it.
+
+    lengths: for each record, its number of words, negative where it has no image: what batches are grouped by.
+    """
+
+    def __init__(
+        self,
+        sources: tuple[Records, ...],
+        template: Template,
+        system: str | None,
+        tokenizer: Tokenizer,
+        rule: ImageRule,
+        max_length: int,
+    ):
+        self._sources = sources
+        self._template, self._system, self._tokenizer = template, system, tokenizer
+        self._rule, self._max_length = rule, max_length
+        # One block of bytes, which worker processes share: a list of objects would be copied into each as soon as
+        # Python counts references to them
+        blocks, lengths, self.counts = [], [], []
+        for source in sources:
+            before = len(blocks)
+            for record in read_records(Path(source.records)):
+                blocks.append(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+                lengths.append(length_of(record))
+            if len(blocks) == before:
+                raise RecipeError(f"data: {source.records}: no records in it")
+            self.counts.append(len(blocks) - before)
+        self._bytes = b"".join(blocks)
+        self._ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
+        self.lengths = np.array(lengths, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Conversation | Skipped:
+        source, number = self._locate(index)
+        start = self._ends[index - 1] if index else 0
+        record = json.loads(self._bytes[start : self._ends[index]].decode("utf-8", "surrogatepass"))
+        try:
+            return self._conversation(record, source)
+        except MalformedError as error:
+            name = f"{source.records}[{number}]"
+            if isinstance(record, dict) and "id" in record:
+                name += f" (id {record['id']})"
+            return Skipped(name, str(error))
+
+    def _locate(self, index: int) -> tuple[Records, int]:
+        """The source of a record, and its number there."""
+        for source, count in zip(self._sources, self.counts, strict=True):
+            if index < count:
+                return source, index
+            index -= count
+        raise IndexError
+
+    def _conversation(self, record: Any, source: Records) -> Conversation:
+        if not isinstance(record, dict):
+            raise MalformedError("not a JSON object")
+        turns = turns_of(record)
+        pixels = [self._pixels(image, source) for image in images_of(record)]
+        try:
+            encoded = encode_conversation(turns, self._template, self._tokenizer, self._system)
+        except UnicodeEncodeError:
+            raise MalformedError("a lone surrogate, which no encoding can represent") from None
+        tokens = [self._rule.tokens(image) for image in pixels]
+        encoded, positions = truncate(encoded, tokens, self._max_length)
+        return Conversation(
+            torch.tensor(encoded.ids), torch.tensor(encoded.labels), [torch.from_numpy(p) for p in pixels], positions
+        )
+
+    def _pixels(self, image: str, source: Records) -> np.ndarray:
+        if source.images is None:
+            raise MalformedError(f"image {image}, but its dataset has no folder 'images'")
+        file = Path(source.images) / image
+        try:
+            return preprocess(open_image(file), self._rule)
+        except ValueError as error:
+            raise MalformedError(f"image {file}: {error}") from error
+
+
+def read_records(file: Path) -> Iterator[Any]:
+    """The records of a JSON list or of JSON lines. Raises RecipeError for a file that is neither."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            if file.suffix == ".jsonl":
+                yield from (json.loads(line) for line in stream if line.strip())
+                return
+            content = json.load(stream)
+    except OSError as error:
+        raise RecipeError(f"data: {file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RecipeError(f"data: {file}: not JSON: {error}") from error
+    if not isinstance(content, list):
+        raise RecipeError(f"data: {file}: expected a list of records")
+    yield from content
+
+
+def length_of(record: Any) -> int:
+    """Words, negative without image; LLaVA's `modality_lengths`. 1 for a record that will be skipped."""
+    try:
+        words = sum(len(message["value"].split()) for message in record["conversations"])
+        return max(words, 1) if record.get("image") else -max(words, 1)
+    except (AttributeError, KeyError, TypeError):
+        return 1
+
+
+def truncate(encoded: Encoded, visual_tokens: list[int], max_length: int) -> tuple[Encoded, int]:
+    """Cut a conversation at its end, so that it has at most `max_length` positions with its images expanded.
+
+    visual_tokens: of each image. Returns what is left, and its positions. The original cuts likewise, but through
+    images too; here that is an error, as is a cut that leaves no answer. Raises MalformedError.
+    """
+    positions, images = 0, iter(visual_tokens)
+    for at, token in enumerate(encoded.ids):
+        positions += next(images) if token == IMAGE_TOKEN_INDEX else 1
+        if positions > max_length:
+            if IMAGE_TOKEN_INDEX in encoded.ids[at:]:
+                raise MalformedError(f"an image does not fit into max_length ({max_length} positions)")
+            encoded, positions = Encoded(encoded.ids[:at], encoded.labels[:at]), positions - 1
+            break
+    if all(label == IGNORE_INDEX for label in encoded.labels):
+        raise MalformedError(f"no answer within max_length ({max_length} positions)")
+    return encoded, positions
