@@ -1,0 +1,155 @@
+"""What a layout works with: a page, a style, dice, and notes of what was drawn, from which the questions are made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from train.data.documents import questions
+from train.data.documents.content import Dice, Maker
+from train.data.documents.document import Question
+from train.data.documents.fonts import Glyphs, glyphs
+from train.data.documents.page import Box, Colour, Page
+from train.data.documents.questions import Fact, Series
+from train.data.documents.style import Style
+
+TRIES = 5
+
+
+@dataclass(frozen=True)
+class Line:
+    """Text that was measured. width, height: pixels."""
+
+    text: str
+    glyphs: Glyphs
+    width: int
+
+    @property
+    def height(self) -> int:
+        return self.glyphs.height
+
+
+@dataclass
+class Sheet:
+    """sizes: text sizes allowed on the page, pixels, ascending."""
+
+    page: Page
+    dice: Dice
+    style: Style
+    sizes: tuple[int, ...]
+    facts: list[Fact] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    asked: list[Question] = field(default_factory=list)
+
+    @property
+    def box(self) -> Box:
+        return Box(0, 0, self.page.width, self.page.height)
+
+    @property
+    def em(self) -> int:
+        """The body's text size: the measure for gaps."""
+        return self.style.body
+
+    def glyphs(self, role: str = "body", size: int | None = None) -> Glyphs:
+        """role: `small`, `body`, `bold` or `large` (bold as well)."""
+        style = self.style
+        face = style.bold if role in ("bold", "large") else style.face
+        sizes = {"small": style.small, "body": style.body, "bold": style.body, "large": style.large}
+        return glyphs(face, size or sizes[role])
+
+    def height(self, role: str = "body") -> int:
+        """Of a line of text, pixels."""
+        return self.glyphs(role).height
+
+    def line(self, text: str, role: str = "body") -> Line:
+        drawn = self.glyphs(role)
+        return Line(text, drawn, drawn.width(text))
+
+    def fit(self, make: Maker | str, width: float, role: str = "body") -> Line | None:
+        """A text that is no wider than `width` pixels: what `make` gives, over and over, then in smaller sizes."""
+        drawn = self.glyphs(role)
+        for size in (drawn.size, *(size for size in reversed(self.sizes) if size < drawn.size)):
+            drawn = self.glyphs(role, size)
+            for _ in range(1 if isinstance(make, str) else TRIES):
+                text = make if isinstance(make, str) else make(self.dice)
+                measured = drawn.width(text)
+                if measured <= width:
+                    return Line(text, drawn, measured)
+        return None
+
+    def put(
+        self,
+        line: Line,
+        x: float,
+        y: float,
+        room: float | None = None,
+        align: str = "left",
+        colour: Colour | None = None,
+    ) -> Box:
+        """Draw a line with its top at y, from x or aligned within `room` pixels from x; returns the box of its ink."""
+        if room is not None and align != "left":
+            x += (room - line.width) / (2 if align == "centre" else 1)
+        return self.page.text(x, y, line.text, line.glyphs, self.style.ink if colour is None else colour)
+
+    def ground(self, phrase: str, box: Box) -> None:
+        """Ask where something is."""
+        self.asked.append(questions.ground(self.dice, phrase, box))
+
+    def ask(self, kind: str, phrasings: tuple[str, ...], answer: str, box: Box | None = None, **names: str) -> None:
+        self.asked.append(Question(kind, self.dice.pick(phrasings).format(**names), answer, box))
+
+    def caption(self, text: str) -> None:
+        self.asked.append(questions.caption(self.dice, text))
+
+    def questions(self, limit: int) -> list[Question]:
+        """What can be asked about what was drawn, at most `limit`; boxes to be found are made large enough."""
+        everything = [*self.asked, *questions.about_facts(self.dice, self.facts)]
+        for series in self.series:
+            everything += questions.about_series(self.dice, series)
+        chosen = questions.selected(self.dice, everything, limit)
+        width, height = self.page.width, self.page.height
+        return [
+            Question(q.kind, q.prompt, q.answer, questions.reachable(q.box, width, height)) if q.kind == "ground" else q
+            for q in chosen
+        ]
+
+
+class Flow:
+    """A column filled from the top: keeps the pen's height and knows when the column is full. Pixels throughout."""
+
+    def __init__(self, sheet: Sheet, box: Box, leading: float = 1.1):
+        self.sheet, self.box, self.y, self.leading = sheet, box, box.y0, leading
+
+    def fits(self, height: float) -> bool:
+        return self.y + height <= self.box.y1
+
+    @property
+    def left(self) -> float:
+        """Pixels to the column's end."""
+        return self.box.y1 - self.y
+
+    def skip(self, height: float) -> None:
+        self.y += height
+
+    def write(
+        self, make: Maker | str, role: str = "body", align: str = "left", colour: Colour | None = None
+    ) -> tuple[Line, Box] | None:
+        """The next line, across the column; None, and nothing drawn, where it does not fit."""
+        line = self.sheet.fit(make, self.box.width, role)
+        if line is None or not self.fits(line.height):
+            return None
+        box = self.sheet.put(line, self.box.x0, self.y, self.box.width, align, colour)
+        self.y += round(line.height * self.leading)
+        return line, box
+
+    def rule(self, colour: Colour | None = None, width: int = 1) -> None:
+        """A rule across the column with a little air above and below."""
+        air = max(2, self.sheet.em // 4)
+        if self.fits(2 * air + width):
+            self.sheet.page.horizontal(self.box.x0, self.box.x1, self.y + air, colour or self.sheet.style.muted, width)
+            self.y += 2 * air + width
+
+
+def inset(box: Box, margin: float) -> Box:
+    return box.padded(-margin)
+
+
+Layout = Callable[[Sheet], None]
