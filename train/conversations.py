@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
@@ -45,6 +46,8 @@ class AnswerLoss(nn.Module):
         embeds, labels = zip(*self._merged(conversations or [self._nothing()]), strict=True)
         lengths = torch.tensor([len(label) for label in labels], device=labels[0].device)
         padded = pad_sequence(list(embeds), batch_first=True)  # [B, S, D]
+        if isinstance(self, FSDPModule) and not padded.requires_grad:
+            padded.requires_grad_()  # the others go back through the decoder, and every process has to
         mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]  # [B, S]
         decoder = self.model.decoder
         states = decoder.model(inputs_embeds=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state

@@ -1,5 +1,6 @@
 """The processes of a run: one, or as many as torchrun started, each with a GPU or on the CPU."""
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,11 +18,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-# Modules whose weights are gathered together under FSDP, one at a time
-SHARD_UNITS = (LlamaDecoderLayer, ConvNeXtBlock)
+from train.model import ImageEncoder
+
+# Modules whose weights are gathered together under FSDP, one after the other
+SHARD_UNITS = (LlamaDecoderLayer,)
+# Modules that stay whole on every process. FSDP needs every process to use a sharded module equally often, and how
+# often this one is used depends on the images: not at all for text, once for each size
+REPLICATED = (ImageEncoder,)
+
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -49,20 +58,17 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over the processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Add up the gradients of replicated parameters over the processes; one without a gradient counts as 0."""
-        if self.size == 1:
-            return
+        """Add up the gradients over the processes, but for FSDP's, who has done so.
+
+        A missing one (the encoder's, where a step has no image) becomes 0, with one process too: AdamW passes over a
+        parameter without gradient, and whether another process has one must not change what it does.
+        """
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+            if self.size > 1 and not isinstance(parameter, DTensor):
+                dist.all_reduce(parameter.grad)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -73,7 +79,8 @@ def join() -> World:
     """The world as torchrun describes it in the environment. Call `leave` at the end."""
     if "LOCAL_RANK" not in os.environ:
         return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    state = PartialState(timeout=timedelta(hours=2))  # what saving a large checkpoint may take
+    # The hours are for saving a large checkpoint, which one process does while the others wait
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
     return World(state.process_index, state.num_processes, state.device)
 
 
@@ -83,42 +90,56 @@ def leave() -> None:
 
 
 def shard(model: nn.Module, world: World, compute: torch.dtype) -> None:
-    """Spread the parameters of `model` over the processes (FSDP 2), to compute in `compute` and sum in float32."""
+    """Spread the parameters of `model` over the processes (FSDP 2), to compute in `compute` and sum in float32.
+
+    Gradients are sums over the processes, as `World.sum_gradients` makes those of what is replicated.
+    """
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    replicated = {p for module in model.modules() if isinstance(module, REPLICATED) for p in module.parameters()}
     for module in model.modules():
         if isinstance(module, SHARD_UNITS):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # Gloo, for CPUs, has no sum with a factor
 
 
-def whole_model_state(model: nn.Module, sharded: bool) -> dict[str, Tensor]:
-    """All parameters and buffers, unsharded; of a sharded model on the CPU, and empty but on the main process."""
-    if not sharded:
-        return model.state_dict()
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """AdamW's groups with sharded and replicated parameters in different ones: its kernels take either, not both."""
+    return [
+        group | {"params": parameters}
+        for group in groups
+        for sharded in (False, True)
+        if (parameters := [p for p in group["params"] if isinstance(p, DTensor) == sharded])
+    ]
 
 
-def load_model_state(model: nn.Module, state: dict[str, Tensor], sharded: bool) -> None:
-    """Put tensors, unsharded and given on every process, into `model`; what is not among them stays."""
-    if not sharded:
-        model.load_state_dict(state, strict=False)
-        return
+def gradient_norm(parameters: list[nn.Parameter]) -> float:
+    """Of all gradients together, sharded or not."""
+    gradients = [parameter.grad for parameter in parameters]
+    sharded = nn.utils.get_total_norm([g for g in gradients if isinstance(g, DTensor)])
+    replicated = nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    return math.hypot(replicated, sharded.full_tensor() if isinstance(sharded, DTensor) else sharded)
+
+
+def whole_model_state(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, unsharded, on the CPU. Every process calls it; only the main one need get it."""
+    return get_model_state_dict(model, options=_WHOLE)
+
+
+def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put unsharded tensors, given on every process, into `model`; what is not among them stays."""
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> dict[str, Any]:
-    """The optimiser's state_dict; of a sharded model by parameter names, on the CPU, empty but on the main process."""
-    if not sharded:
-        return optimizer.state_dict()
-    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state by parameter names, sharded or not, on the CPU. Called and got as `whole_model_state`."""
+    return get_optimizer_state_dict(model, optimizer, options=_WHOLE)
 
 
-def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], sharded: bool
-) -> None:
-    """The inverse of `whole_optimizer_state`; the state given on every process."""
-    if not sharded:
-        optimizer.load_state_dict(state)
-        return
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of `whole_optimizer_state`, given on every process."""
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

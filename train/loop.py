@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from train import state
-from train.distributed import World, shard
+from train.distributed import World, apart, gradient_norm, shard
 from train.recipe import Recipe, RecipeError
 from train.report import Report
 
@@ -126,7 +126,7 @@ def train(task: Task, recipe: Recipe, world: World) -> None:
     out, total = Path(recipe.out), total_steps(task, recipe)
     compute = compute_dtype(recipe, world)
     place(task.model, recipe, world, compute)
-    optimizer = torch.optim.AdamW(task.parameter_groups(), lr=recipe.learning_rate)
+    optimizer = torch.optim.AdamW(apart(task.parameter_groups()), lr=recipe.learning_rate)
     scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * recipe.warmup_ratio), total)
     seed_everything(recipe.seed + world.rank)
     run = state.Run(task, optimizer, scheduler, recipe, world)
@@ -164,18 +164,15 @@ def train_step(
         mine.add(batch, loss)
     sums = _Sums.over(world.gather(mine))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not recipe.fsdp:
-        world.sum_gradients(parameters)
-    # FSDP has already divided its sum by the number of processes
-    scale = (world.size if recipe.fsdp else 1) / max(sums.count, 1)
+    world.sum_gradients(parameters)
+    per_count = 1 / max(sums.count, 1)
+    norm = gradient_norm(parameters) * per_count
+    scale = per_count * min(1.0, recipe.max_grad_norm / (norm + 1e-6))
     for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(scale)
-    norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        parameter.grad.mul_(scale)
     lr = max(group["lr"] for group in optimizer.param_groups)
     optimizer.step()
-    return sums.result(float(norm), lr)
+    return sums.result(norm, lr)
 
 
 @dataclass
@@ -237,12 +234,13 @@ def place(model: nn.Module, recipe: Recipe, world: World, compute: torch.dtype) 
     """Bring the model to where and how it computes.
 
     Trained parameters are float32 whatever the precision: what a step adds is lost in bfloat16's 8 bits. Frozen ones
-    are kept in `compute`, but under FSDP, which wants one type and shards them anyway, in float32.
+    are kept in `compute`, but where they are sharded, in float32: FSDP wants one type.
     """
+    sharded = recipe.fsdp and world.size > 1
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad or recipe.fsdp else compute)
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad or sharded else compute)
     model.to(world.device)
-    if recipe.fsdp:
+    if sharded:
         shard(model, world, compute)
     model.train()
 

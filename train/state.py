@@ -105,8 +105,8 @@ class Run:
 
     def save(self, progress: Progress) -> None:
         """Write `step-N`, then remove the oldest beyond `recipe.keep`."""
-        weights = whole_model_state(self.task.model, self.recipe.fsdp)
-        optimizer = whole_optimizer_state(self.task.model, self.optimizer, self.recipe.fsdp)
+        weights = whole_model_state(self.task.model)
+        optimizer = whole_optimizer_state(self.task.model, self.optimizer)
         generators = self.world.gather(random_state())
         if self.world.main:
             folder = self.out / f"step-{progress.step:06d}"
@@ -130,7 +130,7 @@ class Run:
 
     def finish(self) -> None:
         """Write `final`."""
-        weights = whole_model_state(self.task.model, self.recipe.fsdp)
+        weights = whole_model_state(self.task.model)
         if self.world.main:
             partial = self.out / f"final{PARTIAL}"
             self.task.save(partial, weights)
@@ -138,9 +138,9 @@ class Run:
         self.world.barrier()
 
     def _load(self, training: Path) -> Progress:
-        load_model_state(self.task.model, load_file(training / "trainable.safetensors"), self.recipe.fsdp)
+        load_model_state(self.task.model, load_file(training / "trainable.safetensors"))
         stored = torch.load(training / "optimizer.pt", map_location="cpu", weights_only=True)
-        load_optimizer_state(self.task.model, self.optimizer, stored["optimizer"], self.recipe.fsdp)
+        load_optimizer_state(self.task.model, self.optimizer, stored["optimizer"])
         self.scheduler.load_state_dict(stored["scheduler"])
         generators = torch.load(training / "random.pt", map_location="cpu", weights_only=True)
         if self.world.rank < len(generators):  # with more processes than before, the new ones begin with their seeds
