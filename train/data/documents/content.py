@@ -137,6 +137,13 @@ def service(dice: Dice) -> str:
     return f"{dice.pick(words.SERVICES)} {short_code(dice)}"
 
 
+def plural(word: str) -> str:
+    """The regular plural of a noun."""
+    if word.endswith("y") and word[-2] not in VOWELS:
+        return f"{word[:-1]}ies"
+    return f"{word}es" if word.endswith(("s", "x", "ch", "sh")) else f"{word}s"
+
+
 def syllables(dice: Dice) -> str:
     """A word of no language: two or three syllables."""
     parts = [dice.pick(CONSONANTS) + dice.pick(VOWELS) for _ in range(dice.whole(2, 3))]
@@ -268,7 +275,7 @@ def sentence(dice: Dice) -> str:
     if style == 1:
         return f"Call {first_name(dice)} at {time(dice)}."
     if style == 2:
-        return f"Bring {dice.whole(2, 60)} {noun(dice)}s to {city(dice)}."
+        return f"Bring {dice.whole(2, 60)} {plural(noun(dice))} to {city(dice)}."
     if style == 3:
         return f"Room {dice.whole(1, 499)} is for {first_name(dice)}."
     if style == 4:
@@ -285,7 +292,7 @@ def phrase(dice: Dice) -> str:
         return f"{noun(dice)} {dice.whole(2, 99)}"
     if style == 2:
         return noun(dice)
-    return f"{first_name(dice)} {dice.pick(words.VERBS)} {noun(dice)}s"
+    return f"{first_name(dice)} {dice.pick(words.VERBS)} {plural(noun(dice))}"
 
 
 @dataclass(frozen=True)

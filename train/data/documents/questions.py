@@ -64,8 +64,8 @@ class Entry:
 class Series:
     """Things of one sort with numbers. lookup: phrasings with {name}, asking for the value; most, least: for a name.
 
-    ground: what an entry is called when its box is asked for, with {name}. partial: the page shows fewer than there
-    are, or counts others with them, so that counting and comparing are not asked.
+    ground: what an entry is called when its box is asked for, with {name}. counted, compared: ask how many there are,
+    and which is the most.
     """
 
     plural: str
@@ -74,7 +74,8 @@ class Series:
     least: tuple[str, ...]
     ground: str
     entries: tuple[Entry, ...]
-    partial: bool = False
+    counted: bool = True
+    compared: bool = True
 
 
 def about_facts(dice: Dice, facts: list[Fact]) -> Iterable[Question]:
@@ -105,12 +106,12 @@ def about_series(dice: Dice, series: Series) -> Iterable[Question]:
             yield Question("field", dice.pick(series.lookup).format(name=entry.name), entry.text, entry.text_box)
     for entry in dice.sample(known, 2):
         yield ground(dice, series.ground.format(name=entry.name), entry.box)
-    if series.partial or not entries:
+    if len(entries) < 2:
         return
-    if len(entries) > 1:
+    if series.counted:
         yield Question("count", dice.pick(COUNT).format(plural=series.plural), str(len(entries)))
     for entry, phrasings in ((_only(entries, max), series.most), (_only(entries, min), series.least)):
-        if entry is not None and names[entry.name] == 1 and len(entries) > 1:
+        if series.compared and entry is not None and names[entry.name] == 1:
             yield Question("compare", dice.pick(phrasings), entry.name, entry.name_box)
 
 

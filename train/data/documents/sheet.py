@@ -93,6 +93,12 @@ class Sheet:
         """Ask where something is."""
         self.asked.append(questions.ground(self.dice, phrase, box))
 
+    def fact(
+        self, name: str, line: Line, box: Box, label: Line | None = None, label_box: Box | None = None, kind="field"
+    ) -> None:
+        """Note what a line states, and the label that was printed for it."""
+        self.facts.append(Fact(name, line.text, box, label.text if label else "", label_box, kind))
+
     def ask(self, kind: str, phrasings: tuple[str, ...], answer: str, box: Box | None = None, **names: str) -> None:
         self.asked.append(Question(kind, self.dice.pick(phrasings).format(**names), answer, box))
 

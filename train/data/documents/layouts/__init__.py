@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from train.data.documents.layouts import form, note, receipt, words
+from train.data.documents.layouts import bars, form, invoice, lines, note, receipt, table, words
 from train.data.documents.sheet import Layout
 
 
@@ -37,7 +37,11 @@ FAMILIES: dict[str, tuple[Template, ...]] = {
         ("words", words),
         ("note", note),
         ("receipt", receipt),
+        ("invoice", invoice),
         ("form", form),
+        ("table", table),
+        ("bars", bars),
+        ("lines", lines),
     )
 }
 TEMPLATES = {template.name: template for templates in FAMILIES.values() for template in templates}

@@ -4,7 +4,6 @@ from train.data.documents import content, fields, words
 from train.data.documents.fields import Field
 from train.data.documents.layouts.parts import margin, pair
 from train.data.documents.page import Box
-from train.data.documents.questions import Fact
 from train.data.documents.shapes import stroke_mask
 from train.data.documents.sheet import Flow, Sheet
 
@@ -44,7 +43,7 @@ def dotted(sheet: Sheet) -> None:
             box = pair(sheet, field, area, start, colon=colon)
             if box is not None:
                 y = column.y + sheet.height() + 1
-                sheet.page.horizontal(min(start, box.x1), column.box.x1, y, sheet.style.muted)
+                sheet.page.horizontal(sheet.facts[-1].box.x0, column.box.x1, y, sheet.style.muted)
                 column.skip(round(sheet.height() * 1.5))
     _finish(sheet, title)
 
@@ -136,7 +135,7 @@ def _labelled_box(sheet: Sheet, column: Flow, field: Field) -> None:
     frame = Box(column.box.x0, top, column.box.x1, top + value.height + 2 * pad)
     sheet.page.rectangle(frame, sheet.style.muted, max(1, sheet.em // 16))
     value_box = sheet.put(value, frame.x0 + pad, top + pad)
-    sheet.facts.append(Fact(field.name, value.text, value_box, label.text, label_box, field.kind))
+    sheet.fact(field.name, value, value_box, label, label_box, field.kind)
     sheet.ground(f'the box labelled "{label.text}"', frame)
     column.skip(label.height + frame.height + pad)
 
@@ -152,7 +151,7 @@ def _cells(sheet: Sheet, field: Field, row: Box, share: float, pad: float) -> bo
     sheet.page.rectangle(row, sheet.style.muted, 1)
     sheet.page.vertical(middle, row.y0, row.y1, sheet.style.muted)
     label_box, value_box = sheet.put(label, row.x0 + pad, row.y0 + pad), sheet.put(value, middle + pad, row.y0 + pad)
-    sheet.facts.append(Fact(field.name, value.text, value_box, label.text, label_box, field.kind))
+    sheet.fact(field.name, value, value_box, label, label_box, field.kind)
     return True
 
 
@@ -165,7 +164,7 @@ def _label_below(sheet: Sheet, column: Flow, field: Field) -> None:
     line = column.y + value.height + 1
     sheet.page.horizontal(column.box.x0, column.box.x1, line, sheet.style.muted)
     label_box = sheet.put(label, column.box.x0, line + 2)
-    sheet.facts.append(Fact(field.name, value.text, value_box, label.text, label_box, field.kind))
+    sheet.fact(field.name, value, value_box, label, label_box, field.kind)
     column.skip(value.height + label.height + 4 + sheet.em * 0.4)
 
 

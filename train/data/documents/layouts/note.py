@@ -5,7 +5,6 @@ import itertools
 from train.data.documents import content
 from train.data.documents.layouts.parts import around
 from train.data.documents.page import Box
-from train.data.documents.questions import Fact
 from train.data.documents.sheet import Flow, Line, Sheet, inset
 
 EMS, MOST_EMS, DARK = 9, 110, 0.05
@@ -47,7 +46,7 @@ def letter(sheet: Sheet) -> None:
     dice, flow = sheet.dice, _column(sheet)
     date = flow.write(content.date, align=dice.pick(("left", "right")))
     if date:
-        sheet.facts.append(Fact("date of the letter", date[0].text, date[1], kind="date"))
+        sheet.fact("date of the letter", *date, kind="date")
     flow.skip(sheet.em * 0.5)
     name = content.first_name(dice)
     greeting = flow.write(f"{dice.pick(('Dear', 'Hello', 'Hi'))} {name},")

@@ -3,7 +3,6 @@
 from train.data.documents.content import Maker
 from train.data.documents.fields import Field
 from train.data.documents.page import Box, Colour
-from train.data.documents.questions import Fact
 from train.data.documents.shapes import disc_mask
 from train.data.documents.sheet import Line, Sheet
 from train.data.documents.style import mix
@@ -56,7 +55,7 @@ def pair(
     if colon:
         sheet.page.text(box.x0 + label.width, box.y0, colon, label.glyphs, sheet.style.ink)
     value_box = sheet.put(written, start, box.y0 + _drop(label, written), box.x1 - start, align)
-    sheet.facts.append(Fact(field.name, written.text, value_box, label.text, label_box, field.kind))
+    sheet.fact(field.name, written, value_box, label, label_box, field.kind)
     return label_box | value_box
 
 

@@ -153,9 +153,7 @@ def _items(sheet: Sheet, flow: Flow, look: Look, money: Money, prices: list[int]
         drawn.append(price)
     if not entries:
         return drawn
-    sheet.series.append(
-        Series("items", LOOKUP, MOST_COSTLY, LEAST_COSTLY, 'the row of "{name}"', tuple(entries), partial=False)
-    )
+    sheet.series.append(Series("items", LOOKUP, MOST_COSTLY, LEAST_COSTLY, 'the row of "{name}"', tuple(entries)))
     if heads is None:
         sheet.ground("the list of items", around([entry.box for entry in entries]))
     return drawn
