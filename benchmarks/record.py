@@ -13,8 +13,11 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx", "timm", "torch", "transformers")
 
 
-def write(name: str, rows: list[dict]) -> Path:
-    """Write benchmarks/results/<name>.json; the command is the running process's own."""
+def write(name: str, rows: list[dict], file: Path | None = None, more: dict | None = None) -> Path:
+    """Write `file`, by default benchmarks/results/<name>.json; the command is the running process's own.
+
+    more: further keys of the file.
+    """
     from export.cli import installed_versions  # here, so that reading the results takes no torch
 
     module = sys.modules["__main__"].__spec__.name
@@ -24,12 +27,13 @@ def write(name: str, rows: list[dict]) -> Path:
         "commit": _commit(),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
         "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
+        **(more or {}),
         "rows": rows,
     }
-    file = RESULTS / f"{name}.json"
-    RESULTS.mkdir(exist_ok=True)
+    file = file or RESULTS / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {file.relative_to(RESULTS.parents[1])}")
+    print(f"written: {os.path.relpath(file)}")
     return file
 
 

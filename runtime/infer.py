@@ -42,14 +42,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--aspect", metavar="MODE", help="pad, crop or any (keep the ratio); default: the bundle's")
     parser.add_argument("--threads", type=int, metavar="N", help="of one operator; default: one a physical core")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="save the first image with the answer's boxes drawn")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="save pixel_values, image_embeds, first_logits (.npy)")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse()
-    if args.prompt is None and (args.json or args.dump):
-        raise UserError(f"{'--json' if args.json else '--dump'} needs --prompt")
+    if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"--draw: {args.draw} is neither .png nor .jpg")
+    for option in ("json", "dump", "draw"):
+        if getattr(args, option) and (args.prompt is None or (option == "draw" and not args.image)):
+            raise UserError(f"--{option} needs --prompt" + " and --image" * (option == "draw"))
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise UserError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}")
     if args.dump:
@@ -75,10 +79,13 @@ def answer(model, args: argparse.Namespace, options) -> None:
     pieces = model.generate(args.image, args.prompt, options, trace)
     if args.json:
         *_, last = pieces
-        print(json.dumps(_as_json(model, last.result)))
+        result = last.result
+        print(json.dumps(_as_json(model, result)))
     else:
         result = _stream(pieces)
         print("\n" + table(model, result))
+    if args.draw:
+        _draw(args.draw, args.image[0], result.text)
     if args.dump:
         _dump(args.dump, trace)
 
@@ -159,6 +166,17 @@ def peak_memory_mib() -> float:
     # getrusage's figure would begin at the size of whichever process started this one
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
+def _draw(file: Path, image: str, answer: str) -> None:
+    from runtime.grounding import draw_boxes, read_boxes
+    from runtime.image import open_image
+
+    if boxes := read_boxes(answer):
+        draw_boxes(open_image(image), boxes).save(file)
+        print(f"box drawn: {file}", file=sys.stderr)
+    else:
+        print(f"no box in the answer, so {file} is not written", file=sys.stderr)
 
 
 def _dump(folder: Path, trace) -> None:

@@ -321,6 +321,37 @@ def test_a_bad_question_does_not_end_the_chat(conformance_bundle, picture):
     assert done.stderr.count("error:") == 1
 
 
+def test_no_box_in_the_answer_is_said_and_nothing_is_drawn(conformance_bundle, picture, tmp_path):
+    done = infer(conformance_bundle, "--image", picture, "--prompt", "Hi", "--draw", tmp_path / "box.png")
+    assert done.returncode == 0, done.stderr
+    assert "no box in the answer" in done.stderr
+    assert not (tmp_path / "box.png").exists()
+
+
+def test_the_box_of_an_answer_is_drawn_on_the_upright_image(picture, tmp_path, capsys):
+    from runtime.grounding import COLOUR
+    from runtime.infer import _draw
+
+    tags = Image.Exif()
+    tags[0x0112] = 6  # the camera lay on its side
+    with Image.open(picture) as image:
+        image.save(tmp_path / "turned.png", exif=tags)
+        width, height = image.height, image.width
+    _draw(tmp_path / "box.png", str(tmp_path / "turned.png"), "It is here: [0.25,0.5,0.75,1.0]")
+    assert "box drawn" in capsys.readouterr().err
+    drawn = np.asarray(Image.open(tmp_path / "box.png"))
+    assert drawn.shape == (height, width, 3)
+    assert tuple(drawn[round(0.75 * height), round(0.25 * width)]) == COLOUR
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentions"),
+    [(("--prompt", "Hi", "--draw", "x.txt"), "neither .png"), (("--prompt", "Hi", "--draw", "x.png"), "--image")],
+)
+def test_a_drawing_that_cannot_be_made_is_one_line(conformance_bundle, arguments, mentions):
+    assert_one_line_error(infer(conformance_bundle, *arguments), mentions)
+
+
 def test_dump_folder_that_is_a_file_is_one_line(conformance_bundle, picture):
     assert_one_line_error(infer(conformance_bundle, "--prompt", "What?", "--dump", picture), "picture.png")
 

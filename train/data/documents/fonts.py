@@ -34,7 +34,7 @@ class Face:
 
 @dataclass(frozen=True)
 class Glyph:
-    """advance: pixels to the next glyph; left, top: where `bitmap` [h, w] uint8 lies from the pen and the line's top."""
+    """advance: pixels to the next glyph. left, top: where `bitmap`, [h, w] uint8, lies from pen and line's top."""
 
     advance: int
     left: int

@@ -1,0 +1,165 @@
+"""How well a bundle reads documents: ANLS, exact match and grounding on held-out rendered pages, through the runtime.
+
+    python -m benchmarks.accuracy --bundle DIR [--res 768 1024 1536] [--split test unseen] [--questions 1000]
+                                  [--json FILE] [--png FILE]
+
+A page is drawn once, about as large as the largest resolution, and every resolution sees the same pages and questions:
+what changes is how far the runtime shrinks them. The questions of a page share its encoding and prefill. Decoding is
+greedy.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+from PIL import Image
+from tqdm import tqdm
+
+import runtime
+from benchmarks import record
+from benchmarks.metrics import anls, exact_match, iou
+from runtime.grounding import read_boxes
+from train.data.documents import PRESETS, SPLITS, Document, Question, render
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RESOLUTIONS = (768, 1024, 1536)
+PAGES = PRESETS["page-1536"]
+MAX_NEW_TOKENS = 48  # a box takes about 26, the longest transcribed line fewer
+NAME = "accuracy"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question and what the model said."""
+
+    kind: str
+    wanted: str
+    said: str
+
+    @property
+    def grounding(self) -> bool:
+        return self.kind == "ground"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One resolution and split. anls, exact_match: means over the questions whose answer is text. iou50: share of the
+    grounding questions whose box meets the true one by at least a half. All 0 to 1. questions: of both sorts."""
+
+    res: int
+    visual_tokens: int
+    split: str
+    anls: float
+    exact_match: float
+    iou50: float
+    questions: int
+    grounding_questions: int
+    anls_by_kind: dict[str, float]
+
+
+def main() -> None:
+    args = parse()
+    model = runtime.load(args.bundle, args.threads)
+    rows = []
+    for split in args.split:
+        for res in args.res:
+            row = measure(model, res, split, args.questions, args.seed)
+            print(f"{row.res} {row.split}: ANLS {row.anls:.3f}, exact {row.exact_match:.3f}, IoU@0.5 {row.iou50:.3f}")
+            rows.append(asdict(row))
+    content = {"bundle": model.bundle.name, "seed": args.seed}
+    file = record.write(NAME, rows, args.json, content)
+    plot(rows, args.png or file.with_suffix(".png"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
+    parser.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
+    parser.add_argument("--res", type=int, nargs="+", default=RESOLUTIONS, metavar="N", help="sides, pixels")
+    parser.add_argument("--questions", type=int, default=1000, metavar="N", help="for each resolution and split")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the pages")
+    parser.add_argument("--split", nargs="+", default=["test", "unseen"], choices=sorted(SPLITS), metavar="S")
+    parser.add_argument("--threads", type=int, metavar="N", help="of one operator; default: one a physical core")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"default: {record.RESULTS.name}/{NAME}.json")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="default: beside the JSON")
+    return parser.parse_args()
+
+
+def measure(model: runtime.Model, res: int, split: str, count: int, seed: int) -> Row:
+    """Ask `count` questions about the pages of a split."""
+    answered, visual_tokens = [], []
+    with tqdm(total=count, desc=f"{res} {split}", unit="question") as bar:
+        for document, questions in pages(split, count, seed):
+            answers, tokens = ask(model, document, questions, res)
+            answered += answers
+            visual_tokens.append(tokens)
+            bar.update(len(questions))
+    texts = [a for a in answered if not a.grounding]
+    boxes = [a for a in answered if a.grounding]
+    kinds = sorted({a.kind for a in texts})
+    return Row(
+        res,
+        round(statistics.median(visual_tokens)),
+        split,
+        _mean(anls(a.said, a.wanted) for a in texts),
+        _mean(exact_match(a.said, a.wanted) for a in texts),
+        _mean(_meets(a) for a in boxes),
+        len(answered),
+        len(boxes),
+        {kind: _mean(anls(a.said, a.wanted) for a in texts if a.kind == kind) for kind in kinds},
+    )
+
+
+def pages(split: str, count: int, seed: int) -> Iterator[tuple[Document, list[Question]]]:
+    """Pages with questions, `count` of these in all."""
+    index = 0
+    while count > 0:
+        document = render(index, split, seed, PAGES)
+        questions = document.questions[:count]
+        yield document, questions
+        count -= len(questions)
+        index += 1
+
+
+def ask(model: runtime.Model, document: Document, questions: list[Question], res: int) -> tuple[list[Answered], int]:
+    """The answers, and the visual tokens of the page."""
+    about = model.about([Image.fromarray(document.page.pixels)], runtime.Options(MAX_NEW_TOKENS, resolution=res))
+    answered, tokens = [], 0
+    for question in questions:
+        *_, last = about.ask(question.prompt)
+        answered.append(Answered(question.kind, question.answer, last.result.text))
+        tokens = last.result.visual_tokens
+    return answered, tokens
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """ANLS and grounding over resolution, a line a split."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharex=True, layout="constrained")
+    for axis, key, title in zip(axes, ("anls", "iou50"), ("ANLS", "grounding, IoU ≥ 0.5"), strict=True):
+        for split in dict.fromkeys(row["split"] for row in rows):
+            points = [(row["res"], row[key]) for row in rows if row["split"] == split]
+            axis.plot(*zip(*points, strict=True), marker="o", label=split)
+        axis.set(title=title, xlabel="resolution, pixels", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes[0].set_xticks(sorted({row["res"] for row in rows}))
+    axes[0].legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _meets(answer: Answered) -> bool:
+    said, (wanted,) = read_boxes(answer.said), read_boxes(answer.wanted)
+    return bool(said) and iou(said[0], wanted) >= 0.5
+
+
+def _mean(values: Iterator[float]) -> float:
+    values = [float(value) for value in values]
+    return round(statistics.fmean(values), 4) if values else 0.0
+
+
+if __name__ == "__main__":
+    main()

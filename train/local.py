@@ -1,0 +1,267 @@
+"""Stage 0: teach the encoder to read, locally, before any language model looks at it.
+
+The released model starts from a CLIP-pretrained ConvNeXt. One drawn from a seed does not begin to read from the loss of
+answers alone, so each stage is first asked which character stands where. Rendered documents know every glyph's place.
+
+A stage of stride s sees s x s pixels per cell; its head predicts the character in each of the (s/8) x (s/4) subcells of
+8 x 4 pixels. The target grid is the same for all strides, so the fifth stage (64) is asked for what stage 1 (8) sees
+directly: 128 subcells from one feature vector, in place.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from train.data.documents import Document, PageOptions, render
+from train.data.documents.dense import dense_page
+from train.distributed import World
+from train.loop import Loss, Skipped
+from train.model import Checkpoint, ConvLLaVA, ConvNeXtEncoder, load_image_encoder, load_model, save_checkpoint
+from train.recipe import Recipe, RecipeError, build
+
+CHARACTERS = "".join(map(chr, range(33, 127))) + "€£"
+BLANK = 0  # the class of a subcell without a glyph's centre; CHARACTERS[i] is class i + 1
+CELL_HEIGHT, CELL_WIDTH = 8, 4  # pixels
+_CLASSES = {character: i + 1 for i, character in enumerate(CHARACTERS)}
+
+
+def targets(document: Document) -> np.ndarray:
+    """[H/8, W/4] uint8 classes: the character whose box's centre lies in each subcell, else BLANK.
+
+    Where two centres share a subcell the later one counts.
+    """
+    page = document.page
+    grid = np.zeros((page.height // CELL_HEIGHT, page.width // CELL_WIDTH), np.uint8)
+    if page.characters:
+        boxes = np.array(page.places)
+        rows = ((boxes[:, 1] + boxes[:, 3]) / (2 * CELL_HEIGHT)).astype(int).clip(0, grid.shape[0] - 1)
+        columns = ((boxes[:, 0] + boxes[:, 2]) / (2 * CELL_WIDTH)).astype(int).clip(0, grid.shape[1] - 1)
+        grid[rows, columns] = [_CLASSES[character] for character in page.characters]
+    return grid
+
+
+class LocalHeads(nn.Module):
+    """A character classifier on every stage from stride 8 on."""
+
+    def __init__(self, widths: tuple[int, ...], hidden: int = 64):
+        """widths: channels of the stages of strides 4, 8, 16, ...; hidden: features of one subcell."""
+        super().__init__()
+        self.hidden = hidden
+        self.strides = [4 << i for i in range(1, len(widths))]
+        self.spread = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden * (s // CELL_HEIGHT) * (s // CELL_WIDTH)))
+            for width, s in zip(widths[1:], self.strides, strict=True)
+        )
+        self.classify = nn.ModuleList(
+            nn.Sequential(nn.GELU(), nn.Linear(hidden, len(CHARACTERS) + 1)) for _ in self.strides
+        )
+
+    def forward(self, features: list[Tensor], cells: Tensor) -> list[Tensor]:
+        """features: the stages' outputs [B, C, H/s, W/s], stride 8 first. cells: [N] flat indices into the grids
+        [B, H/8, W/4]. Returns one [N, classes] of logits a stage."""
+        logits = []
+        for stride, feature, spread, classify in zip(self.strides, features, self.spread, self.classify, strict=True):
+            x = spread(feature.permute(0, 2, 3, 1))  # [B, h, w, rows * columns * hidden]
+            batch, h, w, _ = x.shape
+            rows, columns = stride // CELL_HEIGHT, stride // CELL_WIDTH
+            x = x.view(batch, h, w, rows, columns, self.hidden).permute(0, 1, 3, 2, 4, 5)  # [B, h, rows, w, columns, D]
+            logits.append(classify(x.reshape(-1, self.hidden)[cells]))
+        return logits
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a curriculum. side: of the square pages, pixels. min_px, max_px: text sizes. steps: how long. dense:
+    share of pages that are full of random strings, the others being documents. strength: of degradation."""
+
+    side: int
+    min_px: int
+    max_px: int
+    steps: int
+    dense: float = 0.5
+    strength: float = 0.5
+
+
+@dataclass(frozen=True)
+class Local:
+    """The recipe's section `local`.
+
+    phases: the curriculum, one after the other; their steps add up to the recipe's. blanks: share of the empty
+    subcells that count in the loss. hidden: features of a subcell in the heads.
+    """
+
+    phases: tuple[Phase, ...]
+    blanks: float = 0.05
+    hidden: int = 64
+
+    def phase(self, step: int) -> Phase:
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        raise IndexError(step)
+
+
+class ReadingEncoder(nn.Module):
+    """The encoder with its heads: pixel_values, cells -> logits of each stage, see `LocalHeads`."""
+
+    def __init__(self, encoder: ConvNeXtEncoder, hidden: int):
+        super().__init__()
+        self.encoder = encoder
+        self.heads = LocalHeads(encoder.config.widths, hidden)
+
+    def forward(self, pixel_values: Tensor, cells: Tensor) -> list[Tensor]:
+        return self.heads(stage_features(self.encoder, pixel_values), cells)
+
+
+def stage_features(encoder: ConvNeXtEncoder, pixel_values: Tensor) -> list[Tensor]:
+    """The outputs [B, C, H/s, W/s] of the stages of strides 8, 16, 32 and, with a fifth stage, 64."""
+    x = encoder.stages[0](encoder.stem(pixel_values))
+    features = []
+    for stage in encoder.stages[1:]:
+        x = stage(x)
+        features.append(x)
+    return features
+
+
+def choose_cells(grid: Tensor, blanks: float, generator: torch.Generator | None = None) -> Tensor:
+    """Flat indices of every subcell with a character and of a random share `blanks` of those without."""
+    flat = grid.flatten()
+    return ((flat != BLANK) | (torch.rand(flat.shape, generator=generator) < blanks).to(flat.device)).nonzero()[:, 0]
+
+
+def local_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy over the chosen cells and the number of characters (not blanks) told right."""
+    right = ((logits.argmax(-1) == wanted) & (wanted != BLANK)).sum()
+    return F.cross_entropy(logits.float(), wanted, reduction="sum"), right
+
+
+@dataclass
+class PageBatch:
+    """pixels: [B, 3, H, W] uint8. grid: [B, H/8, W/4] classes. See `train.loop.Batch` for the rest."""
+
+    pixels: Tensor
+    grid: Tensor
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return len(self.pixels)
+
+    images = samples
+
+    @property
+    def tokens(self) -> int:
+        return int((self.grid != BLANK).sum())
+
+    def to(self, device: torch.device) -> Self:
+        return PageBatch(self.pixels.to(device, non_blocking=True), self.grid.to(device, non_blocking=True))
+
+
+class Pages(Dataset):
+    """Rendered pages by number: number // global_batch is the step that takes them."""
+
+    def __init__(self, local: Local, seed: int, global_batch: int):
+        self._local, self._seed, self._global_batch = local, seed, global_batch
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """[H, W, 3] uint8 pixels and [H/8, W/4] classes."""
+        phase = self._local.phase(number // self._global_batch)
+        size = (phase.side, phase.side)
+        # spread evenly, so that every batch has its share
+        if int((number + 1) * phase.dense) > int(number * phase.dense):
+            document = dense_page(number, "train", self._seed, size, phase.min_px, phase.max_px, phase.strength)
+        else:
+            options = PageOptions((size,), phase.min_px, phase.max_px, strength=phase.strength)
+            document = render(number, "train", self._seed, options)
+        return document.page.pixels, targets(document)
+
+
+def _stack(pages: Sequence[tuple[np.ndarray, np.ndarray]]) -> PageBatch:
+    pixels = np.stack([pixels for pixels, _ in pages]).transpose(0, 3, 1, 2)
+    return PageBatch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(np.stack([g for _, g in pages])))
+
+
+class LocalTask:
+    """Stage 0 as a `train.loop.Task`: pages without end, every stage's loss on the characters it sees, summed.
+
+    Raises RecipeError for a section `local` that is wrong, or a part to train that is not in the encoder.
+    """
+
+    def __init__(self, recipe: Recipe, world: World):
+        self._recipe, self._world = recipe, world
+        self._local = build(Local, recipe.local, "local.")
+        if sum(phase.steps for phase in self._local.phases) != recipe.steps:
+            raise RecipeError(f"local.phases: their steps do not add up to steps, {recipe.steps}")
+        if recipe.train != ("encoder",):
+            raise RecipeError(
+                f"train: task local trains the whole encoder and nothing else: [encoder], not {recipe.train}"
+            )
+        self._checkpoint = Checkpoint.open(recipe.checkpoint)
+        encoder = load_image_encoder(self._checkpoint).encoder
+        self.model = ReadingEncoder(encoder, self._local.hidden)
+        image = self._checkpoint.preprocessor
+        self._mean, self._std = (
+            255 * torch.tensor(image[key], device=world.device).view(3, 1, 1) for key in ("image_mean", "image_std")
+        )
+
+    steps_in_epoch = None
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        decay, no_decay = [], []
+        for parameter in self.model.parameters():
+            (decay if parameter.ndim > 1 else no_decay).append(parameter)
+        return [
+            {"params": decay, "weight_decay": self._recipe.weight_decay},
+            {"params": no_decay, "weight_decay": 0.0},
+        ]
+
+    def steps(self, first: int, last: int) -> Iterator[Sequence[PageBatch]]:
+        recipe, world = self._recipe, self._world
+        accumulation = recipe.accumulation(world.size)
+        batches = []
+        for step in range(first, last):
+            for micro in range(accumulation):
+                start = step * recipe.global_batch + (micro * world.size + world.rank) * recipe.micro_batch
+                batches.append(range(start, start + recipe.micro_batch))
+        loader = DataLoader(
+            Pages(self._local, recipe.seed, recipe.global_batch),
+            batch_sampler=batches,
+            collate_fn=_stack,
+            num_workers=recipe.workers,
+            generator=torch.Generator(),  # its own: the loader draws its workers' seeds
+            pin_memory=world.device.type == "cuda",
+            prefetch_factor=4 if recipe.workers else None,
+        )
+        iterator = iter(loader)
+        for _ in range(first, last):
+            yield [next(iterator) for _ in range(accumulation)]
+
+    def loss(self, batch: PageBatch) -> Loss:
+        grid = batch.grid.long()
+        cells = choose_cells(grid, self._local.blanks)
+        wanted = grid.flatten()[cells]
+        characters = int((wanted != BLANK).sum())
+        total, metrics = 0.0, {}
+        logits = self.model((batch.pixels - self._mean) / self._std, cells)
+        for stride, stage in zip(self.model.heads.strides, logits, strict=True):
+            loss, right = local_loss(stage, wanted)
+            total = total + loss
+            metrics[f"characters_right/stride_{stride}"] = (float(right), characters)
+        return Loss(total, len(wanted), metrics)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """The checkpoint it began from with the encoder as it is now."""
+        model: ConvLLaVA = load_model(self._checkpoint)
+        encoder = {
+            key.removeprefix("encoder."): tensor for key, tensor in weights.items() if key.startswith("encoder.")
+        }
+        model.image_encoder.encoder.load_state_dict(encoder)
+        save_checkpoint(model, self._checkpoint, folder)
