@@ -105,9 +105,12 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimiser step, over all processes. loss, metrics: means. grad_norm: before it was cut."""
+    """One optimiser step, over all processes. loss, metrics: means. grad_norm: before it was cut.
 
-    loss: float
+    loss: None where nothing counted, as every record was skipped.
+    """
+
+    loss: float | None
     grad_norm: float
     lr: float
     samples: int
@@ -209,7 +212,7 @@ class _Sums:
 
     def result(self, grad_norm: float, lr: float) -> StepResult:
         metrics = {name: total / count for name, (total, count) in self.metrics.items() if count}
-        loss = self.loss / max(self.count, 1)
+        loss = self.loss / self.count if self.count else None
         return StepResult(loss, grad_norm, lr, self.samples, self.images, self.tokens, metrics, self.skipped)
 
 

@@ -71,7 +71,8 @@ class Report:
         figure = Figure(figsize=(8, 6), layout="constrained")
         FigureCanvasAgg(figure)
         for axis, key in zip(figure.subplots(2, sharex=True), ("loss", "lr"), strict=True):
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows])
+            points = [row for row in rows if row[key] is not None]
+            axis.plot([row["step"] for row in points], [row[key] for row in points])
             axis.set_ylabel({"loss": "loss", "lr": "learning rate"}[key])
             axis.grid(alpha=0.3)
         axis.set_xlabel("step")
@@ -110,13 +111,9 @@ class Report:
         self._images = self._tokens = 0
         _append(self._out / "log.jsonl", row)
         for key, value in row.items():
-            if key != "step":
+            if key != "step" and value is not None:
                 self._board.add_scalar(key, value, progress.step)
-        shown = {
-            "loss": f"{result.loss:.4f}",
-            "images/s": f"{row['images/s']:.1f}",
-            "tokens/s": f"{row['tokens/s']:.0f}",
-        }
+        shown = {key: f"{row[key]:.4g}" for key in ("loss", "images/s", "tokens/s") if row[key] is not None}
         self._bar.set_postfix(shown)
 
 

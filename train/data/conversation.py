@@ -4,6 +4,7 @@ The templates are LLaVA's `vicuna_v1` and `plain` (`preprocess_v1` and `preproce
 ChatML as SmolLM2's and Qwen's chat templates write it.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from train.data.tokenizer import Tokenizer
 from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 PLACEHOLDER = "<image>"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class MalformedError(ValueError):
@@ -87,6 +89,8 @@ def turns_of(record: dict[str, Any]) -> list[Turn]:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             raise MalformedError("a message has no text; expected keys 'from' and 'value'")
+        if _SURROGATE.search(message["value"]):
+            raise MalformedError("a lone surrogate, which no encoding can represent")
     if messages[0].get("from") != "human":
         messages = messages[1:]
     roles = [message.get("from") for message in messages]

@@ -94,10 +94,7 @@ class Conversations(Dataset):
             raise MalformedError("not a JSON object")
         turns = turns_of(record)
         pixels = [self._pixels(image, source) for image in images_of(record)]
-        try:
-            encoded = encode_conversation(turns, self._template, self._tokenizer, self._system)
-        except UnicodeEncodeError:
-            raise MalformedError("a lone surrogate, which no encoding can represent") from None
+        encoded = encode_conversation(turns, self._template, self._tokenizer, self._system)
         tokens = [self._rule.tokens(image) for image in pixels]
         encoded, positions = truncate(encoded, tokens, self._max_length)
         return Conversation(

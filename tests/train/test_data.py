@@ -1,0 +1,475 @@
+"""Conversations and images: against the original's rules, against the runtime, and what becomes of broken records."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HubTokenizer
+
+import runtime.image
+from export.tokenizer import CheckpointFiles, OriginalTokenizer, export_tokenizer
+from runtime import prompt as runtime_prompt
+from runtime.tokenizer import Tokenizer as RuntimeTokenizer
+from train.data.conversation import TEMPLATES, Encoded, MalformedError, Turn, encode_conversation, turns_of
+from train.data.dataset import Conversation, Conversations, length_of, read_records, truncate
+from train.data.image import ImageRule, open_image, preprocess
+from train.data.sampler import Sampler, micro_batches
+from train.data.tokenizer import TokenizerError, load_tokenizer
+from train.loop import Skipped
+from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from train.recipe import RecipeError, Records
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TALKS = [
+    [Turn("<image>\nWhat is the total?", "It is 12.50.")],
+    [Turn("<image>\nWho?", "The  buyer"), Turn("And then?", " three\nlines\n\nhere "), Turn("", "An answer.")],
+    [Turn("Only text, no picture", "Yes.")],
+    [Turn("<image>\n<image>\nCompare.", "They differ."), Turn("Now <image> too", "\n\nWell")],
+    [Turn("with {braces} and ▁ and  spaces ", "{}"), Turn("Ünïcödé 東京 🙂", "naïve 🙂")],
+]
+
+
+# How conversations are tokenised
+
+
+@pytest.fixture(scope="module")
+def original(conformance: Path) -> OriginalTokenizer:
+    return OriginalTokenizer.load(CheckpointFiles.read(conformance / "checkpoint"))
+
+
+def original_v1(turns: list[Turn], original: OriginalTokenizer) -> Encoded:
+    """LLaVA's preprocess_v1 for the tokenizer above: the whole conversation is tokenised, then the questions are masked
+    by the lengths of each round and of its instruction, tokenised on their own."""
+
+    def tokenise(text: str) -> list[int]:
+        chunks = [[1, *original.encode(chunk)] for chunk in text.split("<image>")]
+        ids = [1, *chunks[0][1:]]
+        for chunk in chunks[1:]:
+            ids += [IMAGE_TOKEN_INDEX, *chunk[1:]]
+        return ids
+
+    text = TEMPLATES["vicuna_v1"].system + " "
+    text += "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns)
+    ids = tokenise(text)
+    labels, at = list(ids), 1
+    labels[0] = IGNORE_INDEX
+    for number, one in enumerate(text.split("</s>")[:-1]):
+        instruction = one.split(" ASSISTANT: ")[0] + " ASSISTANT: "
+        length, masked = len(tokenise(one)), len(tokenise(instruction)) - 2
+        if number:
+            length, masked = length - 1, masked - 1
+        labels[at : at + masked] = [IGNORE_INDEX] * masked
+        at += length
+    return Encoded(ids, labels)
+
+
+@pytest.mark.parametrize("turns", [TALKS[0], TALKS[2], [Turn("<image>\nWho?", "The buyer"), Turn("And?", "More.")]])
+def test_vicuna_is_tokenised_and_masked_as_in_the_original(turns: list[Turn], original, conformance: Path):
+    tokenizer = load_tokenizer(conformance / "checkpoint")
+    found = encode_conversation(turns, TEMPLATES["vicuna_v1"], tokenizer, None)
+    assert found == original_v1(turns, original)
+    assert 0 < sum(label != IGNORE_INDEX for label in found.labels) < len(found.labels)
+
+
+@pytest.mark.parametrize("turns", TALKS)
+def test_vicuna_ids_are_the_originals_whatever_the_text(turns: list[Turn], original, conformance: Path):
+    tokenizer = load_tokenizer(conformance / "checkpoint")
+    found = encode_conversation(turns, TEMPLATES["vicuna_v1"], tokenizer, None)
+    assert found.ids == original_v1(turns, original).ids
+
+
+def test_conformance_prompts(conformance: Path, reference: dict):
+    tokenizer = load_tokenizer(conformance / "checkpoint")
+    for number, case in enumerate(reference["cases"]):
+        with np.load(conformance / f"case{number}.npz") as arrays:
+            prompt, learnt = arrays["input_ids"].tolist(), arrays["train_labels"] != IGNORE_INDEX
+        record = {"image": "x", "conversations": [{"from": "human", "value": f"<image>\n{case['prompt']}"}]}
+        record["conversations"].append({"from": "gpt", "value": "Yes."})
+        ids, labels = encode_conversation(turns_of(record), TEMPLATES["vicuna_v1"], tokenizer, None)
+        assert ids[: len(prompt)] == prompt
+        # The original's first learnt position is the one behind the prompt, and so is ours
+        assert int(learnt.argmax()) == len(prompt) == [label != IGNORE_INDEX for label in labels].index(True)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_sentencepiece_of_both_modes_is_the_originals(legacy: bool, conformance: Path, tmp_path: Path):
+    source = conformance / "checkpoint"
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {"legacy": legacy}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.model").write_bytes((source / "tokenizer.model").read_bytes())
+    ours, theirs = load_tokenizer(tmp_path), OriginalTokenizer.load(CheckpointFiles.read(tmp_path))
+    texts = ["", " ", "a", " a", "  a  b", "</s>a</s> b", "<s>", "▁x", "naïve 東京 🙂\n\n", "x<unk> y</s></s>"]
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+def byte_level_tokenizer(folder: Path) -> Path:
+    """SmolLM2's kind: byte-level BPE with ChatML's tokens, and a merge of two newlines."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    newline, space = "Ċ", "Ġ"
+    merges = [(newline, newline), (space, "a"), ("t", "h"), ("th", "e"), (space, "the")]
+    tokens = [*alphabet, *("".join(merge) for merge in merges)]
+    tokenizer = HubTokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": len(tokens)}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [("vicuna_v1", None), ("vicuna_v1", "Be brief."), ("chatml", None), ("chatml", "Be {brief}.")],
+)
+@pytest.mark.parametrize("turns", TALKS)
+def test_a_training_prompt_is_the_runtimes(
+    template: str, system: str | None, turns: list[Turn], conformance: Path, tmp_path: Path
+):
+    """Every answer is learnt behind exactly the ids that the runtime would have there."""
+    checkpoint = conformance / "checkpoint" if template == "vicuna_v1" else byte_level_tokenizer(tmp_path)
+    section = export_tokenizer(checkpoint, tmp_path / "tokenizer")
+    deployed = RuntimeTokenizer(tmp_path / section["file"], section)
+    theirs = runtime_prompt.TEMPLATES[template]
+    ids, labels = encode_conversation(turns, TEMPLATES[template], load_tokenizer(checkpoint), system)
+    starts = [i for i in range(1, len(ids)) if labels[i] != IGNORE_INDEX == labels[i - 1]]
+    assert len(starts) == len(turns)
+
+    first = turns[0].question
+    text = runtime_prompt.first_turn(theirs, first, first.count("<image>"), system)
+    assert collapse(deployed.encode_prompt(text, [3] * first.count("<image>"))) == ids[: starts[0]]
+    for turn, before, start in zip(turns[1:], starts[:-1], starts[1:], strict=True):
+        end = next(i for i in range(before, len(ids)) if labels[i] == IGNORE_INDEX)  # behind the last answer's end
+        text = runtime_prompt.next_turn(theirs, turn.question, turn.question.count("<image>"))
+        continued = deployed.encode_prompt(text, [3] * turn.question.count("<image>"), continued=True)
+        assert collapse(continued) == ids[end - 1 : start]
+
+
+def collapse(ids: list[int]) -> list[int]:
+    """The runtime's rows of image embeds, three an image, as one placeholder each."""
+    return [IMAGE_TOKEN_INDEX if i < 0 else i for i in ids if i >= 0 or -i % 3 == 1]
+
+
+def test_templates_are_the_runtimes():
+    for name in ("vicuna_v1", "chatml"):
+        ours, theirs = TEMPLATES[name], runtime_prompt.TEMPLATES[name]
+        assert ours.system == theirs.system
+        assert ours.answer_format.format("x") + ours.answer_end == (" " if name == "vicuna_v1" else "") + (
+            "x" + theirs.answer_end
+        )
+
+
+def test_an_answer_that_begins_with_a_newline_does_not_change_its_prompt(tmp_path: Path):
+    """As one text, ChatML's newline and the answer's would be one token."""
+    tokenizer = load_tokenizer(byte_level_tokenizer(tmp_path))
+    assert len(tokenizer.encode("\n\n")) == 1
+    plain = encode_conversation([Turn("a", "b")], TEMPLATES["chatml"], tokenizer, None)
+    newline = encode_conversation([Turn("a", "\nb")], TEMPLATES["chatml"], tokenizer, None)
+    start = next(i for i, label in enumerate(plain.labels) if label != IGNORE_INDEX)
+    assert newline.ids[:start] == plain.ids[:start]
+    assert newline.labels[start] == tokenizer.encode("\n")[0]
+
+
+def test_chatml_learns_the_answer_and_its_end_only(tmp_path: Path):
+    tokenizer = load_tokenizer(byte_level_tokenizer(tmp_path))
+    ids, labels = encode_conversation(TALKS[1], TEMPLATES["chatml"], tokenizer, "S")
+    text = "<|im_start|>system\nS<|im_end|>\n"
+    for question, answer in TALKS[1]:
+        text += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    before, after = text.split("<image>")
+    assert ids == [*tokenizer.encode(before), IMAGE_TOKEN_INDEX, *tokenizer.encode(after)]
+    expected = [token for turn in TALKS[1] for token in tokenizer.encode(turn.answer + "<|im_end|>")]
+    assert [label for label in labels if label != IGNORE_INDEX] == expected
+
+
+def test_plain_is_an_image_and_its_caption(conformance: Path, original):
+    """LLaVA's preprocess_plain: of the question only the image stays, and the caption with its newline is learnt."""
+    tokenizer = load_tokenizer(conformance / "checkpoint")
+    turns = [Turn("<image>\nDescribe it.", "A red box.")]
+    ids, labels = encode_conversation(turns, TEMPLATES["plain"], tokenizer, None)
+    caption = original.encode("A red box.\n")
+    assert (ids, labels) == ([1, IMAGE_TOKEN_INDEX, *caption], [IGNORE_INDEX, IGNORE_INDEX, *caption])
+    for wrong in (TALKS[1], TALKS[2]):
+        with pytest.raises(MalformedError, match="for captions"):
+            encode_conversation(wrong, TEMPLATES["plain"], tokenizer, None)
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path: Path):
+    with pytest.raises(TokenizerError, match=r"no tokenizer.model and no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer.json: cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+# What a record holds
+
+
+def says(*messages: str, image: object = None, roles: str = "hg") -> dict:
+    names = {"h": "human", "g": "gpt", "s": "system"}
+    talk = [{"from": names[roles[i % len(roles)]], "value": value} for i, value in enumerate(messages)]
+    return {"id": "7", "conversations": talk} | ({} if image is None else {"image": image})
+
+
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        (says("Where is it? <image>", " There ", image="a.png"), [Turn("<image>\nWhere is it?", " There ")]),
+        (says("<image>", "x", image=["a.png"]), [Turn("<image>", "x")]),
+        (says("A <image> b <image>", "x", image=["a", "b"]), [Turn("A <image> b <image>", "x")]),
+        (says("hello, I am a bot", " q ", "a", roles="ghg"), [Turn(" q ", "a")]),
+    ],
+)
+def test_turns_are_the_originals(record: dict, turns: list[Turn]):
+    assert turns_of(record) == turns
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({}, "no 'conversations'"),
+        ({"conversations": []}, "no 'conversations'"),
+        ({"conversations": [{"from": "human"}]}, "a message has no text"),
+        ({"conversations": ["hello"]}, "a message has no text"),
+        (says("q"), "roles are human; expected"),
+        (says("q", "a", "q"), "roles are human, gpt, human"),
+        (says("q", "q", roles="h"), "roles are human, human"),
+        (says("a", roles="g"), "roles are none"),
+        (says("q", " "), "an empty answer"),
+        (says("q", "a"), ""),
+        (says("q", "a <image>", image="a.png"), "<image> in an answer"),
+        (says("<image> q", "a"), r"1 <image> placeholder\(s\) for 0 image"),
+        (says("q", "a", image="a.png"), r"0 <image> placeholder\(s\) for 1 image"),
+        (says("<image> q", "a", image=["a.png", "b.png"]), r"1 <image> placeholder\(s\) for 2 image"),
+        (says("<image> q", "a", image=5), "'image' is 5"),
+    ],
+)
+def test_a_malformed_record_says_why(record: dict, reason: str):
+    if not reason:
+        assert turns_of(record) == [Turn("q", "a")]
+        return
+    with pytest.raises(MalformedError, match=reason):
+        turns_of(record)
+
+
+def test_lengths_are_words_and_their_sign_the_modality():
+    assert length_of(says("<image> one two", "three four", image="a.png")) == 5
+    assert length_of(says("one two", "three")) == -3
+    assert length_of(says("", "")) == -1
+    assert length_of("nonsense") == 1
+
+
+# Datasets
+
+
+@pytest.fixture
+def rule() -> ImageRule:
+    return ImageRule(MEAN, STD, "pad", 128, 64, 16)
+
+
+def dataset_of(records: list, folder: Path, rule: ImageRule, checkpoint: Path, max_length: int = 512) -> Conversations:
+    file = folder / "records.json"
+    file.write_text(json.dumps(records))
+    sources = (Records(str(file), str(folder)),)
+    return Conversations(sources, TEMPLATES["vicuna_v1"], None, load_tokenizer(checkpoint), rule, max_length)
+
+
+def test_records_are_read_when_asked_for(conformance: Path, tmp_path: Path, rule: ImageRule):
+    Image.new("RGB", (200, 100), "red").save(tmp_path / "red.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not really")
+    whole = tmp_path / "whole.jpg"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:600])
+    records = [
+        says("<image>\nColour?", "Red.", image="red.png"),
+        says("<image>\nColour?", "Red.", image="missing.png"),
+        says("<image>\nColour?", "Red.", image="broken.jpg"),
+        says("<image>\nColour?", "Red.", image="cut.jpg"),
+        says("Colour?", "Which?"),
+        "nonsense",
+        says("lone \ud800", "surrogate"),
+    ]
+    items = list(dataset_of(records, tmp_path, rule, conformance / "checkpoint"))
+    assert [isinstance(item, Conversation) for item in items] == [True, False, False, False, True, False, False]
+    red = items[0]
+    assert red.images[0].shape == (3, 128, 128)
+    assert red.positions == len(red.input_ids) - 1 + 4
+    assert items[4].images == []
+    reasons = [item.reason for item in items if isinstance(item, Skipped)]
+    assert "missing.png: no such file" in reasons[0]
+    assert "broken.jpg: truncated, corrupt or no image" in reasons[1]
+    assert "cut.jpg: truncated, corrupt or no image" in reasons[2]
+    assert reasons[3:] == ["not a JSON object", "a lone surrogate, which no encoding can represent"]
+    assert items[1].name == f"{tmp_path / 'records.json'}[1] (id 7)"
+
+
+def test_json_lines_and_several_files_are_one_dataset(conformance: Path, tmp_path: Path, rule: ImageRule):
+    (tmp_path / "a.json").write_text(json.dumps([says("a", "1"), says("b", "2")]))
+    (tmp_path / "b.jsonl").write_text(json.dumps(says("c", "3")) + "\n\n" + json.dumps("broken") + "\n")
+    sources = (Records(str(tmp_path / "a.json")), Records(str(tmp_path / "b.jsonl")))
+    tokenizer = load_tokenizer(conformance / "checkpoint")
+    data = Conversations(sources, TEMPLATES["vicuna_v1"], None, tokenizer, rule, 512)
+    assert (len(data), data.counts) == (4, [2, 2])
+    expected = [
+        encode_conversation([Turn(q, a)], TEMPLATES["vicuna_v1"], tokenizer, None).ids for q, a in ("a1", "b2", "c3")
+    ]
+    assert [data[i].input_ids.tolist() for i in range(3)] == expected
+    assert data[3].name == f"{tmp_path / 'b.jsonl'}[1]"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{}", "expected a list of records"),
+        ("a.json", "[", "not JSON"),
+        ("a.jsonl", "{}\n{", "not JSON"),
+        ("a.json", "[]", "no records in it"),
+        ("none.json", None, "No such file"),
+    ],
+)
+def test_files_that_hold_no_records_are_refused(
+    name: str, content: str | None, message: str, conformance, tmp_path, rule
+):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    tokenizer = load_tokenizer(conformance / "checkpoint")
+    with pytest.raises(RecipeError, match=message):
+        Conversations((Records(str(tmp_path / name)),), TEMPLATES["vicuna_v1"], None, tokenizer, rule, 512)
+    if content == "[]":
+        assert list(read_records(tmp_path / name)) == []
+
+
+def test_a_long_conversation_is_cut_at_its_end_but_not_in_an_image():
+    ids = [1, 5, IMAGE_TOKEN_INDEX, 6, 7, 8, 9]
+    labels = [IGNORE_INDEX] * 4 + [7, 8, 9]
+    whole = Encoded(ids, labels)
+    assert truncate(whole, [4], 10) == (whole, 10)
+    assert truncate(whole, [4], 9) == (Encoded(ids[:-1], labels[:-1]), 9)
+    assert truncate(whole, [4], 8) == (Encoded(ids[:-2], labels[:-2]), 8)
+    with pytest.raises(MalformedError, match=r"no answer within max_length \(7 positions\)"):
+        truncate(whole, [4], 7)
+    for length in (2, 3, 5):
+        with pytest.raises(MalformedError, match="an image does not fit into max_length"):
+            truncate(whole, [4], length)
+
+
+# Images
+
+
+@pytest.mark.parametrize("aspect", ["pad", "any"])
+@pytest.mark.parametrize(
+    "size", [(256, 256), (640, 480), (479, 641), (1, 1), (1, 300), (700, 3), (65, 64), (1000, 130), (90, 1400)]
+)
+def test_pixel_values_are_the_runtimes(aspect: str, size: tuple[int, int]):
+    random = np.random.default_rng(size)
+    image = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    for resolution, most in ((256, 16), (320, 17), (192, 1000)):
+        ours = ImageRule(MEAN, STD, aspect, resolution, 64, most)
+        theirs = runtime.image.ImageRule(MEAN, STD, aspect, resolution, 64, most)
+        found, expected = preprocess(image, ours), runtime.image.preprocess(image, theirs)
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found, expected)
+
+
+def test_pixel_values_are_the_originals(conformance: Path, reference: dict):
+    rule = ImageRule(MEAN, STD, "pad", reference["resolution"], 64, 1000)
+    for number, case in enumerate(reference["cases"]):
+        with np.load(conformance / f"case{number}.npz") as arrays:
+            expected = arrays["pixel_values"]
+        found = preprocess(open_image(conformance / case["image"]), rule)
+        assert np.abs(found - expected).max() <= 1e-6
+
+
+def test_files_are_opened_as_the_runtime_opens_them(tmp_path: Path):
+    random = np.random.default_rng(0)
+    rgba = Image.fromarray(random.integers(0, 256, (40, 30, 4), np.uint8))
+    rgb, exif = rgba.convert("RGB"), Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    rgba.save(tmp_path / "alpha.png")
+    rgb.save(tmp_path / "turned.jpg", exif=exif)
+    rgb.convert("P").save(tmp_path / "palette.png", transparency=3)
+    rgb.convert("L").save(tmp_path / "grey.png")
+    rgb.convert("1").save(tmp_path / "bits.png")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    rgba.convert("LA").save(tmp_path / "la.png")
+    for file in sorted(tmp_path.iterdir()):
+        found, expected = open_image(file), runtime.image.open_image(file)
+        assert found.mode == "RGB"
+        assert np.array_equal(np.asarray(found), np.asarray(expected)), file.name
+    assert open_image(tmp_path / "turned.jpg").size == (40, 30)
+
+
+def test_deep_and_huge_images_are_refused(tmp_path: Path):
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
+    Image.new("1", (20_001, 1)).save(tmp_path / "long.png")
+    with pytest.raises(ValueError, match="mode I;16; expected 8 bits a channel"):
+        open_image(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="20001 x 1 pixels"):
+        open_image(tmp_path / "long.png")
+
+
+# Batches
+
+
+def mixed_sampler(**options) -> Sampler:
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 50, 67) * np.where(np.arange(67) % 3, 1, -1)
+    return Sampler(lengths, [(67, 1.0)], **({"global_batch": 8, "seed": 3} | options))
+
+
+def test_an_epoch_has_every_record_once_and_batches_of_one_modality():
+    sampler = mixed_sampler()
+    batches = sampler.epoch(0)
+    assert len(batches) == sampler.steps_in_epoch == 9
+    assert sorted(np.concatenate(batches)) == list(range(67))
+    signs = [set(np.sign(sampler._lengths[batch])) for batch in batches]
+    whole = signs[: 44 // 8 + 23 // 8]  # 44 with an image, 23 without: the rest of both ends the epoch
+    assert all(len(sign) == 1 for sign in whole)
+    assert {-1} in whole and {1} in whole
+    assert [len(batch) for batch in batches] == [8] * 8 + [3]
+
+
+def test_the_plan_depends_on_seed_and_epoch_alone():
+    plan = [batch.tolist() for batch in mixed_sampler().epoch(2)]
+    assert plan == [batch.tolist() for batch in mixed_sampler().epoch(2)]
+    assert plan != [batch.tolist() for batch in mixed_sampler().epoch(1)]
+    assert plan != [batch.tolist() for batch in mixed_sampler(seed=4).epoch(2)]
+
+
+def test_batches_are_sorted_by_length_so_that_micro_batches_pad_little():
+    sampler = mixed_sampler()
+    batch = sampler.epoch(0)[0]
+    lengths = np.abs(sampler._lengths[batch])
+    assert (np.diff(lengths) <= 0).all() and lengths[0] > lengths[-1]
+    parts = [micro_batches(batch, 2, 2, rank, 2) for rank in (0, 1)]
+    assert [part.tolist() for part in (parts[0][0], parts[1][0], parts[0][1], parts[1][1])] == batch.reshape(
+        4, 2
+    ).tolist()
+
+
+def test_a_short_batch_leaves_micro_batches_empty():
+    batch = np.array([4, 2, 9])
+    assert [part.tolist() for part in micro_batches(batch, 2, 2, 0, 2)] == [[4, 2], []]
+    assert [part.tolist() for part in micro_batches(batch, 2, 2, 1, 2)] == [[9], []]
+
+
+def test_datasets_are_mixed_by_weight():
+    lengths = np.ones(30, np.int64)
+    sampler = Sampler(lengths, [(10, 2.5), (10, 1.0), (10, 0.3)], 4, 0)
+    assert sampler.steps_in_epoch == 38 // 4 + 1
+    first, second = (np.bincount(np.concatenate(sampler.epoch(n)), minlength=30) for n in (0, 1))
+    for counts in (first, second):
+        assert (counts[:10].sum(), counts[10:20].sum(), counts[20:].sum()) == (25, 10, 3)
+        assert counts[:10].min() == 2 and counts[:10].max() == 3
+        assert set(counts[10:20]) == {1}
+    assert first.tolist() != second.tolist()
+
+
+def test_tensors_are_what_the_model_takes(conformance: Path, tmp_path: Path, rule: ImageRule):
+    item = dataset_of([says("a", "b")], tmp_path, rule, conformance / "checkpoint")[0]
+    assert item.input_ids.dtype == item.labels.dtype == torch.int64
