@@ -49,10 +49,11 @@ class Sheet:
         return self.style.body
 
     def glyphs(self, role: str = "body", size: int | None = None) -> Glyphs:
-        """role: `small`, `body`, `bold` or `large` (bold as well)."""
+        """role: `small`, `body`, `bold`, `large` or, the largest that the page may have, `huge`; the last three bold."""
         style = self.style
-        face = style.bold if role in ("bold", "large") else style.face
-        sizes = {"small": style.small, "body": style.body, "bold": style.body, "large": style.large}
+        face = style.bold if role in ("bold", "large", "huge") else style.face
+        small, body, large = style.small, style.body, style.large
+        sizes = {"small": small, "body": body, "bold": body, "large": large, "huge": self.sizes[-1]}
         return glyphs(face, size or sizes[role])
 
     def height(self, role: str = "body") -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from train.data.documents.layouts import bars, form, invoice, lines, note, receipt, table, words
+from train.data.documents.layouts import bars, flags, form, invoice, lines, note, receipt, screen, sign, table, words
 from train.data.documents.sheet import Layout
 
 
@@ -42,6 +42,9 @@ FAMILIES: dict[str, tuple[Template, ...]] = {
         ("table", table),
         ("bars", bars),
         ("lines", lines),
+        ("sign", sign),
+        ("screen", screen),
+        ("flags", flags),
     )
 }
 TEMPLATES = {template.name: template for templates in FAMILIES.values() for template in templates}

@@ -47,13 +47,11 @@ def draw_scale(dice: Dice, room: float, pitch: float) -> Scale:
     return Scale(dice.pick(STEPS), dice.whole(min(4, most), most))
 
 
-def values(dice: Dice, scale: Scale, count: int, on_grid: bool) -> list[int]:
-    """Numbers on the grid lines, or anywhere; where there is a choice, no two too near to be told apart."""
+def values(dice: Dice, scale: Scale, count: int, on_grid: bool, reach: float = 1.0) -> list[int]:
+    """Numbers on the grid lines, or anywhere up to `reach` of the scale, then no two too near to be told apart."""
     if on_grid:
         return [scale.step * dice.whole(1, scale.count) for _ in range(count)]
-    slots = dice.sample(range(5, 60), count)
-    spread = [max(1, round(slot / 60 * scale.top)) for slot in slots]
-    return spread
+    return [max(1, int(slot / 60 * reach * scale.top)) for slot in dice.sample(range(5, 61), count)]
 
 
 def names(dice: Dice, count: int, ordered: bool) -> list[str]:

@@ -89,17 +89,17 @@ def _upright(sheet: Sheet, look: Look) -> None:
         axes.measure(sheet, flow)
     dice = sheet.dice
     count = max(2, min(MOST, int(flow.box.width / sheet.em / 4.5)))
-    labels = axes.names(dice, dice.whole(2, count), dice.chance(0.4))
+    labels = axes.names(dice, dice.whole(min(3, count), count), dice.chance(0.4))
     plot, slots, names, scale, ticks = _stand(sheet, flow, labels, look.scale)
     if plot is None:
         return
-    head = sheet.height("small") if look.numbers else 0
-    values = axes.values(dice, scale, len(names), not look.numbers)
+    head = sheet.height("small") * 1.2 if look.numbers else 0
+    values = axes.values(dice, scale, len(names), not look.numbers, 1 - head / plot.height)
     colours = axes.palette(sheet, 7) if look.colourful else axes.palette(sheet, 1)
     entries = []
     for at, ((x0, x1), (name, name_box), value) in enumerate(zip(slots, names, values, strict=True)):
         inset = (x1 - x0) * 0.18
-        bar = Box(x0 + inset, plot.y1 - (plot.height - head) * value / scale.top, x1 - inset, plot.y1)
+        bar = Box(x0 + inset, plot.y1 - plot.height * value / scale.top, x1 - inset, plot.y1)
         _bar(sheet, bar, colours[at % len(colours)], look, lying=False)
         text_box = ticks.get(value)
         if look.numbers:
@@ -116,7 +116,7 @@ def _level(sheet: Sheet, look: Look) -> None:
     flow, title = axes.start(sheet)
     dice = sheet.dice
     rows = max(2, min(MOST, int((flow.left - sheet.height("small") * 1.5) / sheet.height() / 1.4)))
-    fitted = [sheet.fit(name, flow.box.width * 0.4) for name in axes.names(dice, dice.whole(2, rows), False)]
+    fitted = [sheet.fit(name, flow.box.width * 0.4) for name in axes.names(dice, dice.whole(min(3, rows), rows), False)]
     lines = [line for line in fitted if line is not None]
     if not lines or flow.left < sheet.height() * 2:
         return

@@ -1,9 +1,11 @@
 """Line charts."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from train.data.documents.content import Dice
 from train.data.documents.layouts import axes
+from train.data.documents.layouts.axes import Scale
 from train.data.documents.layouts.parts import disc
 from train.data.documents.page import Box, Colour
 from train.data.documents.questions import Entry, Series
@@ -44,6 +46,26 @@ def stepped(sheet: Sheet) -> None:
     _chart(sheet, _steps, numbers=sheet.dice.chance(0.5))
 
 
+@dataclass(frozen=True)
+class Plot:
+    """names: (name, its box, x of its point) along the bottom. ticks: where the scale's numbers stand.
+
+    numbers: values printed at the points. slanted: the line goes straight from point to point.
+    """
+
+    box: Box
+    scale: Scale
+    ticks: dict[int, Box]
+    names: list[tuple[str, Box, float]]
+    numbers: bool
+    slanted: bool
+
+    def points(self, values: list[int]) -> list[Point]:
+        """Where values lie on the page."""
+        heights = (self.box.height * value / self.scale.top for value in values)
+        return [(x, self.box.y1 - height) for (_, _, x), height in zip(self.names, heights, strict=True)]
+
+
 def _chart(sheet: Sheet, draw: Callable, numbers: bool, lines: int = 1) -> None:
     flow, title = axes.start(sheet)
     if sheet.dice.chance(0.5):
@@ -55,22 +77,19 @@ def _chart(sheet: Sheet, draw: Callable, numbers: bool, lines: int = 1) -> None:
     dice = sheet.dice
     tails = _tails(sheet, lines, area)
     scale = axes.draw_scale(dice, area.height, sheet.height("small") * 1.5)
-    inner = Box(area.x0, area.y0, area.x1 - max((tail.width for tail in tails), default=0), area.y1)
-    plot, ticks = axes.vertical_scale(sheet, inner, scale, grid=not numbers or dice.chance(0.3))
-    names = _names(sheet, plot, low)
-    if len(names) < 2:
+    inner = Box(area.x0, area.y0, area.x1 - max(tail.width for tail in tails), area.y1)
+    box, ticks = axes.vertical_scale(sheet, inner, scale, grid=not numbers or dice.chance(0.3))
+    plot = Plot(box, scale, ticks, _names(sheet, box, low), numbers, draw is not _steps)
+    if len(plot.names) < 2:
         return
+    reach = 1 - 1.3 * sheet.height("small") / box.height
     shown: list[list[int]] = []
     for tail, colour in zip(tails, axes.palette(sheet, lines), strict=True):
-        values = _apart(dice, shown, lambda: axes.values(dice, scale, len(names), not numbers))
+        values = _apart(dice, shown, lambda: axes.values(dice, scale, len(plot.names), not numbers, reach))
         shown.append(values)
-        points = [
-            (x, plot.y1 - plot.height * value / scale.top * (0.9 if numbers else 1))
-            for (_, _, x), value in zip(names, values, strict=True)
-        ]
-        draw(sheet, plot, points, colour)
-        _note(sheet, names, values, points, ticks, tail, numbers)
-    sheet.ground("the chart", plot)
+        draw(sheet, box, plot.points(values), colour)
+        _note(sheet, plot, values, tail)
+    sheet.ground("the chart", box)
     sheet.caption(f'A line chart titled "{title}".' if title else "A line chart.")
     sheet.ask("count", ("How many lines does the chart have?", "How many lines are drawn?"), str(lines))
 
@@ -86,7 +105,8 @@ def _tails(sheet: Sheet, lines: int, area: Box) -> list[Line]:
 def _names(sheet: Sheet, plot: Box, low: float) -> list[tuple[str, Box, float]]:
     """(name, its box, x of its point) along the bottom."""
     dice = sheet.dice
-    count = dice.whole(3, max(3, min(MOST, int(plot.width / sheet.style.small / 4))))
+    most = max(3, min(MOST, int(plot.width / sheet.style.small / 3.4)))
+    count = dice.whole(max(3, most // 2), most)
     width, names = plot.width / count, []
     for at, label in enumerate(axes.names(dice, count, ordered=True)):
         line = sheet.fit(label, width * 0.95, "small")
@@ -106,15 +126,13 @@ def _apart(dice: Dice, others: list[list[int]], make: Callable[[], list[int]]) -
     return values
 
 
-def _note(sheet: Sheet, names, values: list[int], points: list[Point], ticks, tail: Line, numbers: bool) -> None:
-    entries, half = [], sheet.em * 0.6
-    for (name, name_box, _), value, (x, y) in zip(names, values, points, strict=True):
-        text_box = ticks.get(value)
-        if numbers:
-            number = sheet.line(str(value), "small")
-            text_box = sheet.put(number, x - number.width / 2, y - number.height - sheet.em * 0.25)
+def _note(sheet: Sheet, plot: Plot, values: list[int], tail: Line) -> None:
+    """Write the numbers and the line's name, and note what can be asked."""
+    entries, half, points = [], sheet.em * 0.6, plot.points(values)
+    for at, ((name, name_box, _), value, (x, y)) in enumerate(zip(plot.names, values, points, strict=True)):
+        text_box = _number(sheet, plot, str(value), points, at) if plot.numbers else plot.ticks[value]
         box = Box(x - half, y - half, x + half, y + half)
-        entries.append(Entry(name, str(value) if text_box else "", value, box, name_box, text_box))
+        entries.append(Entry(name, str(value), value, box, name_box, text_box))
     if not tail.text:
         sheet.series.append(Series("points", LOOKUP, HIGHEST, LOWEST, "the point of {name}", tuple(entries)))
         _trend(sheet, entries)
@@ -122,11 +140,24 @@ def _note(sheet: Sheet, names, values: list[int], points: list[Point], ticks, ta
     x, y = points[-1]
     box = sheet.put(tail, x + sheet.em * 0.5, y - tail.height / 2)
     sheet.ground(f'the name "{tail.text}" at the line', box)
-    named = f"of {tail.text} "
-    lookup = (f"What is the value {named}for {{name}}?", f"How much is {tail.text} in {{name}}?")
+    lookup = (f"What is the value of {tail.text} for {{name}}?", f"How much is {tail.text} in {{name}}?")
     most, least = (f"Where is {tail.text} highest?",), (f"Where is {tail.text} lowest?",)
-    where = f"the point {named}for {{name}}"
+    where = f"the point of {tail.text} for {{name}}"
     sheet.series.append(Series("points", lookup, most, least, where, tuple(entries), counted=False))
+
+
+def _number(sheet: Sheet, plot: Plot, text: str, points: list[Point], at: int) -> Box:
+    """Beside a point, where a slanted line leaves room: below a low, else above, on the outer side of a slope."""
+    number, (x, y), gap = sheet.line(text, "small"), points[at], sheet.em * 0.25
+    sides = [points[other][1] for other in (at - 1, at + 1) if 0 <= other < len(points)]
+    left, top = x - number.width / 2, y - number.height - gap
+    if plot.slanted and all(level < y for level in sides) and y + gap + number.height < plot.box.y1:
+        top = y + gap
+    elif plot.slanted and len(sides) == 2 and sides[1] < y <= sides[0]:  # the line rises
+        left = x - number.width
+    elif plot.slanted and sides[0] < y:
+        left = x
+    return sheet.put(number, min(max(0, left), sheet.page.width - number.width), top)
 
 
 def _trend(sheet: Sheet, entries: list[Entry]) -> None:

@@ -13,7 +13,7 @@ READ_ONE = ("Read the text.", "What does it say?", "What is written here?", "Tra
 
 def single(sheet: Sheet) -> None:
     """One line anywhere."""
-    line = sheet.fit(_tokens(sheet.dice.whole(1, 2)), sheet.page.width - sheet.em)
+    line = sheet.fit(_tokens(sheet.dice.whole(1, 2)), sheet.page.width - sheet.em, sheet.dice.pick(("body", "huge")))
     if line is None:
         return
     x = sheet.dice.uniform(sheet.em / 2, sheet.page.width - sheet.em / 2 - line.width)
