@@ -15,18 +15,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.conftest import ROOT, run_module
 from tests.conformance.test_model import CASES, EOS, assert_close
+from tests.conftest import ROOT, run_module
 from train import loop
 from train.__main__ import run
 from train.conversations import AnswerLoss, ConversationTask
 from train.data.collate import collate
 from train.data.dataset import Conversation
 from train.distributed import World
-from train.lora import add_lora, merge_lora
 from train.loop import Loss
+from train.lora import add_lora, merge_lora
 from train.model import IGNORE_INDEX, Checkpoint, ConvLLaVA, load_model
-from train.recipe import Lora, Recipe, RecipeError, read_recipe
+from train.recipe import Lora, RecipeError, read_recipe
 
 ALONE = World(0, 1, torch.device("cpu"))
 ALL = ("projector", "encoder", "language_model")
@@ -34,10 +34,10 @@ ALL = ("projector", "encoder", "language_model")
 
 @pytest.fixture(scope="module")
 def records(conformance: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen records: one image, several, none; one broken."""
+    """Fourteen records: one image, several, none; one broken."""
     file = tmp_path_factory.mktemp("data") / "records.json"
     content = []
-    for number in range(12):
+    for number in range(13):
         images = ["case1.png", "case2.png"][: number % 3]
         question = "<image>\n" * len(images) + "What is the total? " + "please " * number
         talk = [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {number} " * (1 + number % 4)}]
@@ -392,7 +392,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(recipe):
     assert result.returncode == 0, result.stderr
     assert f"resuming from {stopped / 'step-000004'}" in result.stdout
     assert losses(stopped) == losses(whole)
-    assert len(losses(whole)) == 10  # 2.5 epochs of 4 batches: 13 records, the last batch of one
+    assert len(losses(whole)) == 10  # 2.5 epochs of 4 batches: 14 records, the last batch of two
     assert_same(trained(stopped), trained(whole))
     assert_same(weights(stopped / "final"), weights(whole / "final"))
     assert not list(stopped.glob("*.partial"))

@@ -208,6 +208,18 @@ def test_too_many_malformed_records_end_the_run(tmp_path: Path):
     assert len((tmp_path / "malformed.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_step_in_which_everything_was_skipped_has_no_loss(tmp_path: Path):
+    recipe = recipe_for(tmp_path, global_batch=2, steps=2)
+    task = Regression(recipe)
+    full = list(task.steps(0, 1))
+    task.steps = lambda first, last: [[Points(x=torch.zeros(0, 3), y=torch.zeros(0, 1))], *full]
+    loop.train(task, recipe, ALONE)
+    rows = log_of(tmp_path)
+    assert (rows[0]["loss"], rows[0]["grad_norm"], rows[0]["samples"]) == (None, 0.0, 0)
+    assert rows[1]["loss"] > 0
+    assert (tmp_path / "curve.png").is_file()
+
+
 def test_epochs_of_data_without_end_are_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match="the data of task local has no end; give steps"):
         run(recipe_for(tmp_path, steps=None, epochs=1.0))
