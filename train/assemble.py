@@ -60,6 +60,11 @@ class Source:
             vision_config=_vision_config(config),
             preprocessor=preprocessor,
         )
+        try:
+            with torch.device("meta"):
+                build_projector(recipe.projector, config.widths[-1], like.llama_config.hidden_size)
+        except ValueError as error:
+            raise RecipeError(f"projector: {error}") from None
         return cls(_as_trained(like, recipe), None, config, recipe)
 
     @property
@@ -75,10 +80,7 @@ class Source:
         decoder = LlamaForCausalLM.from_pretrained(
             None, config=llama, state_dict=load_language_state(self.like, torch.float32), dtype=torch.float32
         )
-        try:
-            projector = build_projector(self.projector, self.encoder_config.widths[-1], llama.hidden_size)
-        except ValueError as error:
-            raise RecipeError(f"projector: {error}") from None
+        projector = build_projector(self.projector, self.encoder_config.widths[-1], llama.hidden_size)
         return ConvLLaVA(ImageEncoder(encoder, projector), decoder)
 
     def stored_dtype(self) -> torch.dtype | None:
@@ -240,5 +242,10 @@ def _timm_config(model: ConvNeXt) -> EncoderConfig:
 
 
 def _timm_state(name: str) -> dict[str, Tensor]:
+    """Some of timm's have 1x1 convolutions for the blocks' linear layers, which compute the same."""
     state = _timm_model(name, pretrained=True).state_dict()
-    return {name: tensor for name, tensor in state.items() if name.startswith(("stem.", "stages."))}
+    return {
+        name: tensor.flatten(1) if ".mlp.fc" in name and tensor.ndim == 4 else tensor
+        for name, tensor in state.items()
+        if name.startswith(("stem.", "stages."))
+    }
