@@ -112,7 +112,7 @@ def test_a_timm_convnext_is_taken_with_its_weights_and_statistics(llama: Path, m
     with torch.inference_mode():
         found, wanted = four_stages(model.image_encoder.encoder, pixels), four_stages(expected, pixels)
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
-    with pytest.raises(CheckpointError, match="convnextv2_atto: .*it is not a plain ConvNeXt"):
+    with pytest.raises(CheckpointError, match=r"convnextv2_atto: .*it is not a plain ConvNeXt"):
         Source.open(recipe_for(llama, Encoder(timm="convnextv2_atto"))).load()
 
 
