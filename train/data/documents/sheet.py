@@ -49,7 +49,7 @@ class Sheet:
         return self.style.body
 
     def glyphs(self, role: str = "body", size: int | None = None) -> Glyphs:
-        """role: `small`, `body`, `bold`, `large` or, the largest that the page may have, `huge`; the last three bold."""
+        """role: `small`, `body`, or in bold `bold`, `large` and `huge`, the largest that the page may have."""
         style = self.style
         face = style.bold if role in ("bold", "large", "huge") else style.face
         small, body, large = style.small, style.body, style.large
@@ -95,10 +95,10 @@ class Sheet:
         self.asked.append(questions.ground(self.dice, phrase, box))
 
     def fact(
-        self, name: str, line: Line, box: Box, label: Line | None = None, label_box: Box | None = None, kind="field"
+        self, name: str, line: Line, box: Box, label: str = "", label_box: Box | None = None, kind: str = "field"
     ) -> None:
         """Note what a line states, and the label that was printed for it."""
-        self.facts.append(Fact(name, line.text, box, label.text if label else "", label_box, kind))
+        self.facts.append(Fact(name, line.text, box, label, label_box, kind))
 
     def ask(self, kind: str, phrasings: tuple[str, ...], answer: str, box: Box | None = None, **names: str) -> None:
         self.asked.append(Question(kind, self.dice.pick(phrasings).format(**names), answer, box))

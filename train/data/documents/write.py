@@ -5,7 +5,6 @@ The folder appears whole or not at all, and is the same to the byte however many
 
 import json
 import multiprocessing
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -105,15 +104,10 @@ def _pages(job: Job, folder: Path, workers: int) -> Iterator[list[dict]]:
                 bar.update()
             return
         # Spawned, not forked: a caller may hold threads, whose locks a fork would copy as they are
-        with multiprocessing.get_context("spawn").Pool(workers, initializer=_alone) as pool:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
             for page in pool.imap(one, range(job.pages), chunksize=CHUNK):
                 yield page
                 bar.update()
-
-
-def _alone() -> None:
-    """Keep numpy's libraries to one thread in each process."""
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _page(job: Job, folder: Path, index: int) -> list[dict]:

@@ -209,8 +209,8 @@ def _note(sheet: Sheet, entries: list[Entry], title, plot: Box, most: tuple[str,
     sheet.series.append(Series("bars", LOOKUP, most, least, "the bar of {name}", tuple(entries)))
     ends = (("first", entries[0]), ("last", entries[-1]))
     for which, entry in ends if len(entries) > 1 else ():
-        sheet.ask("field", (f"What is the {which} bar called?", f"What does the {which} bar stand for?"), entry.name,
-                  entry.name_box)  # fmt: skip
+        asked = (f"What is the {which} bar called?", f"What does the {which} bar stand for?")
+        sheet.ask("field", asked, entry.name, entry.name_box)
     _about(sheet, title, plot)
 
 

@@ -77,8 +77,8 @@ def quiz(sheet: Sheet) -> None:
         box = _flag(sheet, country, x, y + sheet.height("bold"), tall)
         sheet.ask("caption", WHICH_AT, country, box, place=f"marked {marks[at]}")
         sheet.ground(f"the flag of {country}", box)
-        sheet.ask("label", ("Which mark has the flag of {country}?",), marks[at], _mark_box(sheet, x, y, marks[at]),
-                  country=country)  # fmt: skip
+        asked = ("Which mark has the flag of {country}?",)
+        sheet.ask("label", asked, marks[at], _mark_box(sheet, x, y, marks[at]), country=country)
     sheet.ask("count", ("How many flags are shown?", "Count the flags."), str(len(countries)))
     sheet.caption(f'Flags under the title "{title}".' if title else "Flags without names.")
 
@@ -108,8 +108,8 @@ def _list(sheet: Sheet, mirrored: bool) -> None:
             number = sheet.put(points, flow.box.x0, top)
         else:
             number = sheet.put(points, flow.box.x0, top, flow.box.width, "right")
-        sheet.ask("field", ("Which number does {country} have?", "What stands beside {country}?"), points.text, number,
-                  country=country)  # fmt: skip
+        asked = ("Which number does {country} have?", "What stands beside {country}?")
+        sheet.ask("field", asked, points.text, number, country=country)
         sheet.ground(f"the row of {country}", Box(flow.box.x0, flow.y, flow.box.x1, flow.y + pitch))
         shown.append((country, box, name))
         flow.skip(pitch)

@@ -135,7 +135,7 @@ def _labelled_box(sheet: Sheet, column: Flow, field: Field) -> None:
     frame = Box(column.box.x0, top, column.box.x1, top + value.height + 2 * pad)
     sheet.page.rectangle(frame, sheet.style.muted, max(1, sheet.em // 16))
     value_box = sheet.put(value, frame.x0 + pad, top + pad)
-    sheet.fact(field.name, value, value_box, label, label_box, field.kind)
+    sheet.fact(field.name, value, value_box, label.text, label_box, field.kind)
     sheet.ground(f'the box labelled "{label.text}"', frame)
     column.skip(label.height + frame.height + pad)
 
@@ -151,7 +151,7 @@ def _cells(sheet: Sheet, field: Field, row: Box, share: float, pad: float) -> bo
     sheet.page.rectangle(row, sheet.style.muted, 1)
     sheet.page.vertical(middle, row.y0, row.y1, sheet.style.muted)
     label_box, value_box = sheet.put(label, row.x0 + pad, row.y0 + pad), sheet.put(value, middle + pad, row.y0 + pad)
-    sheet.fact(field.name, value, value_box, label, label_box, field.kind)
+    sheet.fact(field.name, value, value_box, label.text, label_box, field.kind)
     return True
 
 
@@ -164,7 +164,7 @@ def _label_below(sheet: Sheet, column: Flow, field: Field) -> None:
     line = column.y + value.height + 1
     sheet.page.horizontal(column.box.x0, column.box.x1, line, sheet.style.muted)
     label_box = sheet.put(label, column.box.x0, line + 2)
-    sheet.fact(field.name, value, value_box, label, label_box, field.kind)
+    sheet.fact(field.name, value, value_box, label.text, label_box, field.kind)
     column.skip(value.height + label.height + 4 + sheet.em * 0.4)
 
 
@@ -186,9 +186,8 @@ def _tick_boxes(sheet: Sheet, flow: Flow) -> None:
             _tick(sheet, square)
             ticked.append(name)
         drawn.append(name)
-        sheet.ask(
-            "label", ('Is "{name}" ticked?', 'Is the box "{name}" checked?'), "Yes" if marked else "No", name=name
-        )
+        asked = ('Is "{name}" ticked?', 'Is the box "{name}" checked?')
+        sheet.ask("compare", asked, "Yes" if marked else "No", square, name=name)
         sheet.ground(f'the tick box "{name}"', square | box)
         flow.skip(round(line.height * 1.15))
     if drawn:
@@ -210,9 +209,8 @@ def _tick(sheet: Sheet, square: Box) -> None:
 
 def _finish(sheet: Sheet, title: str | None) -> None:
     if sheet.facts:
-        sheet.ask(
-            "count", ("How many fields are filled in?", "How many fields does the form have?"), str(len(sheet.facts))
-        )
+        asked = ("How many fields are filled in?", "How many fields does the form have?")
+        sheet.ask("count", asked, str(len(sheet.facts)))
     sheet.caption(f'A form titled "{title}".' if title else "A form.")
 
 

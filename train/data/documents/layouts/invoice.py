@@ -16,8 +16,10 @@ MOST = 14  # positions
 TITLES = ("INVOICE", "Invoice", "Bill", "Tax invoice", "Statement")
 TO = ("Bill to", "To", "Customer", "Sold to", "Client")
 TOTAL = ("Total", "TOTAL", "Amount due", "Total due", "Grand total", "Please pay", "Balance due")
-NAMES = (("Description", "Qty", "Price", "Amount"), ("Item", "Quantity", "Unit price", "Total"),
-         ("Article", "Pcs", "Each", "Sum"), ("Service", "Hours", "Rate", "Line total"))  # fmt: skip
+NAMES = (
+    *(("Description", "Qty", "Price", "Amount"), ("Item", "Quantity", "Unit price", "Total")),
+    *(("Article", "Pcs", "Each", "Sum"), ("Service", "Hours", "Rate", "Line total")),
+)
 LOOKUP = ("What is the amount for {name}?", "How much is charged for {name}?", "Read the amount of {name}.")
 MOST_COSTLY = ("Which position has the highest amount?", "Which item costs the most?", "What is the largest position?")
 LEAST_COSTLY = (
@@ -100,13 +102,15 @@ def total_first(sheet: Sheet) -> None:
     flow = Flow(sheet, sheet.box.padded(-margin(sheet)), 1.15)
     head = Flow(sheet, Box(flow.box.x0, flow.y, flow.box.x1, flow.y + flow.left * 0.5), 1.1)
     _title(sheet, head, "centre")
-    money, prices = content.money(sheet.dice), _prices(sheet, 3)
-    _total(sheet, head, money, sum(prices), framed=True)
+    money, prices = content.money(sheet.dice), _prices(sheet, 8)
+    place = Flow(sheet, Box(flow.box.x0, head.y, flow.box.x1, head.y + sheet.height("large") + sheet.em), 1.1)
+    head.skip(place.box.height + sheet.em * 0.2)  # kept free until it is known which positions have fitted
     _meta(sheet, head, "right")
     flow.y = head.y + sheet.em * 0.4
     foot = sheet.height("bold") * 2.4
     body = Flow(sheet, Box(flow.box.x0, flow.y, flow.box.x1, flow.box.y1 - foot), flow.leading)
-    _positions(sheet, body, money, prices, amounts_first=True)
+    drawn = _positions(sheet, body, money, prices, amounts_first=True)
+    _total(sheet, place, money, sum(drawn) or content.cents(sheet.dice, 1000), framed=True)
     flow.y = max(body.y, flow.box.y1 - foot)
     seller = _seller(sheet, flow, "centre", sheet.style.strong)
     sheet.caption(f"An invoice from {seller}." if seller else "An invoice.")
@@ -176,7 +180,7 @@ def _stacked_pair(sheet: Sheet, flow: Flow, field: Field) -> None:
         return
     label_box = sheet.put(label, flow.box.x0, flow.y)
     value_box = sheet.put(value, flow.box.x0, flow.y + label.height)
-    sheet.fact(field.name, value, value_box, label, label_box, field.kind)
+    sheet.fact(field.name, value, value_box, label.text, label_box, field.kind)
     flow.skip(label.height + value.height + sheet.em * 0.4)
 
 

@@ -41,21 +41,17 @@ def pair(
     None, and nothing drawn, where they do not fit; otherwise the box around both.
     """
     gap = sheet.em * 0.5
-    label = sheet.fit(lambda dice: dice.pick(field.labels), (box.width - gap) * 0.62, role)
+    name = sheet.dice.pick(field.labels)
+    label = sheet.fit(name + colon, (box.width - gap) * 0.62, role)
     if label is None or label.height > box.height:
         return None
-    tail = label.glyphs.width(colon)
-    start = box.x0 + label.width + tail + gap
-    if value_x is not None and value_x >= start:
-        start = value_x
+    start = max(box.x0 + label.width + gap, value_x or 0)
     written = sheet.fit(value or field.make, box.x1 - start, role)
     if written is None or not written.text or written.height > box.height:
         return None
-    label_box = sheet.put(label, box.x0, box.y0, colour=sheet.style.ink)
-    if colon:
-        sheet.page.text(box.x0 + label.width, box.y0, colon, label.glyphs, sheet.style.ink)
+    label_box = sheet.put(label, box.x0, box.y0)
     value_box = sheet.put(written, start, box.y0 + _drop(label, written), box.x1 - start, align)
-    sheet.fact(field.name, written, value_box, label, label_box, field.kind)
+    sheet.fact(field.name, written, value_box, name, label_box, field.kind)
     return label_box | value_box
 
 

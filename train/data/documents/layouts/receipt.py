@@ -73,16 +73,16 @@ def _receipt(sheet: Sheet, look: Look) -> None:
     if address:
         spare -= 1 if flow.write(content.address, "small", look.align) else 0
     prices = _prices(dice, min(MOST, spare + 3 - foot - (1 if look.columns else 0)))
-    total = sum(prices)
-    if look.first:
-        _sum(sheet, flow, money, total, look)
+    total_area = Flow(sheet, flow.box, flow.leading)
+    total_area.y = flow.y
+    if look.first:  # its place is kept free until it is known which items have fitted
+        flow.skip(round(sheet.height("large") * flow.leading))
+    _rule(sheet, flow, look)
+    prices = _items(sheet, flow, look, money, prices)
+    if not look.first:
         _rule(sheet, flow, look)
-        _items(sheet, flow, look, money, prices)
-    else:
-        _rule(sheet, flow, look)
-        prices = _items(sheet, flow, look, money, prices)
-        _rule(sheet, flow, look)
-        _sum(sheet, flow, money, sum(prices), look)
+        total_area = flow
+    _sum(sheet, total_area, money, sum(prices))
     _foot(sheet, flow, money, sum(prices), foot, look)
     sheet.caption(f"A receipt from {shop}." if shop else "A receipt.")
 
@@ -144,11 +144,7 @@ def _items(sheet: Sheet, flow: Flow, look: Look, money: Money, prices: list[int]
         lead = sheet.line(f"{sheet.dice.whole(1, 9)} x ") if look.counted else None
         name = sheet.fit(content.goods, room - (lead.width if lead else 0))
         if name is None or any(entry.name == name.text for entry in entries):
-            if not look.first:  # with the total already drawn, a row must not be left out
-                continue
-            name = sheet.fit(content.short_code, room)
-            if name is None:
-                continue
+            continue
         entries.append(_row(sheet, flow, look, lead, name, amount, price))
         drawn.append(price)
     if not entries:
@@ -186,7 +182,7 @@ def _column_heads(sheet: Sheet, flow: Flow) -> bool | None:
     return True
 
 
-def _sum(sheet: Sheet, flow: Flow, money: Money, total: int, look: Look) -> None:
+def _sum(sheet: Sheet, flow: Flow, money: Money, total: int) -> None:
     field = Field("total", TOTAL, content.number, "total")
     area = Box(flow.box.x0, flow.y, flow.box.x1, flow.box.y1)
     for role in (sheet.dice.pick(("bold", "large")), "body"):

@@ -114,8 +114,8 @@ def dialog(sheet: Sheet) -> None:
             asked = ("What is the error code?", "Which error code is shown?")
             sheet.ask("field", asked, line.text.removeprefix("Error code "), box)
     if lines:
-        sheet.ask("transcribe", ("Read the first line of the message.", "How does the message begin?"), lines[0][0].text,
-                  lines[0][1])  # fmt: skip
+        asked = ("Read the first line of the message.", "How does the message begin?")
+        sheet.ask("transcribe", asked, lines[0][0].text, lines[0][1])
         sheet.ground("the message", around([box for _, box in lines]))
     if len(lines) > 1:
         asked = ("Which file is named in the message?", "What is the name of the file?")
@@ -224,8 +224,8 @@ def _switches(sheet: Sheet, flow: Flow, count: int) -> None:
         state = dice.chance(0.5)
         switch = _switch(sheet, row, high, state)
         drawn, on = drawn + 1, on + state
-        sheet.ask("compare", ("Is {name} on or off?", "Is {name} switched on or off?"), "On" if state else "Off", switch,
-                  name=name)  # fmt: skip
+        asked = ("Is {name} on or off?", "Is {name} switched on or off?")
+        sheet.ask("compare", asked, "On" if state else "Off", switch, name=name)
         sheet.ground(f"the switch of {name}", switch)
         sheet.ground(f"the row of {name}", row | box)
     if drawn:
@@ -283,8 +283,8 @@ def _files(sheet: Sheet, flow: Flow, count: int) -> None:
         sheet.ground(f"the row of {row[0].text}", grid.row_box(number))
         for column, cell in zip(grid.columns[1:], row[1:], strict=True):
             sheet.ask("date" if column == 2 else "field", asked[column], cell.text, cell.box, name=row[0].text)
-    sheet.ask("field", ("Which file is listed first?", "Read the name of the first file."), grid.rows[0][0].text,
-              grid.rows[0][0].box)  # fmt: skip
+    asked = ("Which file is listed first?", "Read the name of the first file.")
+    sheet.ask("field", asked, grid.rows[0][0].text, grid.rows[0][0].box)
     sheet.ground("the list of files", grid.box)
 
 

@@ -144,10 +144,11 @@ def _series(held: Contents, head: str, entries: list[Entry], numeric: bool, firs
     )
     most = (f"Which {held.subject} has the highest {head}?", f"Who or what has the largest {head}?")
     least = (f"Which {held.subject} has the lowest {head}?", f"Who or what has the smallest {head}?")
-    return Series(
-        held.plural, lookup, most, least, 'the row of "{name}"' if first else f'the {head} of "{{name}}"',
-        tuple(entries) if first else tuple(_cell_only(entry) for entry in entries), counted=first, compared=numeric,
-    )  # fmt: skip
+    if first:
+        ground, shown = 'the row of "{name}"', tuple(entries)
+    else:
+        ground, shown = f'the {head} of "{{name}}"', tuple(_cell_only(entry) for entry in entries)
+    return Series(held.plural, lookup, most, least, ground, shown, counted=first, compared=numeric)
 
 
 def _cell_only(entry: Entry) -> Entry:
@@ -203,8 +204,8 @@ def _title(sheet: Sheet, flow: Flow) -> str | None:
     flow.skip(sheet.em * 0.3)
     if written is None:
         return None
-    sheet.ask("field", ("What is the title of the table?", "Read the heading.", "What is the table called?"),
-              written[0].text, written[1])  # fmt: skip
+    asked = ("What is the title of the table?", "Read the heading.", "What is the table called?")
+    sheet.ask("field", asked, written[0].text, written[1])
     sheet.ground("the title", written[1])
     return written[0].text
 
@@ -215,8 +216,8 @@ def _about(sheet: Sheet, grid: Grid, title: str | None, held: Contents) -> None:
     sheet.ask("count", ("How many columns does the table have?", "Count the columns."), str(len(grid.heads)))
     if len(grid.rows) > 1:
         last = grid.rows[-1][0]
-        sheet.ask("field", ("What stands first in the last row?", "Read the first cell of the last row."), last.text,
-                  last.box)  # fmt: skip
+        asked = ("What stands first in the last row?", "Read the first cell of the last row.")
+        sheet.ask("field", asked, last.text, last.box)
     for number, row in list(enumerate(grid.rows, 1))[:8]:
         at = sheet.dice.whole(0, len(row) - 1)
         asked = (f"Read row {number}, column {at + 1}.", f"What stands in row {number}, column {at + 1}?")

@@ -1,0 +1,89 @@
+"""The written folder: LLaVA's JSON and images, the same however many processes wrote it, whole or not at all."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.data.documents import KINDS, PRESETS, render
+from train.data.documents import write as writing
+from train.data.documents.write import Job, write
+
+OPTIONS = replace(PRESETS["words-256"], sizes=((192, 192),), min_px=16, max_px=24)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg"])
+def test_processes_write_the_same_bytes(tmp_path: Path, format: str):
+    job = Job("validation", 3, 20, OPTIONS, format)
+    write(job, tmp_path / "one")
+    write(job, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert len(contents(tmp_path / "one")) == 21
+
+
+def test_records_are_llavas(tmp_path: Path):
+    write(Job("train", 0, 8, OPTIONS), tmp_path / "out")
+    records = json.loads((tmp_path / "out" / "documents.json").read_text(encoding="utf-8"))
+    assert len({record["id"] for record in records}) == len(records) == 8
+    for index, record in enumerate(records):
+        page = render(index, "train", 0, OPTIONS)
+        pixels = np.asarray(Image.open(tmp_path / "out" / record["image"]))
+        np.testing.assert_array_equal(pixels, page.page.pixels)
+        turns = record["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * len(page.questions)
+        assert turns[0]["value"] == f"<image>\n{page.questions[0].prompt}"
+        assert not any("<image>" in turn["value"] for turn in turns[1:])
+        assert [turn["value"] for turn in turns[1::2]] == [question.answer for question in page.questions]
+        assert set(record["kinds"]) <= set(KINDS) and len(record["kinds"]) == len(record["boxes"]) == len(turns) // 2
+
+
+def test_one_turn_gives_each_question_its_record(tmp_path: Path):
+    count = write(Job("train", 0, 4, OPTIONS, one_turn=True), tmp_path / "out")
+    records = json.loads((tmp_path / "out" / "documents.json").read_text(encoding="utf-8"))
+    assert len(records) == count == sum(len(render(index, "train", 0, OPTIONS).questions) for index in range(4))
+    assert len({record["id"] for record in records}) == count
+    for record in records:
+        assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"]
+        assert record["conversations"][0]["value"].startswith("<image>\n")
+
+
+def test_nothing_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch):
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "render", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write(Job("train", 0, 4, OPTIONS), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_never_written_over(tmp_path: Path):
+    with pytest.raises(FileExistsError, match="is there already"):
+        write(Job("train", 0, 1, OPTIONS), tmp_path)
+    with pytest.raises(ValueError, match="unknown image format 'gif'"):
+        write(Job("train", 0, 1, OPTIONS, "gif"), tmp_path / "out")
+
+
+def test_the_command_writes_and_says_how_fast(tmp_path: Path):
+    command = [sys.executable, "-m", "train.data.documents", "--out", tmp_path / "out", "--pages", "2"]
+    command += ["--preset", "words-256", "--workers", "1", "--split", "test"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 records of 2 pages" in done.stdout and "pages/s" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "is there already" in again.stderr
+
+
+def test_documents_need_no_torch():
+    code = "import sys, train.data.documents.__main__; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
