@@ -246,8 +246,8 @@ def token(dice: Dice) -> str:
 
 
 def scramble(dice: Dice) -> str:
-    """Characters of every sort, in no order: the rare signs are learnt here."""
-    pool = LETTERS + LETTERS.lower() + "0123456789" + SIGNS
+    """Characters of every sort, in no order: the rare signs are learnt here. None that looks like another."""
+    pool = LETTERS + "abcdefghjkmnpqrstuvwxyz" + "23456789" + SIGNS
     return "".join(dice.pick(pool) for _ in range(dice.whole(3, 6)))
 
 

@@ -78,19 +78,18 @@ class Series:
     compared: bool = True
 
 
-def about_facts(dice: Dice, facts: list[Fact]) -> Iterable[Question]:
-    """By name, by label, by value, and where it is."""
+def about_facts(dice: Dice, facts: list[Fact], printed: list[str]) -> Iterable[Question]:
+    """By name, by label, by value, and where it is. printed: every line of the page, to know what occurs twice."""
     names = Counter(fact.name.lower() for fact in facts)
-    labels = Counter(fact.label.lower() for fact in facts)
-    values = Counter(fact.value for fact in facts)
+    lines = Counter(line.rstrip(":").lower() for line in printed)
     for fact in facts:
         if names[fact.name.lower()] > 1:
             continue
         prompt = dice.pick(FIELD).format(name=fact.name)
         yield Question(fact.kind, prompt[0].upper() + prompt[1:], fact.value, fact.box)
-        if fact.label and labels[fact.label.lower()] == 1:
+        if fact.label and lines[fact.label.lower()] == 1:
             yield Question("label", dice.pick(LABEL).format(label=fact.label), fact.value, fact.box)
-            if values[fact.value] == 1:
+            if lines[fact.value.lower()] == 1:
                 yield Question("label", dice.pick(LABEL_OF).format(value=fact.value), fact.label, fact.label_box)
         box = fact.box | fact.label_box if fact.label_box else fact.box
         yield ground(dice, f"the {fact.name}", box)

@@ -29,7 +29,9 @@ class Line:
 
 @dataclass
 class Sheet:
-    """sizes: text sizes allowed on the page, pixels, ascending."""
+    """sizes: text sizes allowed on the page, pixels, ascending. asked: questions by what they ask, however phrased.
+    printed: every line on the page.
+    """
 
     page: Page
     dice: Dice
@@ -37,7 +39,8 @@ class Sheet:
     sizes: tuple[int, ...]
     facts: list[Fact] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
-    asked: list[Question] = field(default_factory=list)
+    asked: dict[tuple, list[Question]] = field(default_factory=dict)
+    printed: list[str] = field(default_factory=list)
 
     @property
     def box(self) -> Box:
@@ -88,11 +91,12 @@ class Sheet:
         """Draw a line with its top at y, from x or aligned within `room` pixels from x; returns the box of its ink."""
         if room is not None and align != "left":
             x += (room - line.width) / (2 if align == "centre" else 1)
+        self.printed.append(line.text)
         return self.page.text(x, y, line.text, line.glyphs, self.style.ink if colour is None else colour)
 
     def ground(self, phrase: str, box: Box) -> None:
         """Ask where something is."""
-        self.asked.append(questions.ground(self.dice, phrase, box))
+        self._note(("ground", phrase), questions.ground(self.dice, phrase, box))
 
     def fact(
         self, name: str, line: Line, box: Box, label: str = "", label_box: Box | None = None, kind: str = "field"
@@ -101,14 +105,17 @@ class Sheet:
         self.facts.append(Fact(name, line.text, box, label, label_box, kind))
 
     def ask(self, kind: str, phrasings: tuple[str, ...], answer: str, box: Box | None = None, **names: str) -> None:
-        self.asked.append(Question(kind, self.dice.pick(phrasings).format(**names), answer, box))
+        """Ask in one of several phrasings, with `names` filled in."""
+        prompt = self.dice.pick(phrasings).format(**names)
+        self._note((phrasings, *names.values()), Question(kind, prompt, answer, box))
 
     def caption(self, text: str) -> None:
-        self.asked.append(questions.caption(self.dice, text))
+        self._note(("caption",), questions.caption(self.dice, text))
 
     def questions(self, limit: int) -> list[Question]:
         """What can be asked about what was drawn, at most `limit`; boxes to be found are made large enough."""
-        everything = [*self.asked, *questions.about_facts(self.dice, self.facts)]
+        everything = [same[0] for same in self.asked.values() if len({(q.answer, q.box) for q in same}) == 1]
+        everything += questions.about_facts(self.dice, self.facts, self.printed)
         for series in self.series:
             everything += questions.about_series(self.dice, series)
         chosen = questions.selected(self.dice, everything, limit)
@@ -117,6 +124,9 @@ class Sheet:
             Question(q.kind, q.prompt, q.answer, questions.reachable(q.box, width, height)) if q.kind == "ground" else q
             for q in chosen
         ]
+
+    def _note(self, about: tuple, question: Question) -> None:
+        self.asked.setdefault(about, []).append(question)
 
 
 class Flow:

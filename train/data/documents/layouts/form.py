@@ -80,7 +80,7 @@ def ticked(sheet: Sheet) -> None:
             flow.skip(round(sheet.height() * 1.4))
     flow.skip(sheet.em * 0.4)
     _tick_boxes(sheet, flow)
-    _finish(sheet, title)
+    _finish(sheet, title, counted=False)  # a tick box is a field, too
 
 
 def below(sheet: Sheet) -> None:
@@ -207,8 +207,8 @@ def _tick(sheet: Sheet, square: Box) -> None:
         sheet.page.mask(square.x0, square.y0, stroke_mask(side, side, [start, end], max(1, side / 9)), sheet.style.ink)
 
 
-def _finish(sheet: Sheet, title: str | None) -> None:
-    if sheet.facts:
+def _finish(sheet: Sheet, title: str | None, counted: bool = True) -> None:
+    if sheet.facts and counted:
         asked = ("How many fields are filled in?", "How many fields does the form have?")
         sheet.ask("count", asked, str(len(sheet.facts)))
     sheet.caption(f'A form titled "{title}".' if title else "A form.")

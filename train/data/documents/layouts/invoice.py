@@ -144,7 +144,7 @@ def _seller(sheet: Sheet, flow: Flow, align: str, colour, short: bool = False) -
     )
     sheet.ground("the seller's name", box)
     if not short and flow.left > 6 * sheet.height():
-        for make in (content.address, content.town, content.phone, content.website)[: sheet.dice.whole(0, 4)]:
+        for make in (content.address, content.town, content.website)[: sheet.dice.whole(0, 3)]:
             flow.write(make, "small", align)
     return line.text
 

@@ -82,8 +82,9 @@ def _receipt(sheet: Sheet, look: Look) -> None:
     if not look.first:
         _rule(sheet, flow, look)
         total_area = flow
-    _sum(sheet, total_area, money, sum(prices))
-    _foot(sheet, flow, money, sum(prices), foot, look)
+    total = sum(prices) or content.cents(dice)  # on the smallest pages no item fits
+    _sum(sheet, total_area, money, total)
+    _foot(sheet, flow, money, total, foot, look)
     sheet.caption(f"A receipt from {shop}." if shop else "A receipt.")
 
 
@@ -141,7 +142,7 @@ def _items(sheet: Sheet, flow: Flow, look: Look, money: Money, prices: list[int]
         if amount is None or not flow.fits(amount.height):
             continue
         room = flow.box.width - amount.width - sheet.em
-        lead = sheet.line(f"{sheet.dice.whole(1, 9)} x ") if look.counted else None
+        lead = sheet.line(f"{sheet.dice.whole(1, 9)} x ") if look.counted and room > 9 * sheet.em else None
         name = sheet.fit(content.goods, room - (lead.width if lead else 0))
         if name is None or any(entry.name == name.text for entry in entries):
             continue

@@ -49,6 +49,7 @@ BUTTONS = (
 )
 MESSAGES = ("Save changes to", "Do you want to delete", "Cannot open", "Replace", "Download finished:", "No access to")
 ENDINGS = ("txt", "pdf", "csv", "jpg", "docx", "zip", "png", "mp3", "html", "xlsx")
+ERROR = "Error code "
 ON, OFF = (30, 140, 70), (150, 150, 150)
 
 
@@ -99,29 +100,27 @@ def dialog(sheet: Sheet) -> None:
     )
     flow = Flow(sheet, window.inner.padded(-sheet.em * 0.8))
     lines = []
-    for make in (
-        lambda dice: dice.pick(MESSAGES),
-        _file,
-        lambda dice: f"Error code {content.code(dice)}",
-        content.sentence,
-    ):
+    for make in (_message, _file, _error, content.sentence):
         if flow.left > sheet.height() * 3.2 and (len(lines) < 2 or dice.chance(0.5)):
             written = flow.write(make)
             if written is not None:
                 lines.append(written)
-    for line, box in lines:
-        if line.text.startswith("Error code "):
-            asked = ("What is the error code?", "Which error code is shown?")
-            sheet.ask("field", asked, line.text.removeprefix("Error code "), box)
+                _about_line(sheet, make, *written)
     if lines:
-        asked = ("Read the first line of the message.", "How does the message begin?")
-        sheet.ask("transcribe", asked, lines[0][0].text, lines[0][1])
+        first, box = lines[0]
+        sheet.ask("transcribe", ("Read the first line of the message.", "How does the message begin?"), first.text, box)
         sheet.ground("the message", around([box for _, box in lines]))
-    if len(lines) > 1:
-        asked = ("Which file is named in the message?", "What is the name of the file?")
-        sheet.ask("field", asked, lines[1][0].text, lines[1][1])
     _buttons(sheet, flow, min(3, max(1, int(flow.box.width / sheet.em / 5))))
     sheet.caption(f'A dialog titled "{window.title}".' if window.title else "A dialog.")
+
+
+def _about_line(sheet: Sheet, make, line: Line, box: Box) -> None:
+    if make is _file:
+        asked = ("Which file is named in the message?", "What is the name of the file?")
+        sheet.ask("field", asked, line.text, box)
+    elif make is _error:
+        asked = ("What is the error code?", "Which error code is shown?")
+        sheet.ask("field", asked, line.text.removeprefix(ERROR), box)
 
 
 def phone(sheet: Sheet) -> None:
@@ -293,7 +292,7 @@ def _message(dice) -> str:
 
 
 def _error(dice) -> str:
-    return f"Error code {content.code(dice)}"
+    return ERROR + content.code(dice)
 
 
 def _file(dice) -> str:

@@ -99,7 +99,7 @@ def traffic(sheet: Sheet) -> None:
     """A round sign with a number, over a plate with words."""
     _scene(sheet)
     page, dice = sheet.page, sheet.dice
-    side = min(page.width, page.height) * dice.uniform(0.3, 0.45)
+    side = min(min(page.width, page.height) * dice.uniform(0.3, 0.45), 6 * sheet.sizes[-1])
     x, y = page.width * dice.uniform(0.35, 0.65), page.height * dice.uniform(0.03, 0.12)
     _pole(sheet, x, y + side / 2)
     box = Box(x - side / 2, y, x + side / 2, y + side)

@@ -109,7 +109,8 @@ def _table(sheet: Sheet, look: GridLook) -> None:
     title = _title(sheet, flow)
     rows = min(MOST_ROWS, int(flow.left / sheet.height() / flow.leading) - 1)
     columns = max(2, min(MOST_COLUMNS, int(flow.box.width / sheet.em / 6)))
-    held = _contents(sheet, sheet.dice.whole(min(2, rows), max(2, rows)), sheet.dice.whole(1, columns - 1))
+    few = max(2, rows // 3)
+    held = _contents(sheet, sheet.dice.whole(few, max(few, rows)), sheet.dice.whole(columns // 2, columns - 1))
     aligns = "l" + "".join("r" if numbers else sheet.dice.pick("lc") for numbers in held.numeric[1:])
     spare = list(range(len(held.heads) - 1, 1, -1))
     grid = draw_grid(sheet, flow, held.heads, held.rows, aligns, look, spare)
@@ -220,7 +221,8 @@ def _about(sheet: Sheet, grid: Grid, title: str | None, held: Contents) -> None:
         sheet.ask("field", asked, last.text, last.box)
     for number, row in list(enumerate(grid.rows, 1))[:8]:
         at = sheet.dice.whole(0, len(row) - 1)
-        asked = (f"Read row {number}, column {at + 1}.", f"What stands in row {number}, column {at + 1}?")
+        where = f"row {number}, column {at + 1}"
+        asked = (f"Read {where}, not counting the head.", f"Below the head, what stands in {where}?")
         sheet.ask("transcribe", asked, row[at].text, row[at].box)
     sheet.caption(f'A table titled "{title}".' if title else f"A table of {held.plural}.")
 
