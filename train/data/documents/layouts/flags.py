@@ -23,6 +23,7 @@ def single(sheet: Sheet) -> None:
     y = sheet.dice.uniform(0, sheet.page.height - height - sheet.height() * 1.3)
     box = _flag(sheet, country, x, y, height)
     sheet.ask("caption", WHICH, country, box)
+    sheet.ask("count", ("How many flags are shown?", "Count the flags."), "1")
     sheet.ground("the flag", box)
     if sheet.dice.chance(0.3):
         line = sheet.fit(country, sheet.page.width)

@@ -90,8 +90,12 @@ def columns(sheet: Sheet) -> None:
 
 
 def _column(sheet: Sheet) -> Flow:
-    margin = sheet.dice.uniform(0.03, 0.08) * min(sheet.page.width, sheet.page.height)
-    return Flow(sheet, inset(sheet.box, margin), sheet.dice.uniform(1.0, 1.35))
+    """A column of text, not so wide that its lines grow long."""
+    edge = sheet.dice.uniform(0.03, 0.08) * min(sheet.page.width, sheet.page.height)
+    box = inset(sheet.box, edge)
+    width = min(box.width, sheet.dice.uniform(24, 44) * sheet.em)
+    x0 = box.x0 + sheet.dice.pick((0, 0, 0.5, 1)) * (box.width - width)
+    return Flow(sheet, Box(x0, box.y0, x0 + width, box.y1), sheet.dice.uniform(1.0, 1.35))
 
 
 def _title(sheet: Sheet, flow: Flow, align: str) -> tuple[Line, Box] | None:
