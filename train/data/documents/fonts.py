@@ -78,7 +78,7 @@ def faces(split: str) -> tuple[Face, ...]:
     return tuple(Face(row["family"], 400, FOLDER / row["files"][0]) for row in rows if row["split"] == split)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=2048)  # every face at every size of the largest split
 def glyphs(face: Face, size: int) -> Glyphs:
     """The cached glyphs of a face at a size in pixels per em (a cap height is about 0.7 of it)."""
     return Glyphs(face, size)
