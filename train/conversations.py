@@ -160,11 +160,12 @@ def _dataset(recipe: Recipe, source: Source) -> Conversations:
 
 def _trainable_model(source: Source, recipe: Recipe, world: World) -> ConvLLaVA:
     """Loaded, with adapters, its frozen parts frozen, attention and checkpointing as the recipe says."""
+    attention = _attention(recipe, world)
     model = source.load()
     freeze_others(model, recipe.train)
     if recipe.lora:
         add_lora(model.decoder, recipe.lora)
-    model.decoder.set_attn_implementation(_attention(recipe, world))
+    model.decoder.set_attn_implementation(attention)
     if recipe.gradient_checkpointing:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         for stage in model.image_encoder.encoder.stages:

@@ -136,10 +136,15 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state by parameter names, sharded or not, on the CPU. Called and got as `whole_model_state`."""
-    return get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    """What the optimiser remembers of each parameter, by its name, on the CPU; called and got as `whole_model_state`.
+
+    Without its groups, which differ where parameters are sharded.
+    """
+    return get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of `whole_optimizer_state`, given on every process."""
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    """The inverse of `whole_optimizer_state`, given on every process; the groups stay as they are."""
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    whole = {"state": state, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from train import state
@@ -130,10 +131,10 @@ def train(task: Task, recipe: Recipe, world: World) -> None:
     compute = compute_dtype(recipe, world)
     place(task.model, recipe, world, compute)
     optimizer = torch.optim.AdamW(apart(task.parameter_groups()), lr=recipe.learning_rate)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * recipe.warmup_ratio), total)
     seed_everything(recipe.seed + world.rank)
-    run = state.Run(task, optimizer, scheduler, recipe, world)
+    run = state.Run(task, optimizer, recipe, world)
     progress = run.resume()
+    scheduler = schedule(optimizer, recipe, total, progress.step)
     with Report(recipe, world.main, progress, total) as report:
         for batches in task.steps(progress.step, total):
             result = train_step(task, batches, optimizer, recipe, world, compute)
@@ -223,6 +224,14 @@ def total_steps(task: Task, recipe: Recipe) -> int:
     if task.steps_in_epoch is None:
         raise RecipeError(f"epochs: {recipe.epochs}, but the data of task {recipe.task} has no end; give steps instead")
     return math.ceil(recipe.epochs * task.steps_in_epoch)
+
+
+def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int, step: int) -> LambdaLR:
+    """Warmup and cosine over `total` steps, of which `step` are done; as the original's trainer, from 0 to 0."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    warmup = math.ceil(total * recipe.warmup_ratio)
+    return get_cosine_schedule_with_warmup(optimizer, warmup, total, last_epoch=step - 1)
 
 
 def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:

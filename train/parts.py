@@ -2,13 +2,13 @@
 
     projector            between encoder and language model
     fifth_stage          the encoder's fifth stage
-    encoder              the whole encoder, stem and fifth stage included
     encoder.stages.N     the encoder's stages from index N (0 to 4) on, the fifth included where there is one; as the
                          original's `tune_vit_from_layer N`
+    encoder              the whole encoder, stem and fifth stage included
     language_model       the whole decoder, embedding and head included; with `lora`, its adapters alone
 
-Where several of a recipe's parts hold a parameter, the one that comes first in this list decides its learning rate,
-`encoder.stages.N` before `encoder`.
+Where several of a recipe's parts hold a parameter, the one that comes first in this list decides its learning rate; of
+several `encoder.stages.N`, the one with the highest N.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from torch import nn
 
 from train.recipe import Recipe, RecipeError
 
-NAMES = ("projector", "fifth_stage", "encoder", "encoder.stages.N", "language_model")
+NAMES = ("projector", "fifth_stage", "encoder.stages.N", "encoder", "language_model")
 _PREFIX = {"projector": "image_encoder.projector.", "encoder": "image_encoder.encoder.", "language_model": "decoder."}
 _FROM_STAGE = re.compile(r"encoder\.stages\.(\d+)")
 _STAGE = re.compile(r"image_encoder\.encoder\.stages\.(\d+)\.")
@@ -87,6 +87,6 @@ def _holds(part: str, name: str) -> bool:
 
 
 def _precedence(part: str) -> int:
-    """A later stage is the closer description."""
+    """Lower is closer."""
     match = _FROM_STAGE.fullmatch(part)
     return -int(match[1]) if match else {"fifth_stage": -5, "encoder": 1}.get(part, 0)

@@ -18,9 +18,13 @@ ASPECTS = ("pad", "any")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 TEMPLATES = ("vicuna_v1", "plain", "chatml")
-# Keys that may differ between the run that wrote a checkpoint and the one that goes on from it: none of them changes
-# a weight
-HARMLESS = frozenset({"out", "log_every", "save_every", "keep", "workers", "malformed_limit"})
+# Keys that may differ between the run that wrote a checkpoint and the one that goes on from it: they decide how fast a
+# run is and what it leaves behind, not what it computes. The second line changes the order of additions, thus the last
+# bits, and which values dropout drops; whoever runs out of memory has to be able to go on
+HARMLESS = frozenset(
+    {"out", "log_every", "save_every", "keep", "workers", "malformed_limit"}
+    | {"micro_batch", "fsdp", "gradient_checkpointing"}
+)
 
 T = TypeVar("T")
 
@@ -101,7 +105,8 @@ class Recipe:
     precision: `bf16` computes in bfloat16 (autocast) with float32 weights where they are trained; `auto` is bf16
         where a GPU has it, else fp32.
     attention: `auto` is FlashAttention 2 where it is installed and there is a GPU that computes in bf16, else SDPA.
-    fsdp: shard weights, gradients and optimiser over the processes (torch's fully_shard).
+    fsdp: shard the language model's weights, gradients and optimiser over the processes (torch's fully_shard); each
+        still reads all weights into main memory first.
     save_every: steps between checkpoints. keep: newest ones that stay. workers: processes that read data, for each
         training process.
     """

@@ -3,9 +3,9 @@
     out/
       step-000100/          the released layout, and beside the weights:
         training/
-          progress.json     step, skipped records, the recipe
+          progress.json     step (which decides the data's position and the learning rate), skipped records, recipe
           trainable.safetensors  what is trained, as it is: float32, adapters apart, auxiliary heads
-          optimizer.pt      AdamW and the learning rate's schedule
+          optimizer.pt      AdamW's moments
           random.pt         states of the random generators, by process
       final/                the released layout alone
 
@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.optim.lr_scheduler import LRScheduler
 
 from train.distributed import (
     World,
@@ -80,7 +79,6 @@ class Run:
 
     task: "Task"
     optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
     recipe: Recipe
     world: World
 
@@ -119,7 +117,7 @@ class Run:
                 {name: weights[name].detach().cpu().contiguous() for name in sorted(trained)},
                 training / "trainable.safetensors",
             )
-            torch.save({"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}, training / "optimizer.pt")
+            torch.save(optimizer, training / "optimizer.pt")
             torch.save(generators, training / "random.pt")
             text = json.dumps(asdict(progress) | {"recipe": self.recipe.to_dict()}, indent=2)
             (training / "progress.json").write_text(text + "\n", encoding="utf-8")
@@ -140,8 +138,7 @@ class Run:
     def _load(self, training: Path) -> Progress:
         load_model_state(self.task.model, load_file(training / "trainable.safetensors"))
         stored = torch.load(training / "optimizer.pt", map_location="cpu", weights_only=True)
-        load_optimizer_state(self.task.model, self.optimizer, stored["optimizer"])
-        self.scheduler.load_state_dict(stored["scheduler"])
+        load_optimizer_state(self.task.model, self.optimizer, stored)
         generators = torch.load(training / "random.pt", map_location="cpu", weights_only=True)
         if self.world.rank < len(generators):  # with more processes than before, the new ones begin with their seeds
             restore_random_state(generators[self.world.rank])

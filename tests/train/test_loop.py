@@ -154,7 +154,7 @@ def test_metrics_are_means_over_what_they_count(tmp_path: Path):
     model = run(recipe).model
     (batches,) = Regression(recipe).steps(0, 1)
     bias = torch.cat([model(batch.x) - batch.y for batch in batches]).mean()
-    assert log_of(tmp_path)[0]["bias"] == pytest.approx(float(bias), rel=1e-5)
+    assert log_of(tmp_path)[0]["bias"] == pytest.approx(bias.item(), rel=1e-5)
 
 
 class Killed(Exception):
