@@ -137,8 +137,21 @@ def service(dice: Dice) -> str:
     return f"{dice.pick(words.SERVICES)} {short_code(dice)}"
 
 
+IRREGULAR = {
+    "mouse": "mice",
+    "goose": "geese",
+    "knife": "knives",
+    "leaf": "leaves",
+    "wolf": "wolves",
+    "scarf": "scarves",
+}
+IRREGULAR |= {"shelf": "shelves", "sheep": "sheep", "deer": "deer", "salmon": "salmon"}
+
+
 def plural(word: str) -> str:
-    """The regular plural of a noun."""
+    """The plural of a noun of the list."""
+    if word in IRREGULAR:
+        return IRREGULAR[word]
     if word.endswith("y") and word[-2] not in VOWELS:
         return f"{word[:-1]}ies"
     return f"{word}es" if word.endswith(("s", "x", "ch", "sh")) else f"{word}s"

@@ -29,9 +29,9 @@ north notebook nurse oak oar oat ocean office olive onion orange orbit orchard o
 paint palace palm pan panda paper parcel park parrot path peach peanut pear pearl pebble pen pencil pepper piano
 picture pigeon pillow pilot pine pipe planet plate plough plum pocket poem pond poppy porch potato powder prairie
 pumpkin puzzle quarry quartz queen quilt rabbit radio raft rail rain ramp raven reed ribbon rice ridge ring river road
-robin rock rocket roof room root rope rose rudder rug sail salad salmon salt sand saddle scarf school scissors screw
+robin rock rocket roof room root rope rose rudder rug sail salad salmon salt sand saddle scarf school screw
 sea seal seed shadow shark sheep shelf shell ship shirt shoe shovel silk silver sink sky sleeve slope smoke snail snow
-soap sock sofa soil song soup south sparrow spice spider sponge spoon spring spruce square squirrel stable stairs star
+soap sock sofa soil song soup south sparrow spice spider sponge spoon spring spruce square squirrel stable star
 statue steam steel stem stone storm stove straw stream street string sugar summer sun swallow swan table tailor tea
 temple tent theatre thistle thread thunder ticket tiger tile timber toast tomato tower town track trail train tray tree
 trumpet tulip tunnel turkey turtle umbrella valley valve vase velvet village vine violet violin wagon wall walnut

@@ -93,7 +93,7 @@ def _upright(sheet: Sheet, look: Look) -> None:
     plot, slots, names, scale, ticks = _stand(sheet, flow, labels, look.scale)
     if plot is None:
         return
-    head = sheet.height("small") * 1.2 if look.numbers else 0
+    head = sheet.height("small") * 1.2 + look.stems * _radius(sheet, slots[0][1] - slots[0][0]) if look.numbers else 0
     values = axes.values(dice, scale, len(names), not look.numbers, 1 - head / plot.height)
     colours = axes.palette(sheet, 7) if look.colourful else axes.palette(sheet, 1)
     entries = []
@@ -107,7 +107,9 @@ def _upright(sheet: Sheet, look: Look) -> None:
             if line is None:
                 text_box = None
             else:
-                text_box = sheet.put(line, x0, bar.y0 - line.height - look.stems * inset, x1 - x0, "centre")
+                text_box = sheet.put(
+                    line, x0, bar.y0 - line.height - look.stems * _radius(sheet, x1 - x0), x1 - x0, "centre"
+                )
         entries.append(Entry(name, str(value) if text_box else "", value, bar, name_box, text_box))
     _note(sheet, entries, title, plot, HIGHEST, LOWEST)
 
@@ -141,7 +143,7 @@ def _level(sheet: Sheet, look: Look) -> None:
         text_box = ticks.get(value)
         if look.numbers:
             number = sheet.line(str(value), "small")
-            reach = thick * 0.3 if look.stems else 0
+            reach = look.stems * _radius(sheet, thick)
             text_box = sheet.put(number, bar.x1 + sheet.em * 0.25 + reach, middle - number.height / 2)
         entries.append(Entry(line.text, str(value) if text_box else "", value, bar, name_box, text_box))
     _note(sheet, entries, title, plot, LONGEST, SHORTEST)
@@ -178,7 +180,7 @@ def _bar(sheet: Sheet, bar: Box, colour: Colour, look: Look, lying: bool) -> Non
     if not look.stems:
         sheet.page.rectangle(bar, colour)
         return
-    side = (bar.height if lying else bar.width) * 0.6
+    side = 2 * _radius(sheet, bar.height if lying else bar.width)
     x, y = (bar.x1, (bar.y0 + bar.y1) / 2) if lying else ((bar.x0 + bar.x1) / 2, bar.y0)
     width = max(2, round(side / 6))
     if lying:
@@ -186,6 +188,11 @@ def _bar(sheet: Sheet, bar: Box, colour: Colour, look: Look, lying: bool) -> Non
     else:
         sheet.page.vertical(x - width / 2, bar.y0, bar.y1, colour, width)
     disc(sheet, Box(x - side / 2, y - side / 2, x + side / 2, y + side / 2), colour)
+
+
+def _radius(sheet: Sheet, thick: float) -> float:
+    """Of the disc at the end of a stem, in a place `thick` pixels wide."""
+    return min(0.3 * thick, 0.9 * sheet.em)
 
 
 def _legend(sheet: Sheet, flow: Flow, kinds: list[str], colours: list[Colour]) -> None:

@@ -146,7 +146,8 @@ def fingerpost(sheet: Sheet) -> None:
     for number, (text, arm, box) in enumerate(arms, 1):
         asked = (f"Read arm {number} of the signpost.", f"What does arm {number} from the top say?")
         sheet.ask("transcribe", asked, text, box)
-        sheet.ground(f'the arm with "{text}"', arm)
+        if sum(other.startswith(text) for other, _, _ in arms) == 1:
+            sheet.ground(f'the arm with "{text}"', arm)
     if arms:
         sheet.ask("count", ("How many arms does the signpost have?",), str(len(arms)))
         sheet.caption("A signpost." if len(arms) > 1 else f"A signpost to {arms[0][0]}.")
