@@ -2,18 +2,18 @@
 
 from dataclasses import dataclass
 
-from train.data.documents.content import Dice
 from train.data.documents.fonts import Glyphs
 from train.data.documents.page import WHITE, Box
 from train.data.documents.sheet import Flow, Line, Sheet
 
-RULES = ("none", "rows", "grid", "zebra")
-HEADS = ("bold", "band", "tint", "rule")
-
 
 @dataclass(frozen=True)
 class GridLook:
-    """rules: between the rows, one of `RULES`. head: of the first row, one of `HEADS`. wide: fill the whole width."""
+    """How a grid is told from plain text.
+
+    rules: `none`, `rows` (lines between them), `grid` (a frame about every cell) or `zebra` (every second row shaded).
+    head: `bold`, `band` (on the accent colour), `tint` (shaded) or `rule` (a line below). wide: fill the whole width.
+    """
 
     rules: str
     head: str
@@ -43,10 +43,6 @@ class Grid:
 
     def column_box(self, column: int) -> Box:
         return self.heads[column].area | self.rows[-1][column].area
-
-
-def draw_look(dice: Dice, rules: tuple[str, ...] = RULES) -> GridLook:
-    return GridLook(dice.pick(rules), dice.pick(HEADS), dice.chance(0.7))
 
 
 def draw_grid(
