@@ -16,6 +16,15 @@ from benchmarks.record import RESULTS
 README = Path(__file__).parents[1] / "README.md"
 # name of a results file -> (row's key, title) of the columns shown
 COLUMNS = {
+    "accuracy": [
+        ("split", "pages"),
+        ("res", "resolution"),
+        ("visual_tokens", "visual tokens"),
+        ("anls", "ANLS"),
+        ("exact_match", "exact match"),
+        ("iou50", "grounding, IoU ≥ 0.5"),
+        ("questions", "questions"),
+    ],
     "chain": [
         ("decoder", "decoder"),
         ("visual_tokens", "visual tokens"),
@@ -37,6 +46,11 @@ COLUMNS = {
         ("prefill_ms", "prefill 614, ms"),
         ("decode_tokens_per_s", "decode, tokens/s"),
         ("relative_error", "error of the logits"),
+    ],
+    "documents": [
+        ("pages", "preset"),
+        ("pages_per_s", "pages/s, one process"),
+        ("characters", "characters a page"),
     ],
     "export_encoder": [
         ("precision", "precision"),

@@ -73,12 +73,16 @@ def export_bundle(
 
 
 def image_rule(checkpoint: Checkpoint, resolution: int) -> ImageRule:
-    """The checkpoint's preprocessing. `image_aspect_ratio` other than `pad` is a centre crop in the original."""
+    """The checkpoint's preprocessing.
+
+    `image_aspect_ratio` other than `pad` is a centre crop in the original; `any` is what `train/` writes for its own.
+    """
     preprocessor, stride = checkpoint.preprocessor, checkpoint.encoder_config.stride
+    aspect = checkpoint.config.get("image_aspect_ratio")
     return ImageRule(
         mean=tuple(preprocessor.get("image_mean", OPENAI_CLIP_MEAN)),  # the original's processor has these defaults
         std=tuple(preprocessor.get("image_std", OPENAI_CLIP_STD)),
-        aspect="pad" if checkpoint.config.get("image_aspect_ratio") == "pad" else "crop",
+        aspect=aspect if aspect in ("pad", "any") else "crop",
         resolution=resolution,
         multiple=stride,
         max_visual_tokens=checkpoint.llama_config.max_position_embeddings // 2,  # the other half is for the text

@@ -64,6 +64,10 @@ def make_task(recipe: Recipe, world):
         from train.local import LocalTask
 
         return LocalTask(recipe, world)
+    if recipe.task == "align":
+        from train.align import AlignTask
+
+        return AlignTask(recipe, world)
     from train.conversations import ConversationTask
 
     return ConversationTask(recipe, world)

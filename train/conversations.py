@@ -90,6 +90,9 @@ class ConversationTask:
         self._sampler = Sampler(self._dataset.lengths, datasets, recipe.global_batch, recipe.seed)
         self.steps_in_epoch = self._sampler.steps_in_epoch
         self.model = AnswerLoss(_trainable_model(source, recipe, world))
+        # The loop keeps frozen weights in the type it computes in; a checkpoint gets them as they were.
+        frozen = {} if recipe.fsdp or not world.main else dict(self.model.named_parameters())
+        self._frozen = {name: weight.data for name, weight in frozen.items() if not weight.requires_grad}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model.model, self._recipe)
@@ -108,7 +111,7 @@ class ConversationTask:
         return Loss(*self.model(batch.conversations))
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        weights = {name.removeprefix(_OUTER): tensor for name, tensor in weights.items()}
+        weights = {name.removeprefix(_OUTER): tensor for name, tensor in (weights | self._frozen).items()}
         if self._recipe.lora:
             weights = merge_lora(weights, self._recipe.lora)
         save_state(weights, self._source.like, folder, self._source.stored_dtype())

@@ -8,7 +8,7 @@ A stage of stride s sees s x s pixels per cell; its head predicts the character 
 directly: 128 subcells from one feature vector, in place.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -165,28 +165,75 @@ class PageBatch:
         return PageBatch(self.pixels.to(device, non_blocking=True), self.grid.to(device, non_blocking=True))
 
 
-class Pages(Dataset):
-    """Rendered pages by number: number // global_batch is the step that takes them."""
+def draw(local: Local, seed: int, number: int, global_batch: int) -> Document:
+    """Page `number` of a run; number // global_batch is the step that takes it."""
+    phase = local.phase(number // global_batch)
+    size = (phase.side, phase.side)
+    # spread evenly, so that every batch has its share
+    if int((number + 1) * phase.dense) > int(number * phase.dense):
+        return dense_page(number, "train", seed, size, phase.min_px, phase.max_px, phase.strength)
+    return render(number, "train", seed, PageOptions((size,), phase.min_px, phase.max_px, strength=phase.strength))
 
-    def __init__(self, local: Local, seed: int, global_batch: int):
-        self._local, self._seed, self._global_batch = local, seed, global_batch
+
+class Pages(Dataset):
+    """[H, W, 3] uint8 pixels and [H/8, W/4] classes of each page."""
+
+    def __init__(self, local: Local, recipe: Recipe):
+        self._local, self._seed, self._global_batch = local, recipe.seed, recipe.global_batch
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """[H, W, 3] uint8 pixels and [H/8, W/4] classes."""
-        phase = self._local.phase(number // self._global_batch)
-        size = (phase.side, phase.side)
-        # spread evenly, so that every batch has its share
-        if int((number + 1) * phase.dense) > int(number * phase.dense):
-            document = dense_page(number, "train", self._seed, size, phase.min_px, phase.max_px, phase.strength)
-        else:
-            options = PageOptions((size,), phase.min_px, phase.max_px, strength=phase.strength)
-            document = render(number, "train", self._seed, options)
+        document = draw(self._local, self._seed, number, self._global_batch)
         return document.page.pixels, targets(document)
 
 
+def stack_pixels(pages: Sequence[np.ndarray]) -> Tensor:
+    """[H, W, 3] each -> [B, 3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(np.stack(pages).transpose(0, 3, 1, 2)))
+
+
 def _stack(pages: Sequence[tuple[np.ndarray, np.ndarray]]) -> PageBatch:
-    pixels = np.stack([pixels for pixels, _ in pages]).transpose(0, 3, 1, 2)
-    return PageBatch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(np.stack([g for _, g in pages])))
+    pixels, grids = zip(*pages, strict=True)
+    return PageBatch(stack_pixels(pixels), torch.from_numpy(np.stack(grids)))
+
+
+def read_local(recipe: Recipe) -> Local:
+    """The recipe's section `local`. Raises RecipeError where it is wrong or its steps are not the recipe's."""
+    local = build(Local, recipe.local, "local.")
+    if (steps := sum(phase.steps for phase in local.phases)) != recipe.steps:
+        raise RecipeError(f"local.phases: their steps add up to {steps}, but steps is {recipe.steps}")
+    return local
+
+
+def load_pages(
+    pages: Dataset, stack: Callable[[list], Any], recipe: Recipe, world: World, first: int, last: int
+) -> Iterator[list]:
+    """For each step, this process's micro-batches of `stack`ed pages."""
+    count = recipe.accumulation(world.size)
+    batches = []
+    for step in range(first, last):
+        for micro in range(count):
+            start = step * recipe.global_batch + (micro * world.size + world.rank) * recipe.micro_batch
+            batches.append(range(start, start + recipe.micro_batch))
+    loader = iter(
+        DataLoader(
+            pages,
+            batch_sampler=batches,
+            collate_fn=stack,
+            num_workers=recipe.workers,
+            generator=torch.Generator(),  # its own: the loader draws its workers' seeds
+            pin_memory=world.device.type == "cuda",
+            prefetch_factor=4 if recipe.workers else None,
+        )
+    )
+    for _ in range(first, last):
+        yield [next(loader) for _ in range(count)]
+
+
+def pixel_statistics(checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a checkpoint's images, [3, 1, 1] each, of pixels from 0 to 255."""
+    image = checkpoint.preprocessor
+    mean, std = (255 * torch.tensor(image[key], device=device).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    return mean, std
 
 
 class LocalTask:
@@ -196,21 +243,14 @@ class LocalTask:
     """
 
     def __init__(self, recipe: Recipe, world: World):
-        self._recipe, self._world = recipe, world
-        self._local = build(Local, recipe.local, "local.")
-        if sum(phase.steps for phase in self._local.phases) != recipe.steps:
-            raise RecipeError(f"local.phases: their steps do not add up to steps, {recipe.steps}")
+        self._recipe, self._world, self._local = recipe, world, read_local(recipe)
         if recipe.train != ("encoder",):
             raise RecipeError(
-                f"train: task local trains the whole encoder and nothing else: [encoder], not {recipe.train}"
+                f"train: task local trains the whole encoder and nothing else: [encoder], not {list(recipe.train)}"
             )
         self._checkpoint = Checkpoint.open(recipe.checkpoint)
-        encoder = load_image_encoder(self._checkpoint).encoder
-        self.model = ReadingEncoder(encoder, self._local.hidden)
-        image = self._checkpoint.preprocessor
-        self._mean, self._std = (
-            255 * torch.tensor(image[key], device=world.device).view(3, 1, 1) for key in ("image_mean", "image_std")
-        )
+        self.model = ReadingEncoder(load_image_encoder(self._checkpoint).encoder, self._local.hidden)
+        self._mean, self._std = pixel_statistics(self._checkpoint, world.device)
 
     steps_in_epoch = None
 
@@ -224,25 +264,7 @@ class LocalTask:
         ]
 
     def steps(self, first: int, last: int) -> Iterator[Sequence[PageBatch]]:
-        recipe, world = self._recipe, self._world
-        accumulation = recipe.accumulation(world.size)
-        batches = []
-        for step in range(first, last):
-            for micro in range(accumulation):
-                start = step * recipe.global_batch + (micro * world.size + world.rank) * recipe.micro_batch
-                batches.append(range(start, start + recipe.micro_batch))
-        loader = DataLoader(
-            Pages(self._local, recipe.seed, recipe.global_batch),
-            batch_sampler=batches,
-            collate_fn=_stack,
-            num_workers=recipe.workers,
-            generator=torch.Generator(),  # its own: the loader draws its workers' seeds
-            pin_memory=world.device.type == "cuda",
-            prefetch_factor=4 if recipe.workers else None,
-        )
-        iterator = iter(loader)
-        for _ in range(first, last):
-            yield [next(iterator) for _ in range(accumulation)]
+        return load_pages(Pages(self._local, self._recipe), _stack, self._recipe, self._world, first, last)
 
     def loss(self, batch: PageBatch) -> Loss:
         grid = batch.grid.long()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-TASKS = ("conversation", "local")
+TASKS = ("conversation", "local", "align")
 ASPECTS = ("pad", "any")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
@@ -82,7 +82,9 @@ class Recipe:
     """Everything that decides what a run computes.
 
     out: folder of the run: checkpoints, log, curve.
-    task: `conversation`, or `local`: auxiliary classifiers on the encoder's stages, set up by the section `local`.
+    task: `conversation`; or, on rendered documents as the section `local` says: `local`, classifiers of characters on
+        the encoder's stages (`train.local`), or `align`, visual tokens fitted to the embeddings of the text they cover
+        (`train.align`).
 
     checkpoint: the model to start from, folder or Hub id in the released layout; or else its parts:
     language_model: folder or Hub id of a Llama; encoder: see `Encoder`; projector: `mlp2x_gelu`, `linear`, ...

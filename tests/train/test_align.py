@@ -1,0 +1,84 @@
+"""Projector initialisation by regression onto the language model's embeddings."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import run_module
+from tests.train.test_local import page_with
+from train.align import NO_TOKEN, AlignTask, CellBatch, cell_texts
+from train.distributed import World
+from train.model import load_model
+from train.recipe import read_recipe
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+RECIPE = """
+task: align
+checkpoint: {checkpoint}
+out: {out}
+train: [projector, fifth_stage]
+learning_rate: 1e-3
+global_batch: 4
+micro_batch: 2
+steps: 8
+precision: fp32
+workers: 0
+local: {{phases: [{{side: 128, min_px: 24, max_px: 32, dense: 1.0, steps: 8}}]}}
+"""
+
+
+@pytest.fixture
+def recipe(conformance, tmp_path):
+    file = tmp_path / "align.yaml"
+    file.write_text(RECIPE.format(checkpoint=conformance / "checkpoint", out=tmp_path / "run"))
+    return str(file)
+
+
+def test_a_cell_has_the_characters_of_its_centres_in_order():
+    document = page_with(("a", 3, 5), ("b", 60, 5), ("c", 64, 5), ("d", 5, 63), ("e", 127.9, 63.9))
+    assert cell_texts(document, 64) == ["abd", "ce"]
+    assert cell_texts(document, 32) == ["a", "b", "c", "", "d", "", "", "e"]
+
+
+def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, conformance):
+    task = AlignTask(read_recipe(recipe), ALONE)
+    (batch,), *_ = ([micro[0]] for micro in task.steps(0, 1))
+    loss = task.loss(batch)
+    model = load_model(conformance / "checkpoint").double()
+    table = model.decoder.get_input_embeddings().weight
+    image = task._checkpoint.preprocessor
+    mean, std = (torch.tensor(image[key]).double().view(3, 1, 1) for key in ("image_mean", "image_std"))
+    found = model.image_encoder((batch.pixels / 255.0 - mean) / std).flatten(0, 1)
+    wanted = torch.stack([table[ids[ids != NO_TOKEN]].sum(0) for ids in batch.tokens_of_cells])
+    errors = (found - wanted).square().mean(1) / table.square().mean()
+    assert loss.sum.item() == pytest.approx(errors.sum().item(), rel=1e-4)
+    assert loss.count == len(wanted) == 2 * 4
+    explained, spread = loss.metrics["explained"]
+    variance = (wanted - wanted.mean(0)).square().mean(1).sum() / table.square().mean()
+    assert spread == pytest.approx(variance.item(), rel=1e-4)
+    assert explained / spread == pytest.approx(1 - errors.sum().item() / variance.item(), abs=1e-3)
+
+
+def test_batches_count_what_they_hold():
+    batch = CellBatch(torch.zeros(2, 3, 64, 128), torch.tensor([[1, 2], [3, NO_TOKEN], [4, NO_TOKEN], [5, 6]]))
+    assert (batch.samples, batch.images, batch.tokens, batch.skipped) == (2, 2, 6, [])
+
+
+def test_a_run_fits_and_changes_projector_and_fifth_stage_alone(recipe, conformance, tmp_path):
+    done = run_module("train", recipe)
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    before, after = (load_model(path).state_dict() for path in (conformance / "checkpoint", tmp_path / "run" / "final"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = ("image_encoder.projector.", "image_encoder.encoder.stages.4.")
+    assert changed == {name for name in before if name.startswith(trained)}
+
+
+def test_other_parts_are_refused(recipe):
+    done = run_module("train", recipe, "train=[projector, language_model]")
+    assert done.returncode == 2
+    assert "not language_model" in done.stderr
+    assert "Traceback" not in done.stderr

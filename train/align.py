@@ -1,0 +1,132 @@
+"""Projector initialisation without the language model: each visual token becomes what its text embeds to.
+
+The language model reads tokens through its embedding table. A visual token that covers the characters `ota` is
+therefore fitted to the sum of the embeddings of the tokens that `ota` is cut into: regression, at a fraction of what a
+step through the language model costs, which then begins with tokens it half understands. Cells without text are fitted
+to the embedding of a line break. Rendered documents know which characters stand where.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from train.data.documents import Document
+from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.distributed import World
+from train.local import Local, draw, load_pages, pixel_statistics, read_local, stack_pixels
+from train.loop import Loss, Skipped
+from train.model import Checkpoint, ImageEncoder, load_image_encoder, load_language_state, load_model, save_checkpoint
+from train.parts import check_parts, freeze_others, parameter_groups
+from train.recipe import Recipe, RecipeError
+
+EMBEDDING = "model.embed_tokens.weight"
+NO_TOKEN = -1
+TRAINABLE = ("projector", "fifth_stage")
+
+
+def cell_texts(document: Document, stride: int) -> list[str]:
+    """The characters whose centres lie in each stride x stride cell, cells and characters in reading order."""
+    page = document.page
+    width, height = page.width // stride, page.height // stride
+    texts = [""] * (width * height)
+    for character, (x0, y0, x1, y1) in zip(page.characters, page.places, strict=True):
+        column, row = (int(centre / 2 / stride) for centre in (x0 + x1, y0 + y1))
+        texts[min(row, height - 1) * width + min(column, width - 1)] += character
+    return texts
+
+
+@dataclass
+class CellBatch:
+    """pixels: [B, 3, H, W] uint8. tokens: [B * T, N] ids of the tokens in each cell, NO_TOKEN behind the last. See
+    `train.loop.Batch` for the rest."""
+
+    pixels: Tensor
+    tokens_of_cells: Tensor
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return len(self.pixels)
+
+    images = samples
+
+    @property
+    def tokens(self) -> int:
+        return int((self.tokens_of_cells != NO_TOKEN).sum())
+
+    def to(self, device: torch.device) -> Self:
+        return CellBatch(self.pixels.to(device), self.tokens_of_cells.to(device))
+
+
+class CellPages(Dataset):
+    """[H, W, 3] uint8 pixels of each page, and the token ids of each cell."""
+
+    def __init__(self, local: Local, recipe: Recipe, tokenizer: Tokenizer, stride: int):
+        self._local, self._seed, self._global_batch = local, recipe.seed, recipe.global_batch
+        self._tokenizer, self._stride = tokenizer, stride
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, list[Tensor]]:
+        document = draw(self._local, self._seed, number, self._global_batch)
+        texts = cell_texts(document, self._stride)
+        ids = [torch.tensor(self._tokenizer.encode(text or "\n", opening=False)) for text in texts]
+        return document.page.pixels, ids
+
+
+def _stack(pages: Sequence[tuple[np.ndarray, list[Tensor]]]) -> CellBatch:
+    pixels, ids = zip(*pages, strict=True)
+    cells = [cell for page in ids for cell in page]
+    return CellBatch(stack_pixels(pixels), pad_sequence(cells, batch_first=True, padding_value=NO_TOKEN))
+
+
+class AlignTask:
+    """The regression as a `train.loop.Task`. The loss is in units of an embedding's mean square.
+
+    Raises RecipeError for a section `local` that is wrong, or other parts to train than projector and fifth stage.
+    """
+
+    steps_in_epoch = None
+
+    def __init__(self, recipe: Recipe, world: World):
+        self._recipe, self._world, self._local = recipe, world, read_local(recipe)
+        if unknown := [part for part in recipe.train if part not in TRAINABLE]:
+            raise RecipeError(f"train: task align trains {' and '.join(TRAINABLE)}, not {', '.join(unknown)}")
+        self._checkpoint = Checkpoint.open(recipe.checkpoint)
+        config = self._checkpoint.encoder_config
+        check_parts(recipe.train, len(config.depths), self._checkpoint.config.get("mm_projector_type", "linear"))
+        self._tokenizer = load_tokenizer(self._checkpoint.folder)
+        self._embedding = load_language_state(self._checkpoint, torch.float32)[EMBEDDING].to(world.device)
+        self._scale = self._embedding.square().mean()
+        self.model = nn.ModuleDict({"image_encoder": load_image_encoder(self._checkpoint)})
+        freeze_others(self.model, recipe.train)
+        self._mean, self._std = pixel_statistics(self._checkpoint, world.device)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.model, self._recipe)
+
+    def steps(self, first: int, last: int) -> Iterator[Sequence[CellBatch]]:
+        pages = CellPages(self._local, self._recipe, self._tokenizer, self._checkpoint.encoder_config.stride)
+        return load_pages(pages, _stack, self._recipe, self._world, first, last)
+
+    def loss(self, batch: CellBatch) -> Loss:
+        encoder: ImageEncoder = self.model["image_encoder"]
+        found = encoder((batch.pixels - self._mean) / self._std).flatten(0, 1).float()  # [B * T, D]
+        present = batch.tokens_of_cells != NO_TOKEN
+        wanted = (self._embedding[batch.tokens_of_cells.clamp(min=0)] * present[..., None]).sum(1)
+        errors = (found - wanted).square().mean(-1) / self._scale
+        spread = (wanted - wanted.mean(0)).square().mean() / self._scale * len(wanted)
+        # what the mean embedding would not explain: 0 is no better than a constant, 1 is exact
+        return Loss(errors.sum(), len(errors), {"explained": (float(spread - errors.sum()), float(spread))})
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """The checkpoint it began from with the parts as they are now."""
+        model = load_model(self._checkpoint)
+        trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
+        model.load_state_dict({name: weights[name] for name in trained}, strict=False)
+        save_checkpoint(model, self._checkpoint, folder)
