@@ -7,9 +7,8 @@ to the embedding of a line break. Rendered documents know which characters stand
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from torch.utils.data import Dataset
 from train.data.documents import Document
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed import World
-from train.local import Local, draw, load_pages, pixel_statistics, read_local, stack_pixels
-from train.loop import Loss, Skipped
+from train.local import Local, PageBatch, draw, load_pages, pixel_statistics, read_local, stack_pixels
+from train.loop import Loss
 from train.model import Checkpoint, ImageEncoder, load_image_encoder, load_language_state, load_model, save_checkpoint
 from train.parts import check_parts, freeze_others, parameter_groups
 from train.recipe import Recipe, RecipeError
@@ -42,29 +41,6 @@ def cell_texts(document: Document, stride: int) -> list[str]:
     return texts
 
 
-@dataclass
-class CellBatch:
-    """pixels: [B, 3, H, W] uint8. tokens: [B * T, N] ids of the tokens in each cell, NO_TOKEN behind the last. See
-    `train.loop.Batch` for the rest."""
-
-    pixels: Tensor
-    tokens_of_cells: Tensor
-    skipped: list[Skipped] = field(default_factory=list)
-
-    @property
-    def samples(self) -> int:
-        return len(self.pixels)
-
-    images = samples
-
-    @property
-    def tokens(self) -> int:
-        return int((self.tokens_of_cells != NO_TOKEN).sum())
-
-    def to(self, device: torch.device) -> Self:
-        return CellBatch(self.pixels.to(device), self.tokens_of_cells.to(device))
-
-
 class CellPages(Dataset):
     """[H, W, 3] uint8 pixels of each page, and the token ids of each cell."""
 
@@ -79,10 +55,11 @@ class CellPages(Dataset):
         return document.page.pixels, ids
 
 
-def _stack(pages: Sequence[tuple[np.ndarray, list[Tensor]]]) -> CellBatch:
+def _stack(pages: Sequence[tuple[np.ndarray, list[Tensor]]]) -> PageBatch:
+    """labels: [B * T, N] ids of the tokens in each cell, NO_TOKEN behind the last."""
     pixels, ids = zip(*pages, strict=True)
     cells = [cell for page in ids for cell in page]
-    return CellBatch(stack_pixels(pixels), pad_sequence(cells, batch_first=True, padding_value=NO_TOKEN))
+    return PageBatch(stack_pixels(pixels), pad_sequence(cells, batch_first=True, padding_value=NO_TOKEN), NO_TOKEN)
 
 
 class AlignTask:
@@ -110,19 +87,19 @@ class AlignTask:
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self._recipe)
 
-    def steps(self, first: int, last: int) -> Iterator[Sequence[CellBatch]]:
+    def steps(self, first: int, last: int) -> Iterator[Sequence[PageBatch]]:
         pages = CellPages(self._local, self._recipe, self._tokenizer, self._checkpoint.encoder_config.stride)
         return load_pages(pages, _stack, self._recipe, self._world, first, last)
 
-    def loss(self, batch: CellBatch) -> Loss:
+    def loss(self, batch: PageBatch) -> Loss:
         encoder: ImageEncoder = self.model["image_encoder"]
         found = encoder((batch.pixels - self._mean) / self._std).flatten(0, 1).float()  # [B * T, D]
-        present = batch.tokens_of_cells != NO_TOKEN
-        wanted = (self._embedding[batch.tokens_of_cells.clamp(min=0)] * present[..., None]).sum(1)
+        present = batch.labels != NO_TOKEN
+        wanted = (self._embedding[batch.labels.clamp(min=0)] * present[..., None]).sum(1)
         errors = (found - wanted).square().mean(-1) / self._scale
         spread = (wanted - wanted.mean(0)).square().mean() / self._scale * len(wanted)
         # what the mean embedding would not explain: 0 is no better than a constant, 1 is exact
-        return Loss(errors.sum(), len(errors), {"explained": (float(spread - errors.sum()), float(spread))})
+        return Loss(errors.sum(), len(errors), {"explained": (float(spread - errors.detach().sum()), float(spread))})
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The checkpoint it began from with the parts as they are now."""

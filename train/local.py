@@ -9,7 +9,7 @@ directly: 128 subcells from one feature vector, in place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -145,10 +145,12 @@ def local_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class PageBatch:
-    """pixels: [B, 3, H, W] uint8. grid: [B, H/8, W/4] classes. See `train.loop.Batch` for the rest."""
+    """pixels: [B, 3, H, W] uint8. labels: integers, what is to be told from them; `nothing` where there is nothing to
+    tell. See `train.loop.Batch` for the rest."""
 
     pixels: Tensor
-    grid: Tensor
+    labels: Tensor
+    nothing: int
     skipped: list[Skipped] = field(default_factory=list)
 
     @property
@@ -159,10 +161,11 @@ class PageBatch:
 
     @property
     def tokens(self) -> int:
-        return int((self.grid != BLANK).sum())
+        return int((self.labels != self.nothing).sum())
 
     def to(self, device: torch.device) -> Self:
-        return PageBatch(self.pixels.to(device, non_blocking=True), self.grid.to(device, non_blocking=True))
+        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.labels))
+        return replace(self, pixels=pixels, labels=labels)
 
 
 def draw(local: Local, seed: int, number: int, global_batch: int) -> Document:
@@ -193,7 +196,7 @@ def stack_pixels(pages: Sequence[np.ndarray]) -> Tensor:
 
 def _stack(pages: Sequence[tuple[np.ndarray, np.ndarray]]) -> PageBatch:
     pixels, grids = zip(*pages, strict=True)
-    return PageBatch(stack_pixels(pixels), torch.from_numpy(np.stack(grids)))
+    return PageBatch(stack_pixels(pixels), torch.from_numpy(np.stack(grids)), BLANK)
 
 
 def read_local(recipe: Recipe) -> Local:
@@ -267,7 +270,7 @@ class LocalTask:
         return load_pages(Pages(self._local, self._recipe), _stack, self._recipe, self._world, first, last)
 
     def loss(self, batch: PageBatch) -> Loss:
-        grid = batch.grid.long()
+        grid = batch.labels.long()
         cells = choose_cells(grid, self._local.blanks)
         wanted = grid.flatten()[cells]
         characters = int((wanted != BLANK).sum())

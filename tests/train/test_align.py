@@ -7,8 +7,9 @@ import torch
 
 from tests.conftest import run_module
 from tests.train.test_local import page_with
-from train.align import NO_TOKEN, AlignTask, CellBatch, cell_texts
+from train.align import NO_TOKEN, AlignTask, cell_texts
 from train.distributed import World
+from train.local import PageBatch
 from train.model import load_model
 from train.recipe import read_recipe
 
@@ -51,7 +52,7 @@ def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, confo
     image = task._checkpoint.preprocessor
     mean, std = (torch.tensor(image[key]).double().view(3, 1, 1) for key in ("image_mean", "image_std"))
     found = model.image_encoder((batch.pixels / 255.0 - mean) / std).flatten(0, 1)
-    wanted = torch.stack([table[ids[ids != NO_TOKEN]].sum(0) for ids in batch.tokens_of_cells])
+    wanted = torch.stack([table[ids[ids != NO_TOKEN]].sum(0) for ids in batch.labels])
     errors = (found - wanted).square().mean(1) / table.square().mean()
     assert loss.sum.item() == pytest.approx(errors.sum().item(), rel=1e-4)
     assert loss.count == len(wanted) == 2 * 4
@@ -62,7 +63,7 @@ def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, confo
 
 
 def test_batches_count_what_they_hold():
-    batch = CellBatch(torch.zeros(2, 3, 64, 128), torch.tensor([[1, 2], [3, NO_TOKEN], [4, NO_TOKEN], [5, 6]]))
+    batch = PageBatch(torch.zeros(2, 3, 64, 128), torch.tensor([[1, 2], [3, -1], [4, -1], [5, 6]]), NO_TOKEN)
     assert (batch.samples, batch.images, batch.tokens, batch.skipped) == (2, 2, 6, [])
 
 

@@ -16,9 +16,9 @@ from train.local import (
     CHARACTERS,
     Local,
     LocalHeads,
-    Pages,
     Phase,
     choose_cells,
+    draw,
     local_loss,
     stage_features,
     targets,
@@ -111,11 +111,10 @@ def test_blanks_told_right_are_not_characters_told_right():
 
 def test_pages_follow_the_phases_and_the_share_of_dense_ones():
     local = Local((Phase(64, 16, 20, steps=2, dense=1.0), Phase(256, 20, 24, steps=1, dense=0.25)))
-    pages = Pages(local, seed=5, global_batch=4)
-    assert [pages[number][0].shape[0] for number in (0, 7, 8, 11)] == [64, 64, 256, 256]
-    dense = [dense_page(n, "train", 5, (256, 256), 20, 24, 0.5).page.pixels for n in range(8, 12)]
-    same = [np.array_equal(pages[n][0], page) for n, page in zip(range(8, 12), dense, strict=True)]
-    assert sum(same) == 1
+    pages = {number: draw(local, 5, number, 4).page for number in (0, 7, 8, 9, 10, 11)}
+    assert [page.width for page in pages.values()] == [64, 64, 256, 256, 256, 256]
+    dense = {n: dense_page(n, "train", 5, (256, 256), 20, 24, 0.5).page for n in range(8, 12)}
+    assert sum(np.array_equal(pages[n].pixels, page.pixels) for n, page in dense.items()) == 1
     with pytest.raises(IndexError):
         local.phase(3)
 
