@@ -21,6 +21,7 @@ MINIMAL = {
     "data": [{"records": "records.json"}],
 }
 RELEASED = ROOT / "train/recipes/convllava-7b"
+DEMO = "convllava-smol"
 
 
 @pytest.fixture
@@ -191,6 +192,20 @@ def test_released_recipes(stage: int, train: set[str], rate: float, batch: int):
     assert (recipe.epochs, recipe.warmup_ratio, recipe.weight_decay) == (1, 0.03, 0)
     assert recipe.learning_rates == {}
     assert recipe.accumulation(8) == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_recipes_of_the_demo_size_train_the_same_parts_in_the_same_way(stage: int):
+    released, demo = (read_recipe(folder / f"stage{stage}.yaml") for folder in (RELEASED, RELEASED.parent / DEMO))
+    for key in ("train", "learning_rate", "global_batch", "epochs", "warmup_ratio", "weight_decay"):
+        assert getattr(demo, key) == getattr(released, key), key
+    assert set(demo.learning_rates) <= {"language_model"}  # adapters have a rate of their own
+    assert demo.learning_rates == {} or demo.lora
+
+
+@pytest.mark.parametrize("file", sorted((RELEASED.parent / DEMO).glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_of_the_demo_size_can_be_read(file: Path):
+    assert read_recipe(file).out == f"build/runs/{DEMO}/{file.stem}"
 
 
 def test_released_recipes_follow_one_another():
