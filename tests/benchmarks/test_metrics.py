@@ -16,7 +16,7 @@ def edit_distance(a: str, b: str) -> int:
     return min(edit_distance(a[1:], b) + 1, edit_distance(a, b[1:]) + 1, edit_distance(a[1:], b[1:]) + (a[0] != b[0]))
 
 
-@pytest.mark.parametrize(("a", "b"), itertools.product(["", "a", "12.50", "1250", "Total", "toal", "x1"], repeat=2))
+@pytest.mark.parametrize(("a", "b"), [*itertools.product(["", "a", "12.50", "1250", "Total", "toal", "x1"], repeat=2)])
 def test_anls_is_its_definition(a, b):
     distance = edit_distance(a.lower(), b.lower()) / max(len(a), len(b), 1)
     assert anls(a, b) == pytest.approx(1 - distance if distance < 0.5 else 0)
