@@ -22,9 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(RUN) -m export.encoder --res 1536
 	$(RUN) -m export.bundle
-	$(RUN) runtime/infer.py --image assets/receipt.png --prompt 'What is the total?' --max-new-tokens 32
-	$(RUN) runtime/infer.py --image assets/receipt.png --prompt 'Where is the total? Answer with a box.' \
-	    --max-new-tokens 32 --draw build/demo.png
+	$(RUN) runtime/infer.py --image assets/coffee.jpg --prompt 'Write one sentence about coffee.' --max-new-tokens 64
 
 test: setup
 	$(RUN) -m pytest

@@ -1,24 +1,13 @@
-"""The demo model's shipped weights: packed from a checkpoint and put back on the base, here on the small checkpoint."""
+"""Trained weights of the demo model: packed and put back on the base, here on the small checkpoint."""
 
-import json
-
-import pytest
 import torch
 
-from train.model import Checkpoint, demo, load_model, save_checkpoint
+from train.model import Checkpoint, load_model, save_checkpoint
+from train.model.demo import pack, unpack
 
 
-@pytest.fixture
-def base(conformance, tmp_path, monkeypatch):
-    """The conformance checkpoint stands in for SmolLM2 and the untrained encoder."""
-    monkeypatch.setattr(demo, "untrained_checkpoint", lambda _: conformance / "checkpoint")
-    monkeypatch.setattr(demo, "WEIGHTS", tmp_path / "weights.safetensors")
-    return conformance / "checkpoint"
-
-
-@pytest.fixture
-def trained(base, tmp_path):
-    """The base with another encoder and projector, and a change of rank 2 in one of the decoder's layers."""
+def test_packed_and_unpacked_it_is_the_trained_model_in_float16(conformance, tmp_path):
+    base = conformance / "checkpoint"
     model = load_model(base)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -27,29 +16,11 @@ def trained(base, tmp_path):
         weight = model.decoder.model.layers[1].mlp.up_proj.weight
         weight += 0.1 * torch.randn(len(weight), 2) @ torch.randn(2, weight.shape[1])
     save_checkpoint(model, Checkpoint.open(base), tmp_path / "trained", torch.float32)
-    return tmp_path / "trained"
 
-
-def test_packed_and_put_back_it_is_the_trained_model_in_float16(base, trained, tmp_path):
-    assert demo.pack(trained, tmp_path, demo.WEIGHTS) < 1e-3
-    found, wanted, before = (
-        load_model(folder).state_dict() for folder in (demo.demo_checkpoint(tmp_path), trained, base)
-    )
-    for name, value in wanted.items():
+    assert pack(tmp_path / "trained", base, tmp_path / "packed.safetensors") < 1e-3
+    unpack(tmp_path / "packed.safetensors", base, tmp_path / "again")
+    found, before = load_model(tmp_path / "again").state_dict(), load_model(base).state_dict()
+    for name, value in model.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-3)
     changed = {name for name in before if name.startswith("decoder.") and not torch.equal(found[name], before[name])}
     assert changed == {"decoder.model.layers.1.mlp.up_proj.weight"}
-
-
-def test_the_checkpoint_is_made_once_and_again_from_other_weights(base, trained, tmp_path):
-    demo.pack(trained, tmp_path, demo.WEIGHTS)
-    folder = demo.demo_checkpoint(tmp_path)
-    first = (folder / "config.json").stat().st_mtime_ns
-    assert demo.demo_checkpoint(tmp_path) == folder
-    assert (folder / "config.json").stat().st_mtime_ns == first
-    digest = json.loads((folder / "config.json").read_text())[demo.MARK]
-    demo.pack(base, tmp_path, demo.WEIGHTS)
-    again = load_model(demo.demo_checkpoint(tmp_path)).state_dict()
-    assert json.loads((folder / "config.json").read_text())[demo.MARK] != digest
-    for name, value in load_model(base).state_dict().items():
-        torch.testing.assert_close(again[name], value, rtol=1e-3, atol=1e-3)

