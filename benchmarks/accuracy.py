@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -23,9 +23,6 @@ from benchmarks import record
 from benchmarks.metrics import anls, exact_match, iou
 from runtime.grounding import read_boxes
 from train.data.documents import PRESETS, SPLITS, Document, Question, render
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 RESOLUTIONS = (768, 1024, 1536)
 PAGES = PRESETS["page-1536"]
@@ -138,7 +135,8 @@ def ask(model: runtime.Model, document: Document, questions: list[Question], res
 
 def plot(rows: list[dict], file: Path) -> None:
     """ANLS and grounding over resolution, a line a split."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True)
     for axis, key, title in zip(axes, ("anls", "iou50"), ("ANLS", "grounding, IoU ≥ 0.5"), strict=True):
         for split in dict.fromkeys(row["split"] for row in rows):
             points = [(row["res"], row[key]) for row in rows if row["split"] == split]
@@ -148,7 +146,6 @@ def plot(rows: list[dict], file: Path) -> None:
     axes[0].set_xticks(sorted({row["res"] for row in rows}))
     axes[0].legend()
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def _meets(answer: Answered) -> bool:

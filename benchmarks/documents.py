@@ -3,7 +3,7 @@
     python -m benchmarks.documents
 
 Each page is drawn, degraded and asked about, as training gets it; nothing is written to disk. `dense` are the pages of
-random strings that stage 0 takes half of its pages from, at 256x256.
+random strings that stage 0 takes most of its pages from, at 256x256.
 """
 
 import statistics

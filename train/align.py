@@ -62,6 +62,17 @@ def _stack(pages: Sequence[tuple[np.ndarray, list[Tensor]]]) -> PageBatch:
     return PageBatch(stack_pixels(pixels), pad_sequence(cells, batch_first=True, padding_value=NO_TOKEN), NO_TOKEN)
 
 
+class AlignedEncoder(nn.Module):
+    """An image encoder under the name that a recipe's parts go by: pixel_values -> image embeds."""
+
+    def __init__(self, image_encoder: ImageEncoder):
+        super().__init__()
+        self.image_encoder = image_encoder
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.image_encoder(pixel_values)
+
+
 class AlignTask:
     """The regression as a `train.loop.Task`. The loss is in units of an embedding's mean square.
 
@@ -80,7 +91,7 @@ class AlignTask:
         self._tokenizer = load_tokenizer(self._checkpoint.folder)
         self._embedding = load_language_state(self._checkpoint, torch.float32)[EMBEDDING].to(world.device)
         self._scale = self._embedding.square().mean()
-        self.model = nn.ModuleDict({"image_encoder": load_image_encoder(self._checkpoint)})
+        self.model = AlignedEncoder(load_image_encoder(self._checkpoint))
         freeze_others(self.model, recipe.train)
         self._mean, self._std = pixel_statistics(self._checkpoint, world.device)
 
@@ -92,8 +103,7 @@ class AlignTask:
         return load_pages(pages, _stack, self._recipe, self._world, first, last)
 
     def loss(self, batch: PageBatch) -> Loss:
-        encoder: ImageEncoder = self.model["image_encoder"]
-        found = encoder((batch.pixels - self._mean) / self._std).flatten(0, 1).float()  # [B * T, D]
+        found = self.model((batch.pixels - self._mean) / self._std).flatten(0, 1).float()  # [B * T, D]
         present = batch.labels != NO_TOKEN
         wanted = (self._embedding[batch.labels.clamp(min=0)] * present[..., None]).sum(1)
         errors = (found - wanted).square().mean(-1) / self._scale

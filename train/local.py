@@ -23,7 +23,8 @@ from train.data.documents import Document, PageOptions, render
 from train.data.documents.dense import dense_page
 from train.distributed import World
 from train.loop import Loss, Skipped
-from train.model import Checkpoint, ConvLLaVA, ConvNeXtEncoder, load_image_encoder, load_model, save_checkpoint
+from train.model import Checkpoint, ConvNeXtEncoder, load_image_encoder, load_model, save_checkpoint
+from train.parts import parameter_groups
 from train.recipe import Recipe, RecipeError, build
 
 CHARACTERS = "".join(map(chr, range(33, 127))) + "€£"
@@ -245,6 +246,8 @@ class LocalTask:
     Raises RecipeError for a section `local` that is wrong, or a part to train that is not in the encoder.
     """
 
+    steps_in_epoch = None
+
     def __init__(self, recipe: Recipe, world: World):
         self._recipe, self._world, self._local = recipe, world, read_local(recipe)
         if recipe.train != ("encoder",):
@@ -255,16 +258,8 @@ class LocalTask:
         self.model = ReadingEncoder(load_image_encoder(self._checkpoint).encoder, self._local.hidden)
         self._mean, self._std = pixel_statistics(self._checkpoint, world.device)
 
-    steps_in_epoch = None
-
     def parameter_groups(self) -> list[dict[str, Any]]:
-        decay, no_decay = [], []
-        for parameter in self.model.parameters():
-            (decay if parameter.ndim > 1 else no_decay).append(parameter)
-        return [
-            {"params": decay, "weight_decay": self._recipe.weight_decay},
-            {"params": no_decay, "weight_decay": 0.0},
-        ]
+        return parameter_groups(self.model, self._recipe)
 
     def steps(self, first: int, last: int) -> Iterator[Sequence[PageBatch]]:
         return load_pages(Pages(self._local, self._recipe), _stack, self._recipe, self._world, first, last)
@@ -284,7 +279,7 @@ class LocalTask:
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The checkpoint it began from with the encoder as it is now."""
-        model: ConvLLaVA = load_model(self._checkpoint)
+        model = load_model(self._checkpoint)
         encoder = {
             key.removeprefix("encoder."): tensor for key, tensor in weights.items() if key.startswith("encoder.")
         }

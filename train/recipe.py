@@ -183,6 +183,8 @@ class Recipe:
             if len(given) != 1:
                 found = " and ".join(given) or "none"
                 raise RecipeError(f"encoder: expected exactly one of pretrained, timm and variant, found {found}")
+        if self.task != "conversation" and self.checkpoint is None:
+            raise RecipeError(f"checkpoint: missing; task {self.task} starts from one, not from its parts")
         if self.task == "conversation" and not self.data:
             raise RecipeError("data: missing; expected a list of records and images")
 

@@ -99,6 +99,14 @@ def test_a_missing_key_is_named(tmp_path: Path):
         read_recipe(file)
 
 
+@pytest.mark.parametrize("task", ["local", "align"])
+def test_tasks_on_rendered_documents_start_from_a_checkpoint(task: str, file: Path):
+    parts = ["checkpoint=null", "language_model=llama", "encoder={variant: atto}"]
+    assert read_recipe(file, parts).checkpoint is None
+    with pytest.raises(RecipeError, match=f"checkpoint: missing; task {task} starts from one"):
+        read_recipe(file, [*parts, f"task={task}"])
+
+
 def test_the_batch_must_divide(file: Path):
     recipe = read_recipe(file)
     assert (recipe.accumulation(1), recipe.accumulation(2), recipe.accumulation(4)) == (4, 2, 1)
