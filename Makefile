@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Everything a machine without a GPU needs. torch and torchvision come first, alone: no other requirement may choose
 # another build of them.
-EXTRAS := cpu,export,train,calib,openvino,serve,benchmarks,dev
+EXTRAS := cpu,export,train,calib,openvino,rtx,serve,benchmarks,dev
 
 .PHONY: setup demo test lint tables
 

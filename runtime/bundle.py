@@ -3,7 +3,7 @@
     bundle/
       manifest.json   format, producers, sha256 and size of every file, image rule, prompt template, tokenizer,
                       encoder and decoder with their precisions, KV-cache shape
-      encoder/        fp32.onnx | fp16.onnx | int8.onnx (+ .data)
+      encoder/        fp32.onnx | fp16.onnx | int8.onnx (+ .data); engines/, added later, see runtime/engines.py
       decoder/        model.onnx (+ .data), fused for ONNX Runtime; portable.onnx (+ .data) where one was asked for
       tokenizer/      tokenizer.json
 
@@ -78,9 +78,19 @@ class Bundle:
     tokenizer: dict
     encoder: EncoderPart
     decoder: DecoderPart
+    files: dict[str, dict]  # of the manifest: path inside the bundle -> its sha256 and size
 
     def path(self, file: str) -> Path:
         return self.folder / file
+
+    def sha256(self, file: str) -> str | None:
+        """The manifest's hash of a file; None for one that is not the bundle's."""
+        return self.files.get(file, {}).get("sha256")
+
+    def encoder_file(self, precision: str) -> str | None:
+        """The encoder graph of a precision, a path inside the bundle; None where it has none."""
+        file = f"encoder/{precision}.onnx"
+        return file if file in self.files else None
 
 
 def write_bundle(
@@ -104,7 +114,7 @@ def write_bundle(
     try:
         sections = fill(partial)
         files = {
-            str(file.relative_to(partial)): {"sha256": _sha256(file), "size": file.stat().st_size}
+            str(file.relative_to(partial)): {"sha256": file_sha256(file), "size": file.stat().st_size}
             for file in sorted(partial.rglob("*"))
             if file.is_file()
         }
@@ -150,6 +160,7 @@ def open_bundle(folder: str | os.PathLike | None) -> Bundle:
         manifest["tokenizer"],
         _part(EncoderPart, manifest["encoder"], folder),
         _part(DecoderPart, manifest["decoder"], folder),
+        manifest["files"],
     )
     files = (bundle.encoder.file, bundle.decoder.file, bundle.tokenizer.get("file"), bundle.decoder.portable_file)
     for file in files[: 4 if files[3] else 3]:
@@ -238,7 +249,7 @@ class _HashMemory:
         known = self._known.get(path)
         if isinstance(known, list) and known[:-1] == state:
             return known[-1]
-        digest = _sha256(file)
+        digest = file_sha256(file)
         self._known[path] = [*state, digest]
         self._changed = True
         return digest
@@ -253,7 +264,8 @@ class _HashMemory:
             partial.replace(self._file)
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """sha256 of a file's content, hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

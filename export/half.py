@@ -1,0 +1,159 @@
+"""FP32 graph -> FP16 graph, except where FP16 would overflow or lose its weights.
+
+FP16 holds magnitudes up to 65,504. Which tensors of an encoder exceed it (the residual stream of deep stages, sums
+inside LayerNorm, the cube inside a tanh-approximated GELU) depends on the weights, so the FP32 graph is run and its
+ranges are taken; every node that touches such a tensor keeps computing in FP32, with casts around it.
+"""
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+LIMIT = 65504 / 4  # inputs that nobody ran may go further than those that were run
+MASKED = 1e30
+LARGEST_WEIGHT_ERROR = 1e-3  # relative; FP16's own rounding is 3e-4, subnormal weights lose more
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A node that stays in FP32: its name and operator, what exceeded the limit, and by how much."""
+
+    node: str
+    operator: str
+    reason: str
+    value: float
+
+
+def nodes_to_keep(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -> list[Kept]:
+    """The nodes of the FP32 `model` that must not compute in FP16, found by running it on `inputs`.
+
+    inputs: one feed for each run. Raises ValueError where a tensor is NaN or infinite in FP32 already, naming it.
+    """
+    ranges = _ranges(model, inputs)
+    errors = _weight_errors(model.graph)
+    kept = []
+    for node in model.graph.node:
+        reasons = [(f"|{name}|", ranges[name]) for name in (*node.input, *node.output) if name in ranges]
+        if node.op_type == "LayerNormalization":
+            reasons.append(("sum of squares", ranges[f"{node.name}/sum_of_squares"]))
+        if node.op_type == "Gelu" and _attribute(node, "approximate") == b"tanh":
+            reasons.append(("cube of the input", ranges.get(node.input[0], 0.0) ** 3))
+        what, value = max(reasons, key=lambda reason: reason[1], default=("", 0.0))
+        error = max((errors.get(name, 0.0) for name in node.input), default=0.0)
+        if value > LIMIT:
+            kept.append(Kept(node.name, node.op_type, what, value))
+        elif error > LARGEST_WEIGHT_ERROR:
+            kept.append(Kept(node.name, node.op_type, "relative error of the weights in FP16", error))
+    return kept
+
+
+def to_half(model: onnx.ModelProto, kept: list[Kept]) -> onnx.ModelProto:
+    """The graph with FP16 weights, inputs and outputs, the nodes in `kept` in FP32. `model` is not changed.
+
+    Q/DQ nodes get FP16 scales, so that what lies between them and the next layer is FP16 too.
+    """
+    types = _inferred(model)
+    model = copy.deepcopy(model)
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(types)
+    blocked = [op for op in DEFAULT_OP_BLOCK_LIST if op not in ("QuantizeLinear", "DequantizeLinear")]
+    half = convert_float_to_float16(
+        model,
+        min_positive_val=6e-8,
+        max_finite_val=65504.0,
+        disable_shape_infer=True,
+        op_block_list=blocked,
+        node_block_list=[keep.node for keep in kept],
+    )
+    del half.graph.value_info[:]  # they name types of before
+    return half
+
+
+def _ranges(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Largest magnitude of each float tensor that a node makes, and the largest sum of squares of each LayerNorm."""
+    probe = copy.deepcopy(model)
+    graph = probe.graph
+    types = {v.name: v.type.tensor_type.elem_type for v in _inferred(model)}
+    types |= {value.name: value.type.tensor_type.elem_type for value in graph.output}
+    names, maxima = [], []
+
+    def add(name: str, magnitude: str) -> None:
+        maximum = f"range/{len(names)}"
+        graph.node.append(helper.make_node("ReduceMax", [magnitude], [maximum], keepdims=0))
+        graph.node.append(helper.make_node("Reshape", [maximum, "range/one"], [f"{maximum}/1"]))
+        names.append(name)
+        maxima.append(f"{maximum}/1")
+
+    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "range/one"))
+    graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "range/last"))
+    for node in list(graph.node):
+        for name in node.output:
+            if types.get(name) == TensorProto.FLOAT:
+                graph.node.append(helper.make_node("Abs", [name], [f"range/{name}/abs"]))
+                add(name, f"range/{name}/abs")
+        if node.op_type == "LayerNormalization":
+            source = f"range/{node.name}"
+            graph.node.append(helper.make_node("ReduceMean", [node.input[0], "range/last"], [f"{source}/mean"]))
+            graph.node.append(helper.make_node("Sub", [node.input[0], f"{source}/mean"], [f"{source}/centred"]))
+            graph.node.append(
+                helper.make_node("ReduceSumSquare", [f"{source}/centred", "range/last"], [f"{source}/squares"])
+            )
+            add(f"{node.name}/sum_of_squares", f"{source}/squares")
+    graph.node.append(helper.make_node("Concat", maxima, ["range/all"], axis=0))
+    graph.output.append(helper.make_tensor_value_info("range/all", TensorProto.FLOAT, [len(names)]))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:  # one protobuf holds 2 GB, a large encoder does not fit
+        file = str(Path(folder, "probe.onnx"))
+        onnx.save(probe, file, save_as_external_data=True, location="probe.data")
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        found = np.max([session.run(["range/all"], feed)[0] for feed in inputs], axis=0)
+    if any(node.op_type == "Softmax" for node in model.graph.node):
+        found[found > MASKED] = 0  # of attention's masks, whose minus infinity FP16 has too
+    for name, value in zip(names, found, strict=True):
+        if not np.isfinite(value):
+            raise ValueError(f"{name} is not finite in FP32 already ({value}); the checkpoint or the image is broken")
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def _weight_errors(graph: onnx.GraphProto) -> dict[str, float]:
+    """Relative error of each FP32 initializer that float16 rounds."""
+    errors = {}
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            weights = numpy_helper.to_array(tensor)
+            with np.errstate(over="ignore"):
+                rounded = weights.astype(np.float16).astype(np.float32)
+            norm = float(np.linalg.norm(weights))
+            errors[tensor.name] = float(np.linalg.norm(rounded - weights)) / norm if norm else 0.0
+    return errors
+
+
+def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    return list(onnx.shape_inference.infer_shapes(_without_weights(model)).graph.value_info)
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose matrices are inputs: types can be inferred all the same, and it fits one protobuf."""
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.graph.name = model.graph.name
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    light.graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) > 1:
+            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            light.graph.initializer.append(tensor)
+    return light
+
+
+def _attribute(node: onnx.NodeProto, name: str):
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
