@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from export.cli import BUILD, Difference, ParityError, compare, name_of, open_checkpoint, report, run
 from runtime.bundle import DecoderPart
-from runtime.decoder import Decoder
+from runtime.decoder import NEXT_TOKEN, Decoder
 from runtime.errors import UserError
 from train.model import Checkpoint, load_language_state
 
@@ -64,6 +64,7 @@ def export_decoder(checkpoint: Checkpoint, folder: Path, precision: str, graph: 
             _quietly(_build_fused, source, built, precision)
             model = onnx.load(str(built / "model.onnx"), load_external_data=False)
             merge_image_embeds(model)
+            add_next_token(model)
             shutil.move(built / "model.onnx.data", folder / "model.onnx.data")  # as the graph names it: not read again
             onnx.save(model, str(file))
         else:
@@ -144,6 +145,20 @@ def merge_image_embeds(model: onnx.ModelProto) -> None:
     del graph.node[:]
     graph.node.extend([*before, *nodes[: at + 1], *after, *nodes[at + 1 :]])
     graph.input.insert(1, helper.make_tensor_value_info("image_embeds", element, ["num_image_embeds", hidden]))
+
+
+def add_next_token(model: onnx.ModelProto) -> None:
+    """Give a decoder the output next_token [batch, 1, 1] int64, the likeliest by logits [batch, 1, vocab], in place.
+
+    So that greedy decoding takes one number off the device at each step instead of all logits. Of equal logits the
+    lowest id wins. TopK rather than ArgMax, because ONNX Runtime has it for float16 on CUDA.
+    """
+    one = numpy_helper.from_array(np.array([1], np.int64), "next_token/one")
+    model.graph.initializer.append(one)
+    model.graph.node.append(
+        helper.make_node("TopK", ["logits", one.name], ["next_token/logit", NEXT_TOKEN], name="next_token/TopK")
+    )
+    model.graph.output.append(helper.make_tensor_value_info(NEXT_TOKEN, onnx.TensorProto.INT64, ["batch_size", 1, 1]))
 
 
 def _hidden_size(graph: onnx.GraphProto) -> int:

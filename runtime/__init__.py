@@ -7,6 +7,7 @@ costs nothing.
 from importlib import import_module
 
 _HOMES = {
+    "Backends": "runtime.backends",
     "Conversation": "runtime.model",
     "Model": "runtime.model",
     "Options": "runtime.model",

@@ -7,6 +7,8 @@ architecture, one TensorRT version, and stands for one ONNX file of its bundle.
 """
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,33 +45,67 @@ def find_engines(bundle: Bundle, part: str) -> list[Engine]:
     return found
 
 
-def choose_engine(bundle: Bundle, part: str, precision: str, target: str, versions: dict[str, str]) -> Engine:
-    """The engine of `part` for the GPU `target` (as "sm89"), verified.
+def choose_engine(
+    bundle: Bundle, part: str, precision: str, gpu: Callable[[], str], versions: dict[str, str]
+) -> Engine:
+    """The engine of `part` for the GPU that is here, verified before TensorRT is asked.
 
-    versions: flavour -> installed version, of the flavours that can run here.
-    Raises UserError where none fits, with what there is and the command that builds one, and where the one that would
-    fit is truncated, altered, of another TensorRT version or of another ONNX file than the bundle's.
+    gpu: returns its compute capability, as "sm89", or raises UserError where there is none. versions: flavour ->
+    installed version.
+    Raises UserError where none fits, with what there is and the command that builds one; where the one that would fit
+    is truncated, altered, of another TensorRT version or of another ONNX file than the bundle's; and where there is no
+    GPU, but an engine at fault is named before that.
     """
     engines = find_engines(bundle, part)
-    wanted = [e for e in engines if e.report["precision"] == precision and e.report["flavour"] in versions]
-    wanted = [e for e in wanted if e.report["target"] == target]
-    if not wanted:
+    target, no_gpu = _ask(gpu)
+    fitting = [e for e in engines if e.report["precision"] == precision and target in (None, e.report["target"])]
+    if not fitting:
         flavour = next(iter(versions), "rtx")
         there = ", ".join(map(str, engines)) or "none"
         raise UserError(
-            f"{bundle.folder}: no {precision} {part} engine for this GPU ({target}); there: {there}; build one: "
-            f"python -m export.engine --bundle {bundle.folder} --part {part} --precision {precision} "
-            f"--flavour {flavour} --target {target if flavour == 'rtx' else 'current'}"
+            f"{bundle.folder}: no {precision} {part} engine for {target or 'a GPU'}; there: {there}; "
+            f"the GPU: {target or no_gpu}; build one: python -m export.engine --bundle {bundle.folder} --part {part} "
+            f"--precision {precision} --flavour {flavour} --target {target or 'sm89'}"
         )
-    same_version = [e for e in wanted if e.report["version"] == versions[e.report["flavour"]]]
-    if not same_version:
-        engine = wanted[0]
-        raise UserError(
-            f"{engine.file}: built by {engine.report['flavour']} {engine.report['version']}, installed is "
-            f"{versions[engine.report['flavour']]}; build it again with python -m export.engine"
+    problems = []
+    for engine in fitting:
+        verify_engine(bundle, engine)
+        problem = version_problem(engine, versions)
+        if problem is None:
+            if target is None:
+                raise no_gpu
+            return engine
+        problems.append(problem)
+    raise UserError(problems[0])
+
+
+def _ask(gpu: Callable[[], str]) -> tuple[str | None, UserError | None]:
+    try:
+        return gpu(), None
+    except UserError as error:
+        return None, error
+
+
+def version_problem(engine: Engine, versions: dict[str, str]) -> str | None:
+    """Why the installed TensorRT (flavour -> version) cannot run the engine; None where it can.
+
+    An engine runs on the version that built it alone; a version-compatible one on later ones of the same major version.
+    """
+    flavour, built = engine.report["flavour"], engine.report["version"]
+    installed = versions.get(flavour)
+    if installed is None:
+        return (
+            f"{engine.file}: built by {FLAVOURS[flavour]} {built}, which is not installed: pip install '.[{flavour}]'"
         )
-    verify_engine(bundle, same_version[0])
-    return same_version[0]
+    if installed == built:
+        return None
+    numbers, needed = (tuple(int(n) for n in re.findall(r"\d+", text)) for text in (installed, built))
+    if engine.report["version_compatible"] and numbers[0] == needed[0] and numbers >= needed:
+        return None
+    return (
+        f"{engine.file}: built by {FLAVOURS[flavour]} {built}, another version than the installed {installed}; "
+        "build it again with python -m export.engine"
+    )
 
 
 def verify_engine(bundle: Bundle, engine: Engine) -> None:
@@ -95,7 +131,7 @@ def _read_report(file: Path) -> dict:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from error
-    needed = {"format", "flavour", "version", "target", "precision", "onnx", "engine"}
+    needed = {"format", "flavour", "version", "version_compatible", "target", "precision", "onnx", "engine", "profiles"}
     if not isinstance(report, dict) or needed - report.keys() or report["format"] != FORMAT:
         raise UserError(f"{file}: no engine report of format {FORMAT}; build the engine again")
     return report

@@ -40,6 +40,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], metavar="STR", help="end the answer here; repeatable")
     parser.add_argument("--res", type=int, metavar="N", help="side of the images, pixels; default: the bundle's")
     parser.add_argument("--aspect", metavar="MODE", help="pad, crop or any (keep the ratio); default: the bundle's")
+    parser.add_argument(
+        "--encoder",
+        default="auto",
+        metavar="RUNTIME",
+        help="onnx, openvino, tensorrt or auto (default): a TensorRT engine where one fits the GPU, else onnx",
+    )
+    parser.add_argument("--encoder-precision", metavar="P", help="fp32, fp16, bf16, int8, fp8; default: the bundle's")
+    parser.add_argument("--decoder", default="onnx", metavar="RUNTIME", help="onnx (default) or tensorrt")
+    parser.add_argument(
+        "--provider", default="cpu", metavar="NAME", help="of ONNX Runtime: cpu, cuda, tensorrt or nv_tensorrt_rtx"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="of one operator; default: one a physical core")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="save the first image with the answer's boxes drawn")
@@ -58,12 +69,16 @@ def main() -> int:
         raise UserError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}")
     if args.dump:
         args.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    from runtime.backends import Backends
     from runtime.model import Options, load
     from runtime.sampling import Sampling
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     options = Options(args.max_new_tokens, sampling, tuple(args.stop), args.res, args.aspect, args.system)
-    model = load(args.bundle, args.threads)
+    backends = Backends(args.encoder, args.decoder, args.provider, args.encoder_precision, args.threads)
+    model = load(args.bundle, backends=backends)
+    if model.encoder_chosen.note:
+        print(f"encoder: {model.encoder_chosen}, because {model.encoder_chosen.note}", file=sys.stderr)
     if args.prompt is None:
         chat(model, args.image, options)
     else:
@@ -133,6 +148,8 @@ def table(model, result) -> str:
     timings = result.timings
     rate = timings.decode_tokens_per_s
     rows = [
+        ("encoder", f"{model.encoder_chosen}"),
+        ("decoder", f"{model.decoder_chosen}"),
         ("visual tokens", f"{result.visual_tokens}"),
         ("prompt tokens", f"{result.prompt_tokens}"),
         ("new tokens", f"{len(result.token_ids)} ({result.finish_reason})"),
@@ -144,7 +161,7 @@ def table(model, result) -> str:
         ("decode", f"{rate:.1f} tokens/s" if rate else "-"),
         ("peak memory", f"{peak_memory_mib():.0f} MiB"),
     ]
-    return "\n".join(f"{name:<20} {value:>16}" for name, value in rows)
+    return "\n".join(f"{name:<20} {value:>20}" for name, value in rows)
 
 
 def _as_json(model, result) -> dict:
@@ -156,8 +173,8 @@ def _as_json(model, result) -> dict:
         "prompt_tokens": result.prompt_tokens,
         "timings": {"load_ms": model.load_ms, **asdict(result.timings)},
         "peak_memory_mib": peak_memory_mib(),
-        "encoder": {"runtime": "onnxruntime", "provider": "cpu", "precision": model.bundle.encoder.precision},
-        "decoder": {"runtime": "onnxruntime", "provider": "cpu", "precision": model.bundle.decoder.precision},
+        "encoder": model.encoder_chosen.to_dict(),
+        "decoder": model.decoder_chosen.to_dict(),
     }
 
 

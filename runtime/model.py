@@ -11,18 +11,18 @@ print(piece.result.timings.ttft_ms)
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
 import numpy as np
 from PIL import Image
 
 from runtime import prompt as prompts
+from runtime.backends import Backends, open_parts
 from runtime.bundle import Bundle, open_bundle
-from runtime.decoder import Decoder
 from runtime.decoder import Sequence as DecoderSequence
-from runtime.encoder import Encoder
+from runtime.device import Array, to_numpy
 from runtime.errors import UserError
 from runtime.image import open_image, preprocess, target_size
 from runtime.sampling import Sampling, next_token
@@ -105,15 +105,26 @@ class Trace:
     first_logits: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class _Pictures:
+    """The images of a turn: float32 [3, H, W] each, and their embeds [sum of T, D] on the encoder's device."""
+
+    pixel_values: list[np.ndarray]
+    embeds: Array | None
+    preprocess_ms: float
+    encode_ms: float
+
+
 class Model:
     """A loaded bundle. Make it with `runtime.load`."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None):
+    def __init__(self, bundle: Bundle, backends: Backends | None = None):
         begin = time.perf_counter()
         self.bundle = bundle
         self.tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
-        self.encoder = Encoder(bundle.path(bundle.encoder.file), threads)
-        self.decoder = Decoder(bundle.path(bundle.decoder.file), bundle.decoder, threads)
+        parts = open_parts(bundle, backends or Backends())
+        self.encoder, self.decoder = parts.encoder, parts.decoder
+        self.encoder_chosen, self.decoder_chosen = parts.encoder_chosen, parts.decoder_chosen
         self.load_ms = _ms_since(begin)
 
     def generate(
@@ -157,44 +168,62 @@ class Conversation:
         """As `Model.generate`, after the turns before. Leaving the iterator early ends the answer there; a turn that
         fails or is interrupted before its first piece leaves the conversation as it was."""
         begin = time.perf_counter()
-        trace = trace if trace is not None else Trace()
         if isinstance(images, str | bytes | PathLike | Image.Image):
             images = [images]
-        ids, limit, preprocess_ms, encode_ms = self._inputs(prompt, images, trace)
+        ids, limit, pictures = self._inputs(prompt, images)
         sequence = self._sequence or self._start(len(ids) + limit)
-        yield from self._answer(sequence, ids, limit, trace, begin, (preprocess_ms, encode_ms))
+        yield from self._answer(sequence, ids, limit, pictures, trace, begin)
 
     def _answer(
         self,
         sequence: DecoderSequence,
         ids: list[int],
         limit: int,
-        trace: Trace,
+        pictures: "_Pictures",
+        trace: Trace | None,
         begin: float,
-        before_ms: tuple[float, float],
     ) -> Iterator[Piece]:
-        """Prefill `ids`, then decode. before_ms: what preprocessing and encoding took."""
-        preprocess_ms, encode_ms = before_ms
+        """Prefill `ids`, then decode. begin: when the call began."""
         prefill_begin = time.perf_counter()
-        logits = sequence.forward(ids, trace.image_embeds)
+        random = np.random.default_rng(self._options.sampling.seed)
+        if trace is None:
+            token = self._next(sequence, ids, [], random, pictures.embeds)
+        else:
+            logits = sequence.forward(ids, pictures.embeds)
+            trace.pixel_values, trace.first_logits = pictures.pixel_values, logits.copy()
+            trace.image_embeds = None if pictures.embeds is None else to_numpy(pictures.embeds)
+            token = next_token(logits, [], self._options.sampling, random)
         prefill_ms = _ms_since(prefill_begin)
         self._sequence, self._unfed = sequence, []
-        trace.first_logits = logits.copy()
 
         def finish(text: str, generated: list[int], reason: str, first_ms: float, decode_s: float) -> Result:
             rate = (len(generated) - 1) / decode_s if len(generated) > 1 else None
-            timings = Timings(preprocess_ms, encode_ms, prefill_ms, first_ms, rate)
-            visual_tokens = 0 if trace.image_embeds is None else len(trace.image_embeds)
+            timings = Timings(pictures.preprocess_ms, pictures.encode_ms, prefill_ms, first_ms, rate)
+            visual_tokens = 0 if pictures.embeds is None else len(pictures.embeds)
             return Result(text, generated, reason, visual_tokens, len(ids), timings)
 
-        yield from self._decode(logits, limit, begin, finish)
+        yield from self._decode(token, limit, begin, random, finish)
+
+    def _next(
+        self,
+        sequence: DecoderSequence,
+        ids: list[int],
+        generated: list[int],
+        random: np.random.Generator,
+        embeds: Array | None = None,
+    ) -> int:
+        """Feed `ids` and choose the token after them; greedy, the logits stay where they are."""
+        sampling = self._options.sampling
+        if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+            return sequence.forward_greedy(ids, embeds)
+        return next_token(sequence.forward(ids, embeds), generated, sampling, random)
 
     def _start(self, single_turn_length: int = 0) -> DecoderSequence:
         capacity = single_turn_length if self._single_turn else self._model.bundle.decoder.context_length
         return self._model.decoder.start(capacity)
 
-    def _inputs(self, prompt: str, images: Sequence[ImageSource], trace: Trace) -> tuple[list[int], int, float, float]:
-        """(prompt ids, below 0 for each image embed; how many new tokens may come; preprocess ms; encode ms).
+    def _inputs(self, prompt: str, images: Sequence[ImageSource]) -> tuple[list[int], int, "_Pictures"]:
+        """(prompt ids, below 0 for each image embed; how many new tokens may come; the images).
 
         Whether all of it fits the context is settled before anything large is computed.
         """
@@ -204,12 +233,11 @@ class Conversation:
         sizes = [target_size(*picture.size, rule, options.resolution, options.aspect) for picture in pictures]
         ids = self._prompt_ids(prompt, [height // rule.multiple * (width // rule.multiple) for height, width in sizes])
         limit = self._limit(ids)
-        trace.pixel_values = [preprocess(picture, rule, options.resolution, options.aspect) for picture in pictures]
+        pixel_values = [preprocess(picture, rule, options.resolution, options.aspect) for picture in pictures]
         preprocess_ms = _ms_since(begin)
         begin = time.perf_counter()
-        parts = [model.encoder(pixel_values) for pixel_values in trace.pixel_values]
-        trace.image_embeds = np.concatenate(parts) if parts else None
-        return ids, limit, preprocess_ms, _ms_since(begin)
+        embeds = model.encoder(pixel_values) if pixel_values else None
+        return ids, limit, _Pictures(pixel_values, embeds, preprocess_ms, _ms_since(begin))
 
     def _prompt_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
         template, tokenizer = self._model.bundle.prompt, self._model.tokenizer
@@ -232,20 +260,21 @@ class Conversation:
             )
         return min(self._options.max_new_tokens, room)
 
-    def _decode(self, logits: np.ndarray, limit: int, begin: float, finish) -> Iterator[Piece]:
+    def _decode(
+        self, token: int, limit: int, begin: float, random: np.random.Generator, finish: Callable[..., Result]
+    ) -> Iterator[Piece]:
+        """token: the first one. finish: makes the Result."""
         options, tokenizer = self._options, self._model.tokenizer
         detokenizer = tokenizer.detokenizer()
         stops = prompts.StopStrings((*self._model.bundle.prompt.stop, *options.stop))
-        random = np.random.default_rng(options.sampling.seed)
         generated: list[int] = []
         texts: list[str] = []
         first_ms, decode_s, reason = 0.0, 0.0, None
         while reason is None:
             step = time.perf_counter()  # what the consumer of the pieces takes is not ours
             if generated:
-                logits = self._sequence.forward(generated[-1:])
+                token = self._next(self._sequence, generated[-1:], generated, random)
                 self._unfed = []
-            token = next_token(logits, generated, options.sampling, random)
             generated.append(token)
             elapsed = _ms_since(begin)
             if len(generated) == 1:
@@ -278,22 +307,21 @@ class Questions(Conversation):
         """Nothing is computed before the first question."""
         super().__init__(model, options)
         self._images = [images] if isinstance(images, str | bytes | PathLike | Image.Image) else list(images)
-        self._seen: Trace | None = None  # pixel values and embeds of the images, once they are encoded
+        self._seen: _Pictures | None = None  # once they are encoded
         self._image_tokens: list[int] = []  # visual tokens of each image
         self._held: list[int] = []  # ids of the last prompt, which the KV cache still begins with
 
     def ask(self, prompt: str, trace: Trace | None = None) -> Iterator[Piece]:
         """As `Model.generate` with the images: the same tokens. The Result's prompt_tokens are those prefilled anew."""
         begin = time.perf_counter()
-        trace = trace if trace is not None else Trace()
         if self._sequence is None:
-            ids, limit, *before_ms = self._inputs(prompt, self._images, trace)
-            sequence, kept, self._seen = self._start(), 0, trace
+            ids, limit, pictures = self._inputs(prompt, self._images)
+            sequence, kept = self._start(), 0
+            self._seen = replace(pictures, preprocess_ms=0.0, encode_ms=0.0)  # what they cost the next questions
             area = self._model.bundle.image.multiple**2
-            self._image_tokens = [pixels[0].size // area for pixels in trace.pixel_values]
+            self._image_tokens = [pixels[0].size // area for pixels in pictures.pixel_values]
         else:
-            sequence, before_ms = self._sequence, (0.0, 0.0)
-            trace.pixel_values, trace.image_embeds = self._seen.pixel_values, self._seen.image_embeds
+            sequence, pictures = self._sequence, self._seen
             text = prompts.first_turn(self._model.bundle.prompt, prompt, len(self._image_tokens), self._options.system)
             ids = self._model.tokenizer.encode_prompt(text, self._image_tokens)
             # The last id is fed in any case, for its logits. A prefill that failed left the cache shorter than its ids.
@@ -301,7 +329,7 @@ class Questions(Conversation):
             sequence.rewind(kept)
             limit = self._limit(ids[kept:])
         self._held = ids
-        yield from self._answer(sequence, ids[kept:], limit, trace, begin, before_ms)
+        yield from self._answer(sequence, ids[kept:], limit, pictures, trace, begin)
 
 
 def _common_length(one: list[int], other: list[int]) -> int:
@@ -312,13 +340,15 @@ def _common_length(one: list[int], other: list[int]) -> int:
     return min(len(one), len(other))
 
 
-def load(bundle: str | PathLike | None = None, threads: int | None = None) -> Model:
+def load(bundle: str | PathLike | None = None, threads: int | None = None, backends: Backends | None = None) -> Model:
     """Open a bundle and load its parts.
 
     bundle: the folder; None takes the demo model's and makes it first if need be. threads: of one operator; None takes
-    one a physical core. Raises UserError for a bundle that is missing, damaged or of another format.
+    one a physical core. backends: what runs the parts, in place of `threads`; None: ONNX Runtime on the CPU, or a
+    TensorRT engine where one fits.
+    Raises UserError for a bundle that is missing, damaged or of another format, and for a backend that cannot be had.
     """
-    return Model(open_bundle(bundle), threads)
+    return Model(open_bundle(bundle), backends or Backends(threads=threads))
 
 
 def _ms_since(begin: float) -> float:

@@ -62,8 +62,8 @@ def test_another_size_is_seen(bundle):
 
 def test_hashes_are_taken_once(bundle, monkeypatch):
     taken = []
-    original = bundles._sha256
-    monkeypatch.setattr(bundles, "_sha256", lambda file: taken.append(file) or original(file))
+    original = bundles.file_sha256
+    monkeypatch.setattr(bundles, "file_sha256", lambda file: taken.append(file) or original(file))
     open_bundle(bundle)
     assert len(taken) == len(json.loads((bundle / MANIFEST).read_text())["files"])
     open_bundle(bundle)

@@ -1,0 +1,167 @@
+"""Which library runs each part of a bundle, and on what: chosen here, once, before anything is loaded."""
+
+import importlib.util
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from runtime.bundle import Bundle
+from runtime.decoder import Decoder
+from runtime.device import Cuda, Device, present_gpu
+from runtime.encoder import OPENVINO_PRECISIONS, OnnxEncoder, OpenVinoEncoder
+from runtime.engines import FLAVOURS, choose_engine
+from runtime.errors import UserError
+from runtime.session import PROVIDERS, open_device
+
+ENCODERS = ("auto", "onnx", "openvino", "tensorrt")
+DECODERS = ("onnx", "tensorrt")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What the user asks for.
+
+    encoder: `onnx` (ONNX Runtime), `openvino`, `tensorrt`, or `auto`: a TensorRT engine where one fits the GPU, else
+    ONNX Runtime. decoder: `onnx` or `tensorrt`. provider: of ONNX Runtime, a key of `PROVIDERS`.
+    encoder_precision: which of the bundle's encoders or engines, or bf16 for OpenVINO's way of computing; None: the
+    bundle's own (a float32 bundle's engines are fp16). threads: of one operator on the CPU; None: one a physical core.
+    Raises UserError for an unknown name.
+    """
+
+    encoder: str = "auto"
+    decoder: str = "onnx"
+    provider: str = "cpu"
+    encoder_precision: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self):
+        for name, known in (("encoder", ENCODERS), ("decoder", DECODERS), ("provider", tuple(PROVIDERS))):
+            if getattr(self, name) not in known:
+                raise UserError(f"unknown {name} {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.encoder_precision not in (None, *PRECISIONS):
+            raise UserError(f"unknown precision {self.encoder_precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if self.encoder_precision == "bf16" and self.encoder != "openvino":
+            raise UserError("precision bf16 is OpenVINO's: --encoder openvino")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What runs a part. runtime: onnxruntime, openvino or tensorrt; provider: where it computes; file: inside the
+    bundle; note: why `auto` took it."""
+
+    runtime: str
+    provider: str
+    precision: str
+    file: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.runtime} {self.provider} {self.precision}"
+
+    def to_dict(self) -> dict[str, str]:
+        return {key: value for key, value in asdict(self).items() if value}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Encoder and decoder of a bundle, loaded."""
+
+    encoder: Any
+    encoder_chosen: Chosen
+    decoder: Any
+    decoder_chosen: Chosen
+
+
+def open_parts(bundle: Bundle, wanted: Backends) -> Parts:
+    """Load both parts. Raises UserError where one cannot be had as wanted."""
+    device = open_device(wanted.provider)
+    return Parts(*_open_encoder(bundle, wanted, device), *_open_decoder(bundle, wanted, device))
+
+
+def _open_encoder(bundle: Bundle, wanted: Backends, device: Device) -> tuple[Any, Chosen]:
+    """The encoder and what it is. device: of `wanted.provider`. Raises UserError where it cannot be had."""
+    if wanted.encoder == "openvino":
+        return _openvino_encoder(bundle, wanted)
+    if wanted.encoder == "tensorrt":
+        return _engine_encoder(bundle, wanted, device)
+    note = ""
+    if wanted.encoder == "auto":
+        try:
+            present_gpu()  # the reason that matters where there is none
+            return _engine_encoder(bundle, wanted, device)
+        except UserError as error:
+            note = str(error)
+    file, precision = _graph(bundle, wanted.encoder_precision)
+    encoder = OnnxEncoder(bundle.path(file), bundle.encoder.stride, wanted.threads, wanted.provider, device)
+    return encoder, Chosen("onnxruntime", wanted.provider, precision, file, note)
+
+
+def _open_decoder(bundle: Bundle, wanted: Backends, device: Device) -> tuple[Any, Chosen]:
+    part = bundle.decoder
+    decoder = Decoder(bundle.path(part.file), part, wanted.threads, wanted.provider, device)
+    return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file)
+
+
+def _graph(bundle: Bundle, precision: str | None) -> tuple[str, str]:
+    """(an encoder graph of the bundle, its precision)."""
+    if precision in (None, bundle.encoder.precision):
+        return bundle.encoder.file, bundle.encoder.precision
+    file = bundle.encoder_file(precision)
+    if file is None:
+        there = ", ".join(name for name in PRECISIONS if bundle.encoder_file(name))
+        raise UserError(f"{bundle.folder} has no {precision} encoder, only {there}")
+    return file, precision
+
+
+def _openvino_encoder(bundle: Bundle, wanted: Backends) -> tuple[Any, Chosen]:
+    asked = wanted.encoder_precision
+    file, precision = _graph(bundle, None if asked == "bf16" else asked)
+    if asked == "bf16":
+        precision = asked
+    if precision not in OPENVINO_PRECISIONS:
+        raise UserError(f"OpenVINO's CPU plugin does not compute in {precision}")
+    encoder = OpenVinoEncoder(bundle.path(file), bundle.encoder.stride, wanted.threads, precision)
+    return encoder, Chosen("openvino", "cpu", precision, file)
+
+
+def _engine_encoder(bundle: Bundle, wanted: Backends, device: Device) -> tuple[Any, Chosen]:
+    from runtime.trt import EngineEncoder
+
+    precision = wanted.encoder_precision or engine_precision(bundle)
+    engine = _engine(bundle, "encoder", precision)
+    encoder = EngineEncoder(engine, bundle.encoder.stride, device if isinstance(device, Cuda) else Cuda())
+    return encoder, _chosen_engine(bundle, engine)
+
+
+def engine_precision(bundle: Bundle) -> str:
+    """Of the engine that stands for the bundle's own encoder: quantised as that is, else fp16."""
+    return bundle.encoder.precision if bundle.encoder.precision in ("int8", "fp8") else "fp16"
+
+
+def _engine(bundle: Bundle, part: str, precision: str) -> Any:
+    """The engine of the bundle that fits the GPU that is here, verified."""
+    return choose_engine(bundle, part, precision, present_gpu, installed_flavours())
+
+
+def installed_flavours() -> dict[str, str]:
+    """flavour -> version of the TensorRT packages that can be imported here."""
+    found = {}
+    for flavour, module in FLAVOURS.items():
+        if importlib.util.find_spec(module) is None:
+            continue
+        for package in (module, f"{module}_cu13", f"{module}_cu12"):
+            try:
+                found[flavour] = version(package)
+                break
+            except PackageNotFoundError:
+                continue
+    return found
+
+
+def _chosen_engine(bundle: Bundle, engine: Any) -> Chosen:
+    report = engine.report
+    return Chosen(
+        "tensorrt", f"{report['flavour']} {report['version']}", report["precision"],
+        str(engine.file.relative_to(bundle.folder)),
+    )  # fmt: skip

@@ -1,0 +1,182 @@
+"""Where the parts of the chain keep what they hand to one another: the CPU's memory, or a GPU's.
+
+An array of `Cpu` is a numpy array, one of `Cuda` a `CudaArray`; both have shape, dtype and rows to slice. On a GPU all
+work goes into one stream, so what one part writes the next may read without waiting, and nothing passes through the
+host unless `numpy` asks for it. The CUDA side uses NVIDIA's cuda-bindings; no PyTorch.
+"""
+
+import ctypes
+import math
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import UserError
+
+
+class Cpu:
+    """The host's memory."""
+
+    name = "cpu"
+    stream = 0
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    def take(self, values: Any, dtype: Any) -> np.ndarray:
+        """`values`, an array of any device, here and in `dtype`; copied only where it must be."""
+        return np.ascontiguousarray(to_numpy(values), dtype)
+
+    def copy(self, target: np.ndarray, source: np.ndarray) -> None:
+        target[...] = source
+
+
+@dataclass(frozen=True)
+class CudaArray:
+    """Contiguous GPU memory. memory: keeps it allocated."""
+
+    device: "Cuda"
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    memory: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def reshape(self, shape: tuple[int, ...]) -> "CudaArray":
+        """The same memory in another shape of as many elements."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"{self.shape} cannot be seen as {shape}")
+        return replace(self, shape=tuple(shape))
+
+    def __getitem__(self, rows: slice) -> "CudaArray":
+        """Rows start:stop of the first axis, the same memory."""
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise ValueError(f"rows are taken one after the other, not by {step}")
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, pointer=self.pointer + start * row_bytes, shape=(max(stop - start, 0), *self.shape[1:]))
+
+
+class Cuda:
+    """GPU 0 and the stream that everything goes into. Raises UserError where there is no GPU, or no cuda-bindings."""
+
+    name = "cuda"
+
+    def __init__(self):
+        self._cudart = _cudart()
+        self._handle = self._call("cudaStreamCreate")
+        self.stream = int(self._handle)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> CudaArray:
+        dtype = np.dtype(dtype)
+        size = max(math.prod(shape) * dtype.itemsize, 1)
+        pointer = int(self._call("cudaMallocAsync", size, self._handle))
+        self._call("cudaMemsetAsync", pointer, 0, size, self._handle)
+        memory = _Memory()
+        weakref.finalize(memory, self._cudart.cudaFreeAsync, pointer, self._handle)
+        return CudaArray(self, pointer, tuple(shape), dtype, memory)
+
+    def take(self, values: Any, dtype: Any) -> CudaArray:
+        """`values`, an array of any device, here and in `dtype`; by way of the host where it is not so already."""
+        if isinstance(values, CudaArray) and values.dtype == dtype:
+            return values
+        host = np.ascontiguousarray(to_numpy(values), dtype)
+        array = self.zeros(host.shape, host.dtype)
+        self._copy(array.pointer, host.ctypes.data, host.nbytes, "cudaMemcpyHostToDevice")
+        self.synchronize()  # `host` may go before an asynchronous copy has read it
+        return array
+
+    def copy(self, target: CudaArray, source: CudaArray) -> None:
+        self._copy(target.pointer, source.pointer, target.nbytes, "cudaMemcpyDeviceToDevice")
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """A host array that the GPU reads while the host goes on; the caller keeps it until then."""
+        size = max(math.prod(shape) * np.dtype(dtype).itemsize, 1)
+        pointer = int(self._call("cudaHostAlloc", size, 0))
+        memory = (ctypes.c_byte * size).from_address(pointer)
+        weakref.finalize(memory, self._cudart.cudaFreeHost, pointer)
+        return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+
+    def upload(self, target: CudaArray, pinned: np.ndarray) -> None:
+        """Begin to copy; does not wait."""
+        self._copy(target.pointer, pinned.ctypes.data, pinned.nbytes, "cudaMemcpyHostToDevice")
+
+    def download(self, array: CudaArray) -> np.ndarray:
+        """A copy on the host, once all work before it is done."""
+        host = np.empty(array.shape, array.dtype)
+        self._copy(host.ctypes.data, array.pointer, array.nbytes, "cudaMemcpyDeviceToHost")
+        self.synchronize()
+        return host
+
+    def synchronize(self) -> None:
+        self._call("cudaStreamSynchronize", self._handle)
+
+    def capture(self, work) -> Any:
+        """What `work()` puts into the stream, recorded rather than run; `replay` runs it."""
+        mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self._handle, mode)
+        try:
+            work()
+        finally:
+            graph = self._call("cudaStreamEndCapture", self._handle)
+        return self._call("cudaGraphInstantiate", graph, 0)
+
+    def replay(self, graph: Any) -> None:
+        self._call("cudaGraphLaunch", graph, self._handle)
+
+    def _copy(self, target: int, source: int, size: int, kind: str) -> None:
+        if size:
+            kind = getattr(self._cudart.cudaMemcpyKind, kind)
+            self._call("cudaMemcpyAsync", target, source, size, kind, self._handle)
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        status, *values = getattr(self._cudart, function)(*arguments)
+        if int(status):
+            raise UserError(f"{function}: {status.name}")
+        return values[0] if values else None
+
+
+class _Memory:
+    """What arrays of one allocation hold on to."""
+
+
+Device = Cpu | Cuda
+Array = np.ndarray | CudaArray
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """The array on the host: itself, or a copy from the GPU."""
+    return array.device.download(array) if isinstance(array, CudaArray) else np.asarray(array)
+
+
+def pointer(array: Array) -> int:
+    """Address of the first element."""
+    return array.pointer if isinstance(array, CudaArray) else array.ctypes.data
+
+
+def present_gpu() -> str:
+    """Compute capability of GPU 0, as "sm89". Raises UserError where there is none, saying why."""
+    cudart = _cudart()
+    status, count = cudart.cudaGetDeviceCount()
+    if int(status) or not count:
+        raise UserError(f"no NVIDIA GPU here ({status.name})")
+    attribute = cudart.cudaDeviceAttr
+    _, major = cudart.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMajor, 0)
+    _, minor = cudart.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMinor, 0)
+    return f"sm{major}{minor}"
+
+
+def _cudart() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        raise UserError("no NVIDIA GPU can be used here: Python module cuda.bindings is not installed") from None
+    return runtime
