@@ -10,10 +10,7 @@ Engine and report go to <part>/engines/<flavour>-<target>-<precision>.engine and
 
 import argparse
 import importlib
-import json
-import os
 import re
-import shlex
 import shutil
 import tempfile
 import time
@@ -25,10 +22,13 @@ from typing import Any
 import numpy as np
 import onnx
 
+from export import trtexec
 from export.cli import run
-from export.half import Kept, nodes_to_keep, to_half
+from export.half import Kept, cast_embeds, nodes_to_keep, to_half
+from export.validate import validate
 from runtime.bundle import Bundle, file_sha256, open_bundle
-from runtime.engines import FLAVOURS, FORMAT, engine_file
+from runtime.device import present_gpu
+from runtime.engines import FLAVOURS, FORMAT, engine_folder, engine_name, read_report, write_report
 from runtime.errors import UserError
 
 PRECISIONS = ("fp16", "int8", "fp8")
@@ -41,16 +41,17 @@ PREFILL_OPT = 640  # a 1536x1536 image and a question
 
 @dataclass(frozen=True)
 class Options:
-    """What to build. part: encoder or decoder. flavour: a key of `FLAVOURS`. target: `sm89`, ... or `current`.
+    """What to build. part: encoder or decoder. flavour: a key of `FLAVOURS`. target: a compute capability, `sm89`.
 
     min_res, opt_res, max_res: pixels of a side, each side on its own, so that oblong images fit.
     timing_cache: file that is read, if there, and written. workspace_mib: scratch memory; None: all there is.
+    max_length: longest sequence of a decoder, tokens; None: the bundle's context.
     """
 
     part: str = "encoder"
     precision: str = "fp16"
     flavour: str = "rtx"
-    target: str = CURRENT
+    target: str = "sm89"
     min_res: int = 768
     opt_res: int = 1536
     max_res: int = 1536
@@ -59,6 +60,7 @@ class Options:
     workspace_mib: int | None = None
     refit: bool = False
     version_compatible: bool = False
+    max_length: int | None = None
 
     def __post_init__(self):
         if self.part not in ("encoder", "decoder"):
@@ -67,14 +69,9 @@ class Options:
             raise UserError(f"unknown --precision {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
         if self.flavour not in FLAVOURS:
             raise UserError(f"unknown --flavour {self.flavour!r}, expected one of {', '.join(FLAVOURS)}")
-        if self.flavour == "tensorrt" and self.target != CURRENT:
-            raise UserError(
-                f"--target {self.target}: datacenter TensorRT builds for the GPU that is present, --target current; "
-                "--flavour rtx builds for others"
-            )
-        if self.target != CURRENT and not re.fullmatch(r"sm\d+", self.target):
-            raise UserError(f"unknown --target {self.target!r}, expected sm80, sm86, sm89, sm120 or current")
-        if self.precision == "fp8" and self.target != CURRENT and int(self.target[2:]) < SMALLEST_FP8:
+        if not re.fullmatch(r"sm\d+", self.target):
+            raise UserError(f"unknown --target {self.target!r}, expected sm80, sm86, sm89, sm120 or {CURRENT}")
+        if self.precision == "fp8" and int(self.target[2:]) < SMALLEST_FP8:
             raise UserError(f"--precision fp8 needs sm{SMALLEST_FP8} or newer, not {self.target}")
         if not 0 < self.min_res <= self.opt_res <= self.max_res:
             raise UserError(
@@ -82,6 +79,8 @@ class Options:
             )
         if self.max_batch < 1:
             raise UserError(f"--max-batch is {self.max_batch}, expected 1 or more")
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"--max-length is {self.max_length}, expected 2 or more")
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UserError(f"--workspace-mib is {self.workspace_mib}, expected 1 or more")
 
@@ -95,6 +94,48 @@ def import_flavour(flavour: str) -> ModuleType:
             f"--flavour {flavour}: Python module {FLAVOURS[flavour]} cannot be imported ({error}); "
             f"pip install '.[{flavour}]'"
         ) from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """The ONNX file that an engine comes from.
+
+    sha256: of the file and of its weights beside it, by the names that the report gives them; name: the file's.
+    folder: where the engine goes. context: longest sequence of a decoder, tokens. embeds_dtype: numpy name of what
+    image embeds pass from encoder to decoder in, whatever the engines compute in; None: as the graph has them.
+    """
+
+    file: Path
+    name: str
+    sha256: dict[str, str]
+    folder: Path
+    context: int
+    embeds_dtype: str | None = None
+
+
+def source_of(bundle: Bundle, options: Options) -> Source:
+    """The bundle's graph for `options`. Raises UserError as `source_graph`."""
+    name = source_graph(bundle, options)
+    names = [file for file in (name, f"{name}.data") if file in bundle.files]
+    return Source(
+        bundle.path(name),
+        name,
+        {file: bundle.sha256(file) for file in names},
+        engine_folder(bundle.folder, options.part),
+        options.max_length or bundle.decoder.context_length,
+        bundle.decoder.kv_dtype,
+    )
+
+
+def source_of_file(file: Path, options: Options) -> Source:
+    """An ONNX file of no bundle; the engine goes to `engines/` beside it. Raises UserError where it cannot be one."""
+    if not file.is_file():
+        raise UserError(f"--onnx {file}: no such file")
+    if options.part == "decoder" and options.max_length is None:
+        raise UserError("--onnx of a decoder needs --max-length, the longest sequence")
+    names = [path for path in (file, file.with_name(f"{file.name}.data")) if path.is_file()]
+    hashes = {path.name: file_sha256(path) for path in names}
+    return Source(file, file.name, hashes, file.parent / "engines", options.max_length or 0)
 
 
 def source_graph(bundle: Bundle, options: Options) -> str:
@@ -194,7 +235,7 @@ def build(file: Path, options: Options, context: int = 0) -> tuple[bytes, dict]:
         config.set_flag(trt.BuilderFlag.REFIT)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.target != CURRENT:
+    if options.flavour == "rtx":  # datacenter TensorRT builds for the GPU that is present
         capability = getattr(trt.ComputeCapability, options.target.upper(), None)
         if capability is None:
             known = ", ".join(name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
@@ -318,52 +359,135 @@ def _layer(layer: Any) -> dict:
     }
 
 
-def trtexec_command(flavour: str, engine: Path, shapes: list[dict[str, tuple]]) -> str:
-    """What measures the engine on its target, at the shapes it is tuned for."""
-    usual = ",".join(f"{name}:{'x'.join(map(str, sizes[1]))}" for name, sizes in shapes[0].items())
-    tool = "tensorrt_rtx" if flavour == "rtx" else "trtexec"
-    return shlex.join([tool, f"--loadEngine={engine}", f"--shapes={usual}"])
+def engine_graph(source: Source, options: Options) -> tuple[onnx.ModelProto, list[Kept]]:
+    """(the graph that the engine is built from, the nodes that stay in FP32).
+
+    Raises UserError where a quantised engine is asked of a graph without Q/DQ nodes, or a graph is no ONNX.
+    """
+    try:
+        model = onnx.load(str(source.file))
+    except Exception as error:  # protobuf's
+        raise UserError(f"{source.file}: cannot be read as ONNX: {error}") from error
+    names = {value.name for value in (*model.graph.input, *model.graph.output)}
+    if "image_embeds" not in names or (options.part == "encoder") != ("pixel_values" in names):
+        raise UserError(f"{source.file}: no {options.part} of this project, it has {', '.join(sorted(names)[:6])}")
+    quantised = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    if quantised != (options.precision != "fp16"):
+        found = "has Q/DQ nodes" if quantised else "has no Q/DQ nodes"
+        raise UserError(f"{source.file} {found}, so it is no source of a {options.precision} engine")
+    model, kept = half_graph(model, options.part)
+    if source.embeds_dtype:
+        cast_embeds(model, source.embeds_dtype)
+    return model, kept
 
 
-def build_into_bundle(bundle: Bundle, options: Options) -> Path:
+def build_engine(source: Source, options: Options) -> Path:
     """Build one engine and its report; returns the engine's file. What was there of the same name is replaced."""
-    source = source_graph(bundle, options)
-    sources = [name for name in (source, f"{source}.data") if name in bundle.files]
-    out = engine_file(bundle.folder, options.part, options.flavour, options.target, options.precision)
+    model, kept = engine_graph(source, options)
+    out = source.folder / engine_name(options.flavour, options.target, options.precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as scratch:
-        model, kept = half_graph(onnx.load(str(bundle.path(source))), options.part)
         graph = Path(scratch, "graph.onnx")
         onnx.save(model, str(graph), save_as_external_data=True, location="graph.onnx.data")
         del model
-        serialised, about = build(graph, options, bundle.decoder.context_length)
+        serialised, about = build(graph, options, source.context)
         partial = Path(scratch, "engine")
         partial.write_bytes(serialised)
         report = {
             "format": FORMAT,
             "flavour": options.flavour,
             "version": about.pop("version"),
+            "version_compatible": options.version_compatible,
             "target": options.target,
             "part": options.part,
             "precision": options.precision,
             "engine": {"size": len(serialised), "sha256": file_sha256(partial)},
-            "onnx": {"file": source, "sha256": {name: bundle.sha256(name) for name in sources}},
+            "onnx": {"file": source.name, "sha256": source.sha256},
             "kept_in_fp32": [asdict(keep) for keep in kept],
             "executed": False,
-            "trtexec": trtexec_command(options.flavour, out, about["profiles"]),
+            "validation": None,
+            "trtexec": trtexec.command_line(options.flavour, out, about["profiles"]),
             **about,
         }
-        report_file = out.with_name(out.name + ".json")
-        report_file.unlink(missing_ok=True)  # an engine without a report is nobody's: a kill leaves that at worst
+        out.with_name(out.name + ".json").unlink(missing_ok=True)  # an engine without a report is nobody's
         shutil.move(partial, out)
-        partial.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial.with_suffix(".json"), report_file)
+    write_report(out, report)
     return out
 
 
 def main() -> int:
+    args = _arguments().parse_args()
+    names = ("part", "precision", "flavour", "min_res", "opt_res", "max_res", "max_batch", "timing_cache")
+    names = (*names, "workspace_mib", "refit", "version_compatible", "max_length")
+    if args.flavour in FLAVOURS:
+        import_flavour(args.flavour)
+    wanted = [Options(target=target, **{name: getattr(args, name) for name in names}) for target in _targets(args)]
+    if args.onnx and args.bundle:
+        raise UserError("--onnx or --bundle, not both")
+    bundle = None if args.onnx else open_bundle(args.bundle)
+    for options in wanted:
+        source = source_of(bundle, options) if bundle else source_of_file(args.onnx, options)
+        if args.capability:
+            return _print_capability(source, options)
+        if bundle:
+            _check_sides(bundle, options)
+        engine = build_engine(source, options)
+        if args.validate:
+            validate(engine, source.file)
+        print(describe(engine, read_report(engine)), flush=True)
+    return 0
+
+
+def _targets(args: argparse.Namespace) -> list[str]:
+    """Compute capabilities that --target names, `current` resolved.
+
+    Raises UserError for datacenter TensorRT and another GPU than the present one, and where no GPU is present.
+    """
+    targets = args.target.split(",")
+    if args.flavour == "tensorrt" and targets != [CURRENT]:
+        raise UserError(
+            f"--target {args.target}: datacenter TensorRT builds for the GPU that is present, --target {CURRENT}; "
+            "--flavour rtx builds for others"
+        )
+    if CURRENT not in targets:
+        return targets
+    try:
+        current = present_gpu()
+    except UserError as error:
+        other = "" if args.flavour == "tensorrt" else "; name what to build for: --target sm89"
+        raise UserError(f"--target {CURRENT}: {error}{other}") from error
+    return [current if target == CURRENT else target for target in targets]
+
+
+def _print_capability(source: Source, options: Options) -> int:
+    model, _ = engine_graph(source, options)
+    with tempfile.TemporaryDirectory() as scratch:
+        graph = Path(scratch, "graph.onnx")
+        onnx.save(model, str(graph), save_as_external_data=True, location="graph.onnx.data")
+        refused = capability(graph, options.flavour)
+    print("\n".join(refused) if refused else f"{source.file}: the parser takes every node")
+    return 1 if refused else 0
+
+
+def describe(engine: Path, report: dict) -> str:
+    """Lines for people: what was built, whether it ran, what runs it on the target."""
+    validation = report["validation"]
+    ran = f"validated with {validation['tool']}" if validation else "not executed"
+    lines = [
+        f"{engine}: {report['engine']['size'] / 1e6:.1f} MB, {len(report['network_layers'])} layers "
+        f"({len(report['engine_layers'])} after fusion), {len(report['kept_in_fp32'])} kept in FP32, built in "
+        f"{report['build_seconds']} s, {ran}",
+        f"on {report['target']}: {report['trtexec']}",
+    ]
+    for run_ in validation["runs"] if validation else ():
+        lines.append(f"  {run_}")
+    return "\n".join(lines)
+
+
+def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m export.engine", description=__doc__.split("\n")[0])
     parser.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="a graph of no bundle instead")
     parser.add_argument("--part", default="encoder", help="encoder (default) or decoder")
     parser.add_argument("--precision", default="fp16", help="fp16 (default), int8 or fp8")
     parser.add_argument("--flavour", default="rtx", help="rtx (default): TensorRT for RTX; tensorrt: datacenter")
@@ -372,33 +496,16 @@ def main() -> int:
     parser.add_argument("--opt-res", type=int, default=1536, metavar="N", help="side to tune for, pixels")
     parser.add_argument("--max-res", type=int, default=1536, metavar="N", help="longest side, pixels")
     parser.add_argument("--max-batch", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="longest sequence of a decoder; default: its context"
+    )
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and written, for faster builds")
     parser.add_argument("--workspace-mib", type=int, metavar="N", help="scratch memory; default: all there is")
     parser.add_argument("--refit", action="store_true", help="weights can be replaced later")
     parser.add_argument("--version-compatible", action="store_true", help="for later versions of TensorRT too")
+    parser.add_argument("--validate", action="store_true", help="run it with trtexec, or else polygraphy on a GPU")
     parser.add_argument("--capability", action="store_true", help="only say which nodes the parser would refuse")
-    args = parser.parse_args()
-    names = ("part", "precision", "flavour", "min_res", "opt_res", "max_res", "max_batch", "timing_cache")
-    common = {name: getattr(args, name) for name in (*names, "workspace_mib", "refit", "version_compatible")}
-    wanted = [Options(target=target, **common) for target in args.target.split(",")]
-    import_flavour(args.flavour)
-    bundle = open_bundle(args.bundle)
-    if args.capability:
-        file = bundle.path(source_graph(bundle, wanted[0]))
-        refused = capability(file, args.flavour)
-        print("\n".join(refused) if refused else f"{file}: the parser takes every node")
-        return 1 if refused else 0
-    for options in wanted:
-        _check_sides(bundle, options)
-        engine = build_into_bundle(bundle, options)
-        report = json.loads(engine.with_name(engine.name + ".json").read_text(encoding="utf-8"))
-        print(
-            f"{engine}: {report['engine']['size'] / 1e6:.1f} MB, {len(report['network_layers'])} layers "
-            f"({len(report['engine_layers'])} after fusion), {len(report['kept_in_fp32'])} kept in FP32, built in "
-            f"{report['build_seconds']} s, not executed\non the target: {report['trtexec']}",
-            flush=True,
-        )
-    return 0
+    return parser
 
 
 def _check_sides(bundle: Bundle, options: Options) -> None:

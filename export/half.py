@@ -76,6 +76,25 @@ def to_half(model: onnx.ModelProto, kept: list[Kept]) -> onnx.ModelProto:
     return half
 
 
+def cast_embeds(model: onnx.ModelProto, dtype: str) -> None:
+    """Let image_embeds, an input or output, be of `dtype` (a numpy name), whatever the graph computes in; in place."""
+    graph, element = model.graph, helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    inner = "image_embeds/inner"
+    value = next(value for value in (*graph.input, *graph.output) if value.name == "image_embeds")
+    if (found := value.type.tensor_type.elem_type) == element:
+        return
+    value.type.tensor_type.elem_type = element
+    is_input = value in graph.input
+    for node in graph.node:
+        names = node.input if is_input else node.output
+        for index, name in enumerate(names):
+            if name == "image_embeds":
+                names[index] = inner
+    ends, to = (["image_embeds", inner], found) if is_input else ([inner, "image_embeds"], element)
+    cast = helper.make_node("Cast", ends[:1], ends[1:], name="image_embeds/Cast", to=to)
+    graph.node.insert(0 if is_input else len(graph.node), cast)
+
+
 def _ranges(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -> dict[str, float]:
     """Largest magnitude of each float tensor that a node makes, and the largest sum of squares of each LayerNorm."""
     probe = copy.deepcopy(model)

@@ -30,18 +30,34 @@ class Engine:
         return f"{self.file.name} (version {self.report['version']})"
 
 
-def engine_file(folder: Path, part: str, flavour: str, target: str, precision: str) -> Path:
-    """Where the engine of a bundle lies."""
-    return folder / part / "engines" / f"{flavour}-{target}-{precision}.engine"
+def engine_folder(bundle: Path, part: str) -> Path:
+    """Where the engines of a bundle's part lie."""
+    return bundle / part / "engines"
+
+
+def engine_name(flavour: str, target: str, precision: str) -> str:
+    """What an engine's file is called."""
+    return f"{flavour}-{target}-{precision}.engine"
+
+
+def report_file(engine: Path) -> Path:
+    return engine.with_name(f"{engine.name}.json")
+
+
+def write_report(engine: Path, report: dict) -> None:
+    """Put an engine's report beside it, whole or not at all."""
+    file = report_file(engine)
+    partial = file.with_name(f".partial-{file.name}")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def find_engines(bundle: Bundle, part: str) -> list[Engine]:
     """The engines of `part` that have a report, by name. Raises UserError for a report that cannot be read."""
     found = []
-    for file in sorted((bundle.folder / part / "engines").glob("*.engine")):
-        report = file.with_name(file.name + ".json")
-        if report.is_file():
-            found.append(Engine(file, _read_report(report)))
+    for file in sorted(engine_folder(bundle.folder, part).glob("*.engine")):
+        if report_file(file).is_file():
+            found.append(Engine(file, read_report(file)))
     return found
 
 
@@ -73,7 +89,8 @@ def choose_engine(
         problem = version_problem(engine, versions)
         if problem is None:
             if target is None:
-                raise no_gpu
+                there = ", ".join(map(str, fitting))
+                raise UserError(f"{bundle.folder}: its {part} engines need an NVIDIA GPU, {no_gpu}; there: {there}")
             return engine
         problems.append(problem)
     raise UserError(problems[0])
@@ -126,7 +143,9 @@ def verify_engine(bundle: Bundle, engine: Engine) -> None:
         )
 
 
-def _read_report(file: Path) -> dict:
+def read_report(engine: Path) -> dict:
+    """An engine's report. Raises UserError where it cannot be read or is of another format."""
+    file = report_file(engine)
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
