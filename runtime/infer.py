@@ -77,8 +77,6 @@ def main() -> int:
     options = Options(args.max_new_tokens, sampling, tuple(args.stop), args.res, args.aspect, args.system)
     backends = Backends(args.encoder, args.decoder, args.provider, args.encoder_precision, args.threads)
     model = load(args.bundle, backends=backends)
-    if model.encoder_chosen.note:
-        print(f"encoder: {model.encoder_chosen}, because {model.encoder_chosen.note}", file=sys.stderr)
     if args.prompt is None:
         chat(model, args.image, options)
     else:
@@ -99,6 +97,7 @@ def answer(model, args: argparse.Namespace, options) -> None:
     else:
         result = _stream(pieces)
         print("\n" + table(model, result))
+    _say_fallback(model)
     if args.draw:
         _draw(args.draw, args.image[0], result.text)
     if args.dump:
@@ -112,6 +111,7 @@ def chat(model, images: list[str], options) -> None:
     pictures = [open_image(image) for image in images]  # a bad file is an error before the first question
     conversation = model.chat(options)
     print(f"{model.bundle.name}: {len(images)} image(s). An empty line or end of input leaves.", file=sys.stderr)
+    _say_fallback(model)
     while question := _read_question():
         pieces = conversation.ask(question, pictures)
         try:
@@ -127,6 +127,12 @@ def chat(model, images: list[str], options) -> None:
         timings = result.timings
         rate = f", {timings.decode_tokens_per_s:.1f} tokens/s" if timings.decode_tokens_per_s else ""
         print(f"[{result.prompt_tokens} new positions, first token {timings.ttft_ms:.0f} ms{rate}]", file=sys.stderr)
+
+
+def _say_fallback(model) -> None:
+    """Why `auto` runs the encoder on ONNX Runtime."""
+    if model.encoder_chosen.note:
+        print(f"encoder: ONNX Runtime rather than TensorRT: {model.encoder_chosen.note}", file=sys.stderr)
 
 
 def _read_question() -> str:

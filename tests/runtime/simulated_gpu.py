@@ -1,0 +1,180 @@
+"""A GPU that is not there: CUDA's calls on host memory, TensorRT's on ONNX Runtime.
+
+It shows that the chain hands over the right addresses, shapes and order of work; it says nothing of a GPU. An "engine"
+is the ONNX file that it stands for.
+"""
+
+import ctypes
+import sys
+from enum import IntEnum
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class Status(IntEnum):
+    cudaSuccess = 0
+    cudaErrorInvalidValue = 1
+    cudaErrorNoDevice = 100
+    cudaErrorStreamCaptureUnsupported = 900
+
+
+class Cudart:
+    """cuda.bindings.runtime, as far as the project calls it. Memory is the host's, and work is done at once."""
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaDeviceAttr = SimpleNamespace(
+        cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
+    )
+
+    def __init__(self, capability: tuple[int, int] = (8, 9), devices: int = 1):
+        self._capability, self._devices = capability, devices
+        self.memory: dict[int, ctypes.Array] = {}
+        self.recording: list | None = None
+        self.capture_fails = False
+        self.replays = 0
+        self.copied = {1: 0, 2: 0, 3: 0}  # bytes by kind
+
+    def cudaGetDeviceCount(self):
+        return (Status.cudaSuccess if self._devices else Status.cudaErrorNoDevice), self._devices
+
+    def cudaDeviceGetAttribute(self, attribute, device):
+        return Status.cudaSuccess, self._capability[attribute == "minor"]
+
+    def cudaStreamCreate(self):
+        return Status.cudaSuccess, 77
+
+    def cudaStreamSynchronize(self, stream):
+        return (Status.cudaSuccess if self.recording is None else Status.cudaErrorStreamCaptureUnsupported,)
+
+    def cudaMallocAsync(self, size, stream):
+        block = (ctypes.c_byte * size)()
+        ctypes.memset(block, 0xAB, size)  # nobody may rely on fresh memory
+        self.memory[ctypes.addressof(block)] = block
+        return Status.cudaSuccess, ctypes.addressof(block)
+
+    def cudaFreeAsync(self, pointer, stream):
+        del self.memory[pointer]
+        return (Status.cudaSuccess,)
+
+    def cudaHostAlloc(self, size, flags):
+        return self.cudaMallocAsync(size, None)
+
+    def cudaFreeHost(self, pointer):
+        return self.cudaFreeAsync(pointer, None)
+
+    def cudaMemsetAsync(self, pointer, value, size, stream):
+        ctypes.memset(pointer, value, size)
+        return (Status.cudaSuccess,)
+
+    def cudaMemcpyAsync(self, target, source, size, kind, stream):
+        self.submit(lambda: ctypes.memmove(target, source, size))
+        self.copied[kind] += size
+        return (Status.cudaSuccess,)
+
+    def cudaStreamBeginCapture(self, stream, mode):
+        self.recording = []
+        return (Status.cudaSuccess,)
+
+    def cudaStreamEndCapture(self, stream):
+        recorded, self.recording = self.recording, None
+        if self.capture_fails:
+            return Status.cudaErrorStreamCaptureUnsupported, None
+        return Status.cudaSuccess, recorded
+
+    def cudaGraphInstantiate(self, graph, flags):
+        return Status.cudaSuccess, graph
+
+    def cudaGraphLaunch(self, graph, stream):
+        self.replays += 1
+        for work in graph:
+            work()
+        return (Status.cudaSuccess,)
+
+    def submit(self, work) -> None:
+        if self.recording is None:
+            work()
+        else:
+            self.recording.append(work)
+
+
+class TensorRT:
+    """tensorrt_rtx, as far as the runtime calls it."""
+
+    __name__ = "tensorrt_rtx"
+    __version__ = "1.0"
+
+    def __init__(self, cudart: Cudart):
+        self._cudart = cudart
+        self.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=self._deserialize)
+
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, level):
+            pass
+
+    def _deserialize(self, content: bytes):
+        try:
+            session = onnxruntime.InferenceSession(content)
+        except Exception:
+            return None
+        return SimpleNamespace(create_execution_context=lambda: Context(session, self._cudart))
+
+
+class Context:
+    def __init__(self, session: onnxruntime.InferenceSession, cudart: Cudart):
+        self._session, self._cudart = session, cudart
+        self._inputs = {value.name: DTYPES[value.type] for value in session.get_inputs()}
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._shapes, self._addresses = {}, {}
+        self.ran = False
+
+    def set_optimization_profile_async(self, profile, stream):
+        return stream == 77
+
+    def set_input_shape(self, name, shape):
+        self._shapes[name] = tuple(shape)
+        return name in self._inputs
+
+    def set_tensor_address(self, name, address):
+        self._addresses[name] = address
+        return name in self._inputs or name in self._outputs
+
+    def execute_async_v3(self, stream):
+        shapes, addresses = dict(self._shapes), dict(self._addresses)
+        if self._cudart.recording is not None and not self.ran:
+            return False  # as TensorRT: the first execution of a shape cannot be recorded
+        self.ran = True
+        self._cudart.submit(lambda: self._run(shapes, addresses))
+        return stream == 77
+
+    def _run(self, shapes, addresses):
+        feeds = {name: array_at(addresses[name], shapes[name], dtype).copy() for name, dtype in self._inputs.items()}
+        for name, value in zip(self._outputs, self._session.run(None, feeds), strict=True):
+            value = np.ascontiguousarray(value)
+            ctypes.memmove(addresses[name], value.ctypes.data, value.nbytes)
+
+
+def array_at(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape)
+
+
+def install(monkeypatch, **gpu) -> Cudart:
+    """Let the runtime see the simulated GPU, and TensorRT for RTX 1.0 on it."""
+    cudart = Cudart(**gpu)
+    monkeypatch.setattr("runtime.device._cudart", lambda: cudart)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", TensorRT(cudart))
+    monkeypatch.setattr("runtime.backends.installed_flavours", lambda: {"rtx": TensorRT.__version__})
+    return cudart
+
+
+def as_engine(model: onnx.ModelProto) -> bytes:
+    """What stands in for a serialised engine."""
+    return model.SerializeToString()

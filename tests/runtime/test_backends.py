@@ -1,0 +1,221 @@
+"""Which library runs each part: OpenVINO, engines on a simulated GPU, falling back, and what cannot be had."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+import runtime
+from export.half import to_half
+from runtime.backends import Backends
+from runtime.bundle import file_sha256, open_bundle
+from runtime.engines import FORMAT, engine_folder, engine_name, write_report
+from runtime.errors import UserError
+from tests.conftest import linked_copy
+from tests.runtime import simulated_gpu
+from tests.runtime.test_infer import answer, assert_one_line_error, infer
+
+
+@pytest.fixture
+def picture(tmp_path):
+    file = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)).save(file)
+    return file
+
+
+@pytest.fixture
+def bundle(conformance_bundle, tmp_path):
+    return linked_copy(conformance_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def reference(conformance_bundle):
+    return runtime.load(conformance_bundle, backends=Backends(encoder="onnx"))
+
+
+def put_engine(folder, target: str = "sm89", **changes) -> None:
+    """The encoder in FP16, standing in for an engine of sides from 128 to 512."""
+    bundle = open_bundle(folder)
+    model = to_half(onnx.load(str(bundle.path("encoder/fp32.onnx"))), [])
+    file = engine_folder(folder, "encoder") / engine_name("rtx", target, "fp16")
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(simulated_gpu.as_engine(model))
+    sizes = [[1, 3, side, side] for side in (128, 256, 512)]
+    report = {
+        "format": FORMAT, "flavour": "rtx", "version": "1.0", "version_compatible": False, "target": target,
+        "precision": "fp16", "profiles": [{"pixel_values": sizes}],
+        "engine": {"size": file.stat().st_size, "sha256": file_sha256(file)},
+        "onnx": {"file": "encoder/fp32.onnx", "sha256": {"encoder/fp32.onnx": bundle.sha256("encoder/fp32.onnx")}},
+        "inputs": [{"name": "pixel_values", "dtype": "HALF", "shape": [-1, 3, -1, -1]}],
+        "outputs": [{"name": "image_embeds", "dtype": "HALF", "shape": [-1, -1, bundle.encoder.hidden_size]}],
+    }  # fmt: skip
+    write_report(file, report | changes)
+
+
+def embeds_of(model, images) -> np.ndarray:
+    trace = runtime.Trace()
+    list(model.generate(images, "What?", runtime.Options(max_new_tokens=1), trace))
+    return trace.image_embeds
+
+
+def relative_error(found, expected) -> float:
+    return np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected)
+
+
+def test_openvino_computes_in_float32_unless_bf16_is_asked_for(conformance_bundle, reference, picture):
+    expected = embeds_of(reference, [picture])
+    error = {}
+    for precision in (None, "bf16"):
+        model = runtime.load(
+            conformance_bundle, backends=Backends(encoder="openvino", encoder_precision=precision, threads=1)
+        )
+        assert model.encoder_chosen.runtime == "openvino"
+        assert model.encoder_chosen.precision == (precision or "fp32")
+        error[precision] = relative_error(embeds_of(model, [picture]), expected)
+    assert error[None] < 1e-5
+    assert error["bf16"] < 3e-2
+
+
+def test_openvino_takes_images_of_several_sizes(conformance_bundle, reference):
+    random = np.random.default_rng(1)
+    images = [random.standard_normal((3, height, 192), dtype=np.float32) for height in (128, 320, 128)]
+    model = runtime.load(conformance_bundle, backends=Backends(encoder="openvino"))
+    found, expected = model.encoder(images), reference.encoder(images)
+    assert found.shape == expected.shape == ((2 + 5 + 2) * 3, expected.shape[1])
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_an_engine_answers_as_onnx_runtime_does(bundle, reference, picture, monkeypatch):
+    simulated_gpu.install(monkeypatch)
+    put_engine(bundle)
+    model = runtime.load(bundle)
+    assert model.encoder_chosen.runtime == "tensorrt"
+    assert model.encoder_chosen.file == "encoder/engines/rtx-sm89-fp16.engine"
+    assert 1e-6 < relative_error(embeds_of(model, [picture]), embeds_of(reference, [picture])) < 5e-3
+
+
+def test_each_size_is_recorded_once_and_replayed(bundle, reference, monkeypatch):
+    cudart = simulated_gpu.install(monkeypatch)
+    put_engine(bundle)
+    encoder = runtime.load(bundle, backends=Backends(encoder="tensorrt")).encoder
+    random = np.random.default_rng(2)
+    sizes = [(128, 128), (256, 128), (128, 128), (128, 128)]
+    images = [random.standard_normal((3, *size), dtype=np.float32) for size in sizes]
+    for _ in range(2):
+        cudart.replays = 0
+        embeds = encoder(images)
+        assert cudart.replays == len(images)
+        found = embeds.device.download(embeds)
+        assert relative_error(found, reference.encoder(images)) < 5e-3
+    assert cudart.copied[1] == 2 * sum(image.size * 2 for image in images), "each image goes up once, in FP16"
+
+
+def test_runs_without_a_cuda_graph_where_none_can_be_recorded(bundle, reference, monkeypatch):
+    cudart = simulated_gpu.install(monkeypatch)
+    cudart.capture_fails = True
+    put_engine(bundle)
+    encoder = runtime.load(bundle, backends=Backends(encoder="tensorrt")).encoder
+    image = np.random.default_rng(2).standard_normal((3, 128, 192), dtype=np.float32)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        embeds = encoder([image])
+    assert relative_error(embeds.device.download(embeds), reference.encoder([image])) < 5e-3
+
+
+def test_memory_is_given_back(bundle, monkeypatch):
+    cudart = simulated_gpu.install(monkeypatch)
+    put_engine(bundle)
+    encoder = runtime.load(bundle, backends=Backends(encoder="tensorrt")).encoder
+    random = np.random.default_rng(2)
+    encoder([random.standard_normal((3, 128, 128), dtype=np.float32)])
+    held = len(cudart.memory)
+    for rows in range(2, 60):  # more sizes than are kept
+        encoder([random.standard_normal((3, 64 * (rows % 7 + 2), 64 * (rows % 5 + 2)), dtype=np.float32)])
+    assert len(cudart.memory) <= held + 15 * 3
+
+
+def test_an_image_outside_the_engine_is_refused(bundle, monkeypatch):
+    simulated_gpu.install(monkeypatch)
+    put_engine(bundle)
+    encoder = runtime.load(bundle, backends=Backends(encoder="tensorrt")).encoder
+    with pytest.raises(UserError, match="sides of 128 to 512 pixels, the image has 576x256"):
+        encoder([np.zeros((3, 256, 576), np.float32)])
+
+
+def test_an_engine_that_tensorrt_cannot_read_is_one_line(bundle, monkeypatch):
+    simulated_gpu.install(monkeypatch)
+    put_engine(bundle)
+    file = bundle / "encoder/engines/rtx-sm89-fp16.engine"
+    file.write_bytes(b"no engine")
+    report = json.loads((bundle / "encoder/engines/rtx-sm89-fp16.engine.json").read_text())
+    write_report(file, report | {"engine": {"size": 9, "sha256": file_sha256(file)}})
+    with pytest.raises(UserError, match="cannot read it"):
+        runtime.load(bundle, backends=Backends(encoder="tensorrt"))
+
+
+def test_decoder_reads_gpu_memory(conformance_bundle, reference, monkeypatch):
+    """ONNX Runtime's CUDA provider is not here; its bindings to addresses are tried on the CPU's."""
+    cudart = simulated_gpu.install(monkeypatch)
+    monkeypatch.setattr("runtime.session._require_provider", lambda provider: None)
+    monkeypatch.setattr("runtime.session._providers", lambda provider, device: ["CPUExecutionProvider"])
+    monkeypatch.setitem(__import__("runtime.session").session.PROVIDERS, "cuda", ("CPUExecutionProvider", ""))
+    monkeypatch.setattr("runtime.device.Cuda.name", "cpu")
+    model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
+    images = [np.random.default_rng(3).standard_normal((3, 128, side), dtype=np.float32) for side in (128, 256)]
+    embeds = model.encoder(images)
+    assert embeds.device.download(embeds).tolist() == reference.encoder(images).tolist()
+    ids = [1, *range(-1, -13, -1), 20, 30]
+    expected = reference.decoder.start(64)
+    sequence = model.decoder.start(64)
+    token, expected_token = (
+        sequence.forward_greedy(ids, embeds),
+        expected.forward_greedy(ids, reference.encoder(images)),
+    )
+    down = cudart.copied[2]
+    for _ in range(8):
+        assert token == expected_token
+        token, expected_token = sequence.forward_greedy([token]), expected.forward_greedy([token])
+    assert cudart.copied[2] - down == 8 * 8, "the token's id is all that a step brings back"
+
+
+@pytest.mark.parametrize("gpu", [{"devices": 0}, {"capability": (12, 0)}])
+def test_auto_falls_back_and_says_why(bundle, picture, monkeypatch, gpu):
+    simulated_gpu.install(monkeypatch, **gpu)
+    put_engine(bundle)
+    model = runtime.load(bundle)
+    assert model.encoder_chosen.runtime == "onnxruntime"
+    for said in ["no NVIDIA GPU"] if "devices" in gpu else ["rtx-sm89-fp16.engine", "the GPU: sm120", "export.engine"]:
+        assert said in model.encoder_chosen.note
+
+
+def test_the_command_line_says_what_ran(conformance_bundle, picture):
+    found = answer(conformance_bundle, "--image", picture, "--prompt", "What?", "--max-new-tokens", 2)
+    assert found["encoder"]["runtime"] == found["decoder"]["runtime"] == "onnxruntime"
+    assert "NVIDIA GPU" in found["encoder"]["note"]
+    arguments = ("--image", picture, "--prompt", "What?", "--max-new-tokens", 2)
+    done = infer(conformance_bundle, *arguments)
+    assert "ONNX Runtime rather than TensorRT" in done.stderr
+    assert "onnxruntime cpu fp32" in done.stdout
+    asked = infer(conformance_bundle, *arguments, "--encoder", "onnx")
+    assert asked.stderr == ""
+    found = answer(conformance_bundle, *arguments, "--encoder", "openvino", "--encoder-precision", "bf16")
+    assert (found["encoder"]["runtime"], found["encoder"]["precision"]) == ("openvino", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentions"),
+    [
+        (["--encoder", "torch"], ["torch", "auto, onnx, openvino, tensorrt"]),
+        (["--decoder", "openvino"], ["openvino", "onnx, tensorrt"]),
+        (["--provider", "rocm"], ["rocm", "cpu, cuda, tensorrt, nv_tensorrt_rtx"]),
+        (["--provider", "cuda"], ["cuda", "CPUExecutionProvider", ".[gpu]"]),
+        (["--provider", "nv_tensorrt_rtx"], ["onnxruntime_ep_nv_tensorrt_rtx", "pip install"]),
+        (["--encoder-precision", "int3"], ["int3", "int8"]),
+        (["--encoder", "onnx", "--encoder-precision", "int8"], ["no int8 encoder", "fp32"]),
+        (["--encoder", "onnx", "--encoder-precision", "bf16"], ["--encoder openvino"]),
+        (["--encoder", "tensorrt"], ["no fp16 encoder engine", "there: none", "NVIDIA GPU", "-m export.engine"]),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(conformance_bundle, arguments, mentions):
+    assert_one_line_error(infer(conformance_bundle, "--prompt", "What?", *arguments), *mentions)
