@@ -168,8 +168,10 @@ def half_graph(model: onnx.ModelProto, part: str) -> tuple[onnx.ModelProto, list
     floats = [v for v in model.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     if not floats:
         return model, []
-    random = np.random.default_rng(0)
-    kept = nodes_to_keep(model, _range_feeds(model, part, random))
+    try:
+        kept = nodes_to_keep(model, _range_feeds(model, part, np.random.default_rng(0)))
+    except ValueError as error:
+        raise UserError(f"the {part} cannot be built: {error}; its checkpoint is broken") from error
     return to_half(model, kept), kept
 
 

@@ -5,8 +5,10 @@ inside LayerNorm, the cube inside a tanh-approximated GELU) depends on the weigh
 ranges are taken; every node that touches such a tensor keeps computing in FP32, with casts around it.
 """
 
+import contextlib
 import copy
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +75,31 @@ def to_half(model: onnx.ModelProto, kept: list[Kept]) -> onnx.ModelProto:
         node_block_list=[keep.node for keep in kept],
     )
     del half.graph.value_info[:]  # they name types of before
+    _drop_round_trips(half.graph)
     return half
+
+
+def _drop_round_trips(graph: onnx.GraphProto) -> None:
+    """The converter puts casts around each node that stays in FP32, also between two of them, and there a value passes
+    through FP16 that may not fit it. Let the second one read what the first one wrote."""
+    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
+    inner = {}  # FP32 value that was through FP16 -> the same before that
+    for name, cast in casts.items():
+        before = casts.get(cast.input[0])
+        if before is not None and _casts_to(cast, TensorProto.FLOAT) and _casts_to(before, TensorProto.FLOAT16):
+            inner[name] = before.input[0]
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = inner.get(name, name)
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    while idle := [node for node in graph.node if node.op_type == "Cast" and node.output[0] not in used]:
+        for node in idle:
+            graph.node.remove(node)
+        used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+
+
+def _casts_to(node: onnx.NodeProto, element: int) -> bool:
+    return _attribute(node, "to") == element
 
 
 def cast_embeds(model: onnx.ModelProto, dtype: str) -> None:
@@ -127,19 +153,41 @@ def _ranges(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -> dict
             add(f"{node.name}/sum_of_squares", f"{source}/squares")
     graph.node.append(helper.make_node("Concat", maxima, ["range/all"], axis=0))
     graph.output.append(helper.make_tensor_value_info("range/all", TensorProto.FLOAT, [len(names)]))
+    found = []
+    with _session(probe) as session:
+        for feed in inputs:
+            *outputs, maximum = session.run(None, feed)
+            found.append(maximum)
+            if not all(np.isfinite(value).all() for value in outputs):
+                raise ValueError(f"{_first_not_finite(model, feed)} is not finite in FP32 already")
+    found = np.max(found, axis=0)
+    if any(node.op_type in ("Softmax", "Attention") for node in model.graph.node):
+        found[found > MASKED] = 0  # of attention's masks, whose minus infinity FP16 has too
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+@contextlib.contextmanager
+def _session(model: onnx.ModelProto) -> Iterator[onnxruntime.InferenceSession]:
+    """By way of a file, because one protobuf holds 2 GB and a large model does not fit."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:  # one protobuf holds 2 GB, a large encoder does not fit
-        file = str(Path(folder, "probe.onnx"))
-        onnx.save(probe, file, save_as_external_data=True, location="probe.data")
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        found = np.max([session.run(["range/all"], feed)[0] for feed in inputs], axis=0)
-    if any(node.op_type == "Softmax" for node in model.graph.node):
-        found[found > MASKED] = 0  # of attention's masks, whose minus infinity FP16 has too
-    for name, value in zip(names, found, strict=True):
-        if not np.isfinite(value):
-            raise ValueError(f"{name} is not finite in FP32 already ({value}); the checkpoint or the image is broken")
-    return dict(zip(names, found.tolist(), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder, "model.onnx"))
+        onnx.save(model, file, save_as_external_data=True, location="model.data")
+        yield onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _first_not_finite(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> str:
+    """Name of the first tensor of the graph with a NaN or an infinity in it."""
+    probe = copy.deepcopy(model)
+    types = {value.name: value for value in _inferred(model) if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+    names = [name for node in model.graph.node for name in node.output if name in types]
+    probe.graph.output.extend(types[name] for name in names)
+    with _session(probe) as session:
+        for name, value in zip(names, session.run(names, feed), strict=True):
+            if not np.isfinite(value).all():
+                return name
+    return model.graph.output[0].name
 
 
 def _weight_errors(graph: onnx.GraphProto) -> dict[str, float]:
