@@ -2,12 +2,13 @@
 
 import importlib.util
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from runtime.bundle import Bundle
 from runtime.decoder import Decoder
-from runtime.device import Cuda, Device, present_gpu
+from runtime.device import Cuda, present_gpu
 from runtime.encoder import OPENVINO_PRECISIONS, OnnxEncoder, OpenVinoEncoder
 from runtime.engines import FLAVOURS, choose_engine
 from runtime.errors import UserError
@@ -73,33 +74,50 @@ class Parts:
     decoder_chosen: Chosen
 
 
+class _Devices:
+    """The memory of ONNX Runtime's provider, and the GPU's for engines: the same where both are on the GPU, so that
+    everything goes into one stream."""
+
+    def __init__(self, provider: str):
+        self.of_provider = open_device(provider)
+
+    @cached_property
+    def gpu(self) -> Cuda:
+        return self.of_provider if isinstance(self.of_provider, Cuda) else Cuda()
+
+
 def open_parts(bundle: Bundle, wanted: Backends) -> Parts:
     """Load both parts. Raises UserError where one cannot be had as wanted."""
-    device = open_device(wanted.provider)
-    return Parts(*_open_encoder(bundle, wanted, device), *_open_decoder(bundle, wanted, device))
+    devices = _Devices(wanted.provider)
+    return Parts(*_open_encoder(bundle, wanted, devices), *_open_decoder(bundle, wanted, devices))
 
 
-def _open_encoder(bundle: Bundle, wanted: Backends, device: Device) -> tuple[Any, Chosen]:
-    """The encoder and what it is. device: of `wanted.provider`. Raises UserError where it cannot be had."""
+def _open_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Any, Chosen]:
     if wanted.encoder == "openvino":
         return _openvino_encoder(bundle, wanted)
     if wanted.encoder == "tensorrt":
-        return _engine_encoder(bundle, wanted, device)
+        return _engine_encoder(bundle, wanted, devices)
     note = ""
     if wanted.encoder == "auto":
         try:
             present_gpu()  # the reason that matters where there is none
-            return _engine_encoder(bundle, wanted, device)
+            return _engine_encoder(bundle, wanted, devices)
         except UserError as error:
             note = str(error)
     file, precision = _graph(bundle, wanted.encoder_precision)
-    encoder = OnnxEncoder(bundle.path(file), bundle.encoder.stride, wanted.threads, wanted.provider, device)
+    device, stride = devices.of_provider, bundle.encoder.stride
+    encoder = OnnxEncoder(bundle.path(file), stride, wanted.threads, wanted.provider, device)
     return encoder, Chosen("onnxruntime", wanted.provider, precision, file, note)
 
 
-def _open_decoder(bundle: Bundle, wanted: Backends, device: Device) -> tuple[Any, Chosen]:
+def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Any, Chosen]:
     part = bundle.decoder
-    decoder = Decoder(bundle.path(part.file), part, wanted.threads, wanted.provider, device)
+    if wanted.decoder == "tensorrt":
+        from runtime.trt import EngineDecoder
+
+        engine = _engine(bundle, "decoder", "fp16")
+        return EngineDecoder(engine, devices.gpu), _chosen_engine(bundle, engine)
+    decoder = Decoder(bundle.path(part.file), part, wanted.threads, wanted.provider, devices.of_provider)
     return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file)
 
 
@@ -125,13 +143,11 @@ def _openvino_encoder(bundle: Bundle, wanted: Backends) -> tuple[Any, Chosen]:
     return encoder, Chosen("openvino", "cpu", precision, file)
 
 
-def _engine_encoder(bundle: Bundle, wanted: Backends, device: Device) -> tuple[Any, Chosen]:
+def _engine_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Any, Chosen]:
     from runtime.trt import EngineEncoder
 
-    precision = wanted.encoder_precision or engine_precision(bundle)
-    engine = _engine(bundle, "encoder", precision)
-    encoder = EngineEncoder(engine, bundle.encoder.stride, device if isinstance(device, Cuda) else Cuda())
-    return encoder, _chosen_engine(bundle, engine)
+    engine = _engine(bundle, "encoder", wanted.encoder_precision or engine_precision(bundle))
+    return EngineEncoder(engine, bundle.encoder.stride, devices.gpu), _chosen_engine(bundle, engine)
 
 
 def engine_precision(bundle: Bundle) -> str:

@@ -4,7 +4,9 @@ One graph serves prefill and decode. An id of 0 or more is a token; an id of -1 
 `image_embeds`, so that several images, or part of one, need nothing else.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,22 +14,27 @@ from runtime.bundle import DecoderPart
 from runtime.device import Array, Cpu, Device, to_numpy
 from runtime.session import bind_input, bind_output, input_dtype, open_session, run_options
 
+KINDS = ("key", "value")
 NEXT_TOKEN = "next_token"  # the graph's output [1, 1, 1] int64: the likeliest
 
 
 class KVCache:
-    """Keys and values of one sequence: [1, kv_heads, capacity, head_dim] for each layer, in the graph's dtype.
+    """Keys and values of one sequence: [1, kv_heads, capacity, head_dim] for each layer, on `device`.
 
     The graph's `past` and `present` are bound to the same memory, so attention writes the new positions in place and
     nothing is copied from step to step. On the CPU the memory is asked for once and touched by the system page by page,
     so an unused tail costs address space alone.
     """
 
-    def __init__(self, part: DecoderPart, capacity: int, device: Device):
-        shape = (1, part.kv_heads, capacity, part.head_dim)
-        self.capacity = capacity
+    def __init__(self, layers: int, shape: tuple[int, int, int, int], dtype: Any, device: Device):
+        self.capacity = shape[2]
         self.length = 0  # positions filled
-        self.layers = [tuple(device.zeros(shape, part.kv_dtype) for _ in "kv") for _ in range(part.layers)]
+        self.layers = [(device.zeros(shape, dtype), device.zeros(shape, dtype)) for _ in range(layers)]
+
+    def tensors(self, name: str) -> dict[str, Array]:
+        """The arrays by the names that graphs give them. name: `past_key_values` or `present`."""
+        pairs = enumerate(self.layers)
+        return {f"{name}.{i}.{kind}": array for i, pair in pairs for kind, array in zip(KINDS, pair, strict=True)}
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` positions. Raises ValueError if there are not so many."""
@@ -63,29 +70,18 @@ class Decoder:
 
     def start(self, capacity: int) -> "Sequence":
         """A new sequence with room for `capacity` positions."""
-        return Sequence(self, KVCache(self.part, capacity, self.device))
+        part = self.part
+        shape = (1, part.kv_heads, capacity, part.head_dim)
+        return OnnxSequence(self, KVCache(part.layers, shape, part.kv_dtype, self.device))
 
 
-class Sequence:
-    """One sequence being decoded."""
+class Sequence(ABC):
+    """One sequence being decoded. logits: [1, 1, V]; likeliest: [1, 1, 1] int64, or None where the graph does not say;
+    both are written by each run."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache):
+    def __init__(self, cache: KVCache, logits: Array, likeliest: Array | None):
         self.cache = cache
-        self._decoder = decoder
-        device, part = decoder.device, decoder.part
-        self._mask = device.take(np.ones((cache.capacity,)), np.int64)
-        self._logits = device.zeros((1, 1, part.vocab_size), part.kv_dtype)
-        self._binding = decoder.session.io_binding()
-        self._options = run_options(device)
-        for layer, pair in enumerate(cache.layers):
-            for name, array in zip(("key", "value"), pair, strict=True):
-                bind_input(self._binding, f"past_key_values.{layer}.{name}", array, device)
-                bind_output(self._binding, f"present.{layer}.{name}", array, device)
-        bind_output(self._binding, "logits", self._logits, device)
-        self._likeliest = None
-        if any(value.name == NEXT_TOKEN for value in decoder.session.get_outputs()):
-            self._likeliest = device.zeros((1, 1, 1), np.int64)
-            bind_output(self._binding, NEXT_TOKEN, self._likeliest, device)
+        self._logits, self._likeliest = logits, likeliest
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` positions. Raises ValueError if there are not so many."""
@@ -107,6 +103,29 @@ class Sequence:
         if self._likeliest is None:  # a bundle written before the graphs had this output
             return int(to_numpy(self._logits)[0, 0].argmax())
         return int(to_numpy(self._likeliest)[0, 0, 0])
+
+    @abstractmethod
+    def _run(self, ids: list[int], image_embeds: Array | None) -> None:
+        """Write logits and likeliest of the last of `ids`, and the KV cache. Raises ValueError as `forward`."""
+
+
+class OnnxSequence(Sequence):
+    """One sequence on ONNX Runtime."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache):
+        device, part = decoder.device, decoder.part
+        tells = any(value.name == NEXT_TOKEN for value in decoder.session.get_outputs())
+        likeliest = device.zeros((1, 1, 1), np.int64) if tells else None
+        super().__init__(cache, device.zeros((1, 1, part.vocab_size), part.kv_dtype), likeliest)
+        self._decoder = decoder
+        self._mask = device.take(np.ones((cache.capacity,)), np.int64)
+        self._binding = decoder.session.io_binding()
+        self._options = run_options(device)
+        for name, array in cache.tensors("past_key_values").items():
+            bind_input(self._binding, name, array, device)
+        outputs = {**cache.tensors("present"), "logits": self._logits}
+        for name, array in (outputs | ({NEXT_TOKEN: likeliest} if tells else {})).items():
+            bind_output(self._binding, name, array, device)
 
     def _run(self, ids: list[int], image_embeds: Array | None) -> None:
         total = self.cache.room_for(len(ids))

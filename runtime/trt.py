@@ -6,12 +6,15 @@ of one size costs in kernel launches is recorded once as a CUDA graph and replay
 
 import importlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.device import Cuda, CudaArray
+from runtime.decoder import NEXT_TOKEN, KVCache, Sequence
+from runtime.device import Array, Cuda, CudaArray
 from runtime.encoder import tokens_of
 from runtime.engines import FLAVOURS, Engine
 from runtime.errors import UserError
@@ -55,6 +58,16 @@ class EngineRunner:
                 raise UserError(f"{self.file}: has no tensor {name!r}")
         if not context.execute_async_v3(self._device.stream):
             raise UserError(f"{self.file}: the execution failed, see what TensorRT said above")
+
+
+def _recorded(device: Cuda, work: Callable[[], None], what: Path) -> Any:
+    """A CUDA graph of `work`; None, with a warning, where it cannot be recorded."""
+    device.synchronize()
+    try:
+        return device.capture(work)
+    except UserError as error:
+        warnings.warn(f"{what}: runs without a CUDA graph: {error}", stacklevel=3)
+        return None
 
 
 @dataclass
@@ -120,11 +133,7 @@ class EngineEncoder:
             self.device.zeros((1, tokens, self._hidden), self._embeds_dtype),
         )
         self._execute(recorded)  # TensorRT prepares itself for a shape at its first execution, which cannot be recorded
-        self.device.synchronize()
-        try:
-            recorded.graph = self.device.capture(lambda: self._execute(recorded))
-        except UserError as error:
-            warnings.warn(f"{self._runner.file}: runs without a CUDA graph: {error}", stacklevel=2)
+        recorded.graph = _recorded(self.device, lambda: self._execute(recorded), self._runner.file)
         if len(self._recorded) == MOST_GRAPHS:
             del self._recorded[next(iter(self._recorded))]
         self._recorded[shape] = recorded
@@ -132,3 +141,77 @@ class EngineEncoder:
 
     def _execute(self, recorded: _Recorded) -> None:
         self._runner.run({"pixel_values": recorded.pixels, "image_embeds": recorded.embeds}, {"pixel_values"})
+
+
+class EngineDecoder:
+    """A decoder engine, whose KV cache has one capacity."""
+
+    def __init__(self, engine: Engine, device: Cuda):
+        self.device = device
+        self.runner = EngineRunner(engine, device)
+        inputs, outputs = ({t["name"]: t for t in engine.report[side]} for side in ("inputs", "outputs"))
+        cache, embeds, logits = inputs["past_key_values.0.key"], inputs["image_embeds"], outputs["logits"]
+        self._layers = sum(name.startswith("past_key_values") for name in inputs) // 2
+        self._cache_shape, self._cache_dtype = (1, *cache["shape"][1:]), DTYPES[cache["dtype"]]
+        self.embeds_dtype = np.dtype(DTYPES[embeds["dtype"]])
+        self.no_images = device.zeros((0, embeds["shape"][1]), self.embeds_dtype)
+        self.logits_shape, self.logits_dtype = (1, 1, logits["shape"][2]), DTYPES[logits["dtype"]]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the engine's KV cache has room for."""
+        return self._cache_shape[2]
+
+    def start(self, capacity: int) -> "EngineSequence":
+        """A new sequence with room for `capacity` positions. Raises UserError where the engine was built for fewer."""
+        if capacity > self.capacity:
+            raise UserError(f"{self.runner.file}: built for {self.capacity} positions, {capacity} are wanted")
+        return EngineSequence(self, KVCache(self._layers, self._cache_shape, self._cache_dtype, self.device))
+
+
+class EngineSequence(Sequence):
+    """One sequence on a TensorRT engine. A single step has the same addresses and shapes each time, so it is recorded
+    as a CUDA graph and replayed."""
+
+    PREFILL, DECODE = 0, 1  # the engine's optimisation profiles
+
+    def __init__(self, decoder: EngineDecoder, cache: KVCache):
+        device = decoder.device
+        logits = device.zeros(decoder.logits_shape, decoder.logits_dtype)
+        super().__init__(cache, logits, device.zeros((1, 1, 1), np.int64))
+        self._decoder = decoder
+        self._staging = device.pinned((2,), np.int64)  # one new id and the length of the cache, [1] each
+        self._numbers = device.zeros((2,), np.int64)
+        # TensorRT writes the new positions in place: past and present are the same memory
+        caches = cache.tensors("past_key_values") | cache.tensors("present")
+        self._tensors = {**caches, "logits": logits, NEXT_TOKEN: self._likeliest, "write_indices": self._numbers[1:2]}
+        self._graph, self._stepped = None, False
+
+    def _run(self, ids: list[int], image_embeds: Array | None) -> None:
+        total = self.cache.room_for(len(ids))
+        device = self._decoder.device
+        self._staging[:] = ids[0], self.cache.length
+        device.upload(self._numbers, self._staging)
+        if len(ids) == 1 and image_embeds is None:
+            self._step()
+        else:
+            embeds = self._decoder.no_images
+            if image_embeds is not None:
+                embeds = device.take(image_embeds, self._decoder.embeds_dtype)
+            self._execute(device.take(np.array([ids]), np.int64), embeds, self.PREFILL)
+        self.cache.length = total
+
+    def _step(self) -> None:
+        if self._graph is not None:
+            self._decoder.device.replay(self._graph)
+            return
+        step = lambda: self._execute(self._numbers[:1].reshape((1, 1)), self._decoder.no_images, self.DECODE)  # noqa: E731
+        step()
+        if not self._stepped:
+            self._stepped = True
+            self._graph = _recorded(self._decoder.device, step, self._decoder.runner.file)
+
+    def _execute(self, input_ids: CudaArray, embeds: CudaArray, profile: int) -> None:
+        inputs = {"input_ids": input_ids, "image_embeds": embeds}
+        caches = self.cache.tensors("past_key_values")
+        self._decoder.runner.run(self._tensors | inputs, {*inputs, *caches, "write_indices"}, profile)
