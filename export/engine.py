@@ -143,15 +143,13 @@ def _range_feeds(model: onnx.ModelProto, part: str, random: np.random.Generator)
     for value in model.graph.input:
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
         if value.name.startswith("past_key_values"):
-            feed[value.name] = np.zeros((1, dims[1], 0, dims[3]), np.float32)
+            feed[value.name] = np.zeros((1, *dims[1:]), np.float32)
         elif value.name == "image_embeds":
             feed[value.name] = random.standard_normal((1, dims[1]), dtype=np.float32)
         elif value.name == "input_ids":
             feed[value.name] = random.integers(3, 1000, (1, length))
-        elif value.name == "position_ids":
-            feed[value.name] = np.arange(length)[None]
         else:
-            feed[value.name] = np.ones((1, length), np.int64)
+            feed[value.name] = np.zeros(1, np.int64)  # write_indices: the cache is empty
     return [feed]
 
 
@@ -162,19 +160,17 @@ def profiles(network: Any, options: Options, context: int) -> list[dict[str, tup
         channels = inputs["pixel_values"][1]
         sizes = ((1, options.min_res), (1, options.opt_res), (options.max_batch, options.max_res))
         return [{"pixel_values": tuple((batch, channels, side, side) for batch, side in sizes)}]
-    prefill = ((1, 0, 1), (PREFILL_OPT, 0, PREFILL_OPT), (context, context - 1, context))
-    decode = ((1, 1, 0), (1, DECODE_OPT, 0), (1, context - 1, 0))
+    prefill = ((1, 0), (PREFILL_OPT, PREFILL_OPT), (context, context))
+    decode = ((1, 0),) * 3
     return [{name: tuple(_decoder_shape(name, shape, *size) for size in sizes) for name, shape in inputs.items()}
             for sizes in (prefill, decode)]  # fmt: skip
 
 
-def _decoder_shape(name: str, shape: tuple, new: int, past: int, images: int) -> tuple:
-    """The shape of a decoder's input for `new` positions after `past`, with `images` image embeds."""
-    if name.startswith("past_key_values"):
-        return (1, shape[1], past, shape[3])
+def _decoder_shape(name: str, shape: tuple, new: int, images: int) -> tuple:
+    """The shape of a decoder's input for `new` positions with `images` image embeds; the KV cache has a fixed one."""
     if name == "image_embeds":
         return (images, shape[1])
-    return (1, new + past if name == "attention_mask" else new)
+    return (1, new) if name == "input_ids" else (1, *shape[1:])
 
 
 def build(file: Path, options: Options, context: int = 0) -> tuple[bytes, dict]:
