@@ -63,7 +63,7 @@ def prepare(checkpoint, graph: str, precision: str) -> tuple[dict, callable]:
         decoder = Decoder(file, part)
         start = lambda: decoder.start(IMAGE_TOKENS + TEXT_TOKENS + STEPS)  # noqa: E731
     else:
-        portable = PortableSequence(file, part)
+        portable = PortableSequence(file)
         start = portable.restart
     row = {
         "graph": graph,

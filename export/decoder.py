@@ -4,7 +4,8 @@
 
 fused: ONNX Runtime GenAI's model builder (GroupQueryAttention with the rotary embedding inside, MatMulNBits), for ONNX
 Runtime; the cache is updated in place and only the last position gets logits.
-portable: optimum-onnx's export, standard operators alone, which TensorRT can parse; fp32 and fp16.
+portable: our own graph of ONNX's standard operators (`export.llama`), which TensorRT can parse; fp32 and fp16, where
+nodes that overflow FP16 stay in FP32 (`export.half`). Its cache is updated in place too, and has a fixed capacity.
 
 Both start from token ids only. Neither can begin with an image, so `merge_image_embeds` adds an input: image_embeds
 [N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 are weight-only, symmetric, in blocks of 32.
@@ -13,6 +14,7 @@ Both start from token ids only. Neither can begin with an image, so `merge_image
 import argparse
 import contextlib
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -21,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import helper, numpy_helper
 from safetensors.torch import save_file
@@ -30,9 +31,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from export.cli import BUILD, Difference, ParityError, compare, name_of, open_checkpoint, report, run
+from export.engine import half_graph
+from export.llama import SMALL, llama_graph
 from runtime.bundle import DecoderPart
-from runtime.decoder import NEXT_TOKEN, Decoder
+from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, Sequence
+from runtime.device import Cpu
 from runtime.errors import UserError
+from runtime.session import bind_input, bind_output, input_dtype, open_session
 from train.model import Checkpoint, load_language_state
 
 GRAPHS = ("fused", "portable")
@@ -57,21 +62,19 @@ def export_decoder(checkpoint: Checkpoint, folder: Path, precision: str, graph: 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ("model.onnx" if graph == "fused" else "portable.onnx")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-        source = Path(scratch, "llama")
-        _write_llama(checkpoint, source)
-        built = Path(scratch, graph)
+        built = Path(scratch, file.name)
         if graph == "fused":
-            _quietly(_build_fused, source, built, precision)
-            model = onnx.load(str(built / "model.onnx"), load_external_data=False)
+            source = Path(scratch, "llama")
+            write_llama(checkpoint, source)
+            quietly(_build_fused, source, built.parent, precision)
+            model = onnx.load(str(built), load_external_data=False)
             merge_image_embeds(model)
             add_next_token(model)
-            shutil.move(built / "model.onnx.data", folder / "model.onnx.data")  # as the graph names it: not read again
-            onnx.save(model, str(file))
+            onnx.save(model, str(built))
         else:
-            _quietly(_build_portable, source, built, precision)
-            model = onnx.load(str(built / "model.onnx"))
-            merge_image_embeds(model)
-            _save_portable(model, file, precision)
+            _build_portable(checkpoint, built, precision)
+        for written in (Path(f"{built}.data"), built):  # weights before the graph that names them
+            os.replace(written, folder / written.name)
     return file
 
 
@@ -173,7 +176,7 @@ def _float_type(graph: onnx.GraphProto) -> int:
     return next(value for value in graph.input if value.name.startswith("past_key")).type.tensor_type.elem_type
 
 
-def _write_llama(checkpoint: Checkpoint, folder: Path) -> None:
+def write_llama(checkpoint: Checkpoint, folder: Path) -> None:
     """The language model alone as a Hugging Face folder, which is what both exporters read."""
     folder.mkdir(parents=True)
     config = checkpoint.llama_config
@@ -216,25 +219,20 @@ def _build_fused(source: Path, out: Path, precision: str) -> None:
     create_model(*paths, **options)
 
 
-def _build_portable(source: Path, out: Path, precision: str) -> None:
-    try:
-        from optimum.exporters.onnx import main_export
-    except ImportError as error:
-        raise UserError(f"--graph portable needs optimum-onnx, whose import failed: {error}") from error
-    main_export(str(source), output=out, task="text-generation-with-past", opset=20, do_validation=False)
-
-
-def _save_portable(model: onnx.ModelProto, file: Path, precision: str) -> None:
+def _build_portable(checkpoint: Checkpoint, file: Path, precision: str) -> None:
+    _position_scale(checkpoint)  # refuses what has no fixed table of angles
+    config, data = checkpoint.llama_config, Path(f"{file}.data")
+    model = llama_graph(config, load_language_state(checkpoint), data, config.max_position_embeddings)
+    merge_image_embeds(model)
+    add_next_token(model)
+    onnx.save(model, str(file))
     if precision == "fp16":
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-
-        model = convert_float_to_float16(model, disable_shape_infer=True)
-    data = Path(f"{file}.data")
-    data.unlink(missing_ok=True)  # onnx appends to a file that is there
-    onnx.save(model, str(file), save_as_external_data=True, location=data.name, size_threshold=4096)
+        model, _ = half_graph(onnx.load(str(file)), "decoder")
+        data.unlink()  # onnx appends to a file that is there
+        onnx.save(model, str(file), save_as_external_data=True, location=data.name, size_threshold=SMALL)
 
 
-def _quietly(build, *arguments) -> None:
+def quietly(build, *arguments) -> None:
     """Run an exporter without its chatter; what it said comes out only if it fails."""
     said, verbosity = io.StringIO(), transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its handler keeps the real stderr
@@ -272,7 +270,7 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
         "step 3": [tokens[15]],
     }
     part = decoder_part(checkpoint, precision, file.name)
-    forward = Decoder(file, part).start(64).forward if graph == "fused" else PortableSequence(file, part).forward
+    forward = Decoder(file, part).start(64).forward if graph == "fused" else PortableSequence(file).forward
     rows, past = [], None
     for what, ids in calls.items():
         embeds = np.stack([table[i] if i >= 0 else images[-1 - i] for i in ids])
@@ -288,35 +286,35 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
     return rows
 
 
-class PortableSequence:
-    """The portable graph on ONNX Runtime: `present` comes back longer and is the next call's `past`."""
+class PortableSequence(Sequence):
+    """The portable graph on ONNX Runtime's CPU provider, its `past` and `present` bound to the same memory."""
 
-    def __init__(self, file: Path, part: DecoderPart):
-        self._session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        self._part = part
-        self.restart()
-        hidden = next(value.shape[1] for value in self._session.get_inputs() if value.name == "image_embeds")
-        self._no_images = np.empty((0, hidden), part.kv_dtype)
+    def __init__(self, file: Path):
+        self._session = open_session(file, None)
+        shapes = {value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        self._dtype, self._device = np.dtype(input_dtype(self._session, "image_embeds")), Cpu()
+        layers = sum(name.startswith("past_key_values") for name in shapes) // 2
+        cache = KVCache(layers, (1, *shapes["past_key_values.0.key"][1:]), self._dtype, self._device)
+        logits = self._device.zeros((1, 1, shapes["logits"][2]), self._dtype)
+        super().__init__(cache, logits, self._device.zeros((1, 1, 1), np.int64))
+        self._no_images = np.empty((0, shapes["image_embeds"][1]), self._dtype)
+        self._binding = self._session.io_binding()
+        for name, array in cache.tensors("past_key_values").items():
+            bind_input(self._binding, name, array, self._device)
+        for name, array in (cache.tensors("present") | {"logits": logits, NEXT_TOKEN: self._likeliest}).items():
+            bind_output(self._binding, name, array, self._device)
 
-    def restart(self) -> "PortableSequence":
-        """Forget everything; returns itself."""
-        part = self._part
-        self._past = [np.empty((1, part.kv_heads, 0, part.head_dim), part.kv_dtype)] * (2 * part.layers)
-        return self
-
-    def forward(self, ids: list[int], image_embeds: np.ndarray | None = None) -> np.ndarray:
-        """As `runtime.decoder.Sequence.forward`."""
-        length = self._past[0].shape[2]
-        none = self._no_images
-        feeds = {
+    def _run(self, ids: list[int], image_embeds: np.ndarray | None) -> None:
+        total = self.cache.room_for(len(ids))
+        inputs = {
             "input_ids": np.array([ids], np.int64),
-            "attention_mask": np.ones((1, length + len(ids)), np.int64),
-            "position_ids": np.arange(length, length + len(ids), dtype=np.int64)[None],
-            "image_embeds": none if image_embeds is None else image_embeds.astype(none.dtype),
+            "write_indices": np.array([self.cache.length], np.int64),
+            "image_embeds": self._no_images if image_embeds is None else self._device.take(image_embeds, self._dtype),
         }
-        names = [f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}" for i in range(len(self._past))]
-        logits, *self._past = self._session.run(None, feeds | dict(zip(names, self._past, strict=True)))
-        return logits[0, -1]
+        for name, array in inputs.items():
+            bind_input(self._binding, name, array, self._device)
+        self._session.run_with_iobinding(self._binding)
+        self.cache.length = total
 
 
 def main() -> int:

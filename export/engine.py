@@ -25,7 +25,7 @@ import onnx
 from export import trtexec
 from export.cli import run
 from export.half import Kept, cast_embeds, nodes_to_keep, to_half
-from export.validate import validate
+from export.validate import describe_run, validate
 from runtime.bundle import Bundle, file_sha256, open_bundle
 from runtime.device import present_gpu
 from runtime.engines import FLAVOURS, FORMAT, engine_folder, engine_name, read_report, write_report
@@ -35,7 +35,6 @@ PRECISIONS = ("fp16", "int8", "fp8")
 SMALLEST_FP8 = 89
 CURRENT = "current"
 RANGE_SIDE = 512  # pixels of the images whose ranges decide what stays in FP32
-DECODE_OPT = 1024  # positions in the KV cache that decoding is tuned for
 PREFILL_OPT = 640  # a 1536x1536 image and a question
 
 
@@ -45,7 +44,6 @@ class Options:
 
     min_res, opt_res, max_res: pixels of a side, each side on its own, so that oblong images fit.
     timing_cache: file that is read, if there, and written. workspace_mib: scratch memory; None: all there is.
-    max_length: longest sequence of a decoder, tokens; None: the bundle's context.
     """
 
     part: str = "encoder"
@@ -60,7 +58,6 @@ class Options:
     workspace_mib: int | None = None
     refit: bool = False
     version_compatible: bool = False
-    max_length: int | None = None
 
     def __post_init__(self):
         if self.part not in ("encoder", "decoder"):
@@ -79,8 +76,6 @@ class Options:
             )
         if self.max_batch < 1:
             raise UserError(f"--max-batch is {self.max_batch}, expected 1 or more")
-        if self.max_length is not None and self.max_length < 2:
-            raise UserError(f"--max-length is {self.max_length}, expected 2 or more")
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UserError(f"--workspace-mib is {self.workspace_mib}, expected 1 or more")
 
@@ -101,15 +96,14 @@ class Source:
     """The ONNX file that an engine comes from.
 
     sha256: of the file and of its weights beside it, by the names that the report gives them; name: the file's.
-    folder: where the engine goes. context: longest sequence of a decoder, tokens. embeds_dtype: numpy name of what
-    image embeds pass from encoder to decoder in, whatever the engines compute in; None: as the graph has them.
+    folder: where the engine goes. embeds_dtype: numpy name of what image embeds pass from encoder to decoder in,
+    whatever the engines compute in; None: as the graph has them.
     """
 
     file: Path
     name: str
     sha256: dict[str, str]
     folder: Path
-    context: int
     embeds_dtype: str | None = None
 
 
@@ -122,7 +116,6 @@ def source_of(bundle: Bundle, options: Options) -> Source:
         name,
         {file: bundle.sha256(file) for file in names},
         engine_folder(bundle.folder, options.part),
-        options.max_length or bundle.decoder.context_length,
         bundle.decoder.kv_dtype,
     )
 
@@ -131,11 +124,9 @@ def source_of_file(file: Path, options: Options) -> Source:
     """An ONNX file of no bundle; the engine goes to `engines/` beside it. Raises UserError where it cannot be one."""
     if not file.is_file():
         raise UserError(f"--onnx {file}: no such file")
-    if options.part == "decoder" and options.max_length is None:
-        raise UserError("--onnx of a decoder needs --max-length, the longest sequence")
     names = [path for path in (file, file.with_name(f"{file.name}.data")) if path.is_file()]
     hashes = {path.name: file_sha256(path) for path in names}
-    return Source(file, file.name, hashes, file.parent / "engines", options.max_length or 0)
+    return Source(file, file.name, hashes, file.parent / "engines")
 
 
 def source_graph(bundle: Bundle, options: Options) -> str:
@@ -183,44 +174,49 @@ def _range_feeds(model: onnx.ModelProto, part: str, random: np.random.Generator)
         images = [random.standard_normal(shape, dtype=np.float32), np.ascontiguousarray(ramp), np.full_like(ramp, -1.8)]
         return [{"pixel_values": image} for image in images]
     length, feed = 64, {}
+    logits = next(value for value in model.graph.output if value.name == "logits")
+    vocab = logits.type.tensor_type.shape.dim[2].dim_value
     for value in model.graph.input:
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
         if value.name.startswith("past_key_values"):
-            feed[value.name] = np.zeros((1, dims[1], 0, dims[3]), np.float32)
+            feed[value.name] = np.zeros((1, *dims[1:]), np.float32)
         elif value.name == "image_embeds":
             feed[value.name] = random.standard_normal((1, dims[1]), dtype=np.float32)
         elif value.name == "input_ids":
-            feed[value.name] = random.integers(3, 1000, (1, length))
-        elif value.name == "position_ids":
-            feed[value.name] = np.arange(length)[None]
+            feed[value.name] = random.integers(0, vocab, (1, length))
         else:
-            feed[value.name] = np.ones((1, length), np.int64)
+            feed[value.name] = np.zeros(1, np.int64)  # write_indices: the cache is empty
     return [feed]
 
 
-def profiles(network: Any, options: Options, context: int) -> list[dict[str, tuple]]:
-    """Per optimisation profile, input name -> (min, opt, max) shape. context: the decoder's longest sequence."""
+def profiles(network: Any, options: Options) -> list[dict[str, tuple]]:
+    """Per optimisation profile, input name -> (min, opt, max) shape; a decoder has one for prefill and one for decode.
+
+    Raises UserError for a KV cache without a fixed capacity.
+    """
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     if options.part == "encoder":
         channels = inputs["pixel_values"][1]
         sizes = ((1, options.min_res), (1, options.opt_res), (options.max_batch, options.max_res))
         return [{"pixel_values": tuple((batch, channels, side, side) for batch, side in sizes)}]
-    prefill = ((1, 0, 1), (PREFILL_OPT, 0, PREFILL_OPT), (context, context - 1, context))
-    decode = ((1, 1, 0), (1, DECODE_OPT, 0), (1, context - 1, 0))
+    context = inputs["past_key_values.0.key"][2]
+    if context < 1:
+        raise UserError("the KV cache has no fixed capacity, which TensorRT needs to update it in place")
+    usual = min(PREFILL_OPT, context)
+    prefill = ((1, 0), (usual, usual), (context, context))
+    decode = ((1, 0),) * 3
     return [{name: tuple(_decoder_shape(name, shape, *size) for size in sizes) for name, shape in inputs.items()}
             for sizes in (prefill, decode)]  # fmt: skip
 
 
-def _decoder_shape(name: str, shape: tuple, new: int, past: int, images: int) -> tuple:
-    """The shape of a decoder's input for `new` positions after `past`, with `images` image embeds."""
-    if name.startswith("past_key_values"):
-        return (1, shape[1], past, shape[3])
+def _decoder_shape(name: str, shape: tuple, new: int, images: int) -> tuple:
+    """The shape of a decoder's input for `new` positions with `images` image embeds; the KV cache has a fixed one."""
     if name == "image_embeds":
         return (images, shape[1])
-    return (1, new + past if name == "attention_mask" else new)
+    return (1, new) if name == "input_ids" else (1, *shape[1:])
 
 
-def build(file: Path, options: Options, context: int = 0) -> tuple[bytes, dict]:
+def build(file: Path, options: Options) -> tuple[bytes, dict]:
     """Build an engine from the ONNX `file`, strongly typed.
 
     Returns (the serialised engine, the report's part about it). Raises UserError where the parser or builder refuses.
@@ -244,7 +240,7 @@ def build(file: Path, options: Options, context: int = 0) -> tuple[bytes, dict]:
             raise UserError(f"--target {options.target}: {trt.__name__} {trt.__version__} builds for {known}")
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability, 0)
-    shapes = profiles(network, options, context)
+    shapes = profiles(network, options)
     for profile_shapes in shapes:
         profile = builder.create_optimization_profile()
         for name, (smallest, usual, largest) in profile_shapes.items():
@@ -378,9 +374,29 @@ def engine_graph(source: Source, options: Options) -> tuple[onnx.ModelProto, lis
         found = "has Q/DQ nodes" if quantised else "has no Q/DQ nodes"
         raise UserError(f"{source.file} {found}, so it is no source of a {options.precision} engine")
     model, kept = half_graph(model, options.part)
+    if options.part == "decoder":
+        _one_sequence(model.graph)
     if source.embeds_dtype:
         cast_embeds(model, source.embeds_dtype)
     return model, kept
+
+
+def _one_sequence(graph: onnx.GraphProto) -> None:
+    """Fix a decoder's batch at 1, all that the runtime asks of it: what has a fixed shape costs the builder nothing."""
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in ("batch", "batch_size"):
+                dim.dim_value = 1
+
+
+def fp32_by_standard(model: onnx.ModelProto) -> list[str]:
+    """Nodes with FP16 inputs that ONNX lets compute in FP32 inside (`stash_type`), whatever surrounds them."""
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("LayerNormalization", "RMSNormalization")
+        and all(a.i == onnx.TensorProto.FLOAT for a in node.attribute if a.name == "stash_type")
+    ]
 
 
 def build_engine(source: Source, options: Options) -> Path:
@@ -391,8 +407,9 @@ def build_engine(source: Source, options: Options) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as scratch:
         graph = Path(scratch, "graph.onnx")
         onnx.save(model, str(graph), save_as_external_data=True, location="graph.onnx.data")
+        inside = [name for name in fp32_by_standard(model) if name not in {keep.node for keep in kept}]
         del model
-        serialised, about = build(graph, options, source.context)
+        serialised, about = build(graph, options)
         partial = Path(scratch, "engine")
         partial.write_bytes(serialised)
         report = {
@@ -406,9 +423,10 @@ def build_engine(source: Source, options: Options) -> Path:
             "engine": {"size": len(serialised), "sha256": file_sha256(partial)},
             "onnx": {"file": source.name, "sha256": source.sha256},
             "kept_in_fp32": [asdict(keep) for keep in kept],
+            "fp32_by_standard": inside,
             "executed": False,
             "validation": None,
-            "trtexec": trtexec.command_line(options.flavour, out, about["profiles"]),
+            "trtexec": trtexec.command_line(options.flavour, out, about["inputs"], about["profiles"]),
             **about,
         }
         out.with_name(out.name + ".json").unlink(missing_ok=True)  # an engine without a report is nobody's
@@ -420,7 +438,7 @@ def build_engine(source: Source, options: Options) -> Path:
 def main() -> int:
     args = _arguments().parse_args()
     names = ("part", "precision", "flavour", "min_res", "opt_res", "max_res", "max_batch", "timing_cache")
-    names = (*names, "workspace_mib", "refit", "version_compatible", "max_length")
+    names = (*names, "workspace_mib", "refit", "version_compatible")
     if args.flavour in FLAVOURS:
         import_flavour(args.flavour)
     wanted = [Options(target=target, **{name: getattr(args, name) for name in names}) for target in _targets(args)]
@@ -482,7 +500,7 @@ def describe(engine: Path, report: dict) -> str:
         f"on {report['target']}: {report['trtexec']}",
     ]
     for run_ in validation["runs"] if validation else ():
-        lines.append(f"  {run_}")
+        lines.append(f"  {describe_run(run_)}")
     return "\n".join(lines)
 
 
@@ -498,9 +516,6 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--opt-res", type=int, default=1536, metavar="N", help="side to tune for, pixels")
     parser.add_argument("--max-res", type=int, default=1536, metavar="N", help="longest side, pixels")
     parser.add_argument("--max-batch", type=int, default=1, metavar="N")
-    parser.add_argument(
-        "--max-length", type=int, metavar="N", help="longest sequence of a decoder; default: its context"
-    )
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and written, for faster builds")
     parser.add_argument("--workspace-mib", type=int, metavar="N", help="scratch memory; default: all there is")
     parser.add_argument("--refit", action="store_true", help="weights can be replaced later")

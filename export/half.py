@@ -2,11 +2,14 @@
 
 FP16 holds magnitudes up to 65,504. Which tensors of an encoder exceed it (the residual stream of deep stages, sums
 inside LayerNorm, the cube inside a tanh-approximated GELU) depends on the weights, so the FP32 graph is run and its
-ranges are taken; every node that touches such a tensor keeps computing in FP32, with casts around it.
+ranges are taken; every node that touches such a tensor keeps computing in FP32, with casts around it. A product with a
+weight matrix is the exception: in FP32 its weights would take, and be read at each run in, twice the bytes. It is
+computed in FP16 from an input scaled down by a power of two, and scaled back in FP32.
 """
 
 import contextlib
 import copy
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +24,15 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 LIMIT = 65504 / 4  # inputs that nobody ran may go further than those that were run
 MASKED = 1e30
 LARGEST_WEIGHT_ERROR = 1e-3  # relative; FP16's own rounding is 3e-4, subnormal weights lose more
+WEIGHT_ERROR = "relative error of the weights in FP16"
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A node that stays in FP32: its name and operator, what exceeded the limit, and by how much."""
+    """A node that stays in FP32: its name and operator, what exceeded the limit, and by how much.
+
+    Of a product with a weight matrix, input and result alone stay in FP32, the product is made in FP16 at a safe scale.
+    """
 
     node: str
     operator: str
@@ -42,6 +49,8 @@ def nodes_to_keep(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -
     errors = _weight_errors(model.graph)
     kept = []
     for node in model.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in errors:
+            errors[node.output[0]] = errors[node.input[0]]
         reasons = [(f"|{name}|", ranges[name]) for name in (*node.input, *node.output) if name in ranges]
         if node.op_type == "LayerNormalization":
             reasons.append(("sum of squares", ranges[f"{node.name}/sum_of_squares"]))
@@ -52,7 +61,7 @@ def nodes_to_keep(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -
         if value > LIMIT:
             kept.append(Kept(node.name, node.op_type, what, value))
         elif error > LARGEST_WEIGHT_ERROR:
-            kept.append(Kept(node.name, node.op_type, "relative error of the weights in FP16", error))
+            kept.append(Kept(node.name, node.op_type, WEIGHT_ERROR, error))
     return kept
 
 
@@ -61,22 +70,53 @@ def to_half(model: onnx.ModelProto, kept: list[Kept]) -> onnx.ModelProto:
 
     Q/DQ nodes get FP16 scales, so that what lies between them and the next layer is FP16 too.
     """
-    types = _inferred(model)
     model = copy.deepcopy(model)
+    in_fp32 = _scale_products(model.graph, kept)
+    types = _inferred(model)
     del model.graph.value_info[:]
     model.graph.value_info.extend(types)
-    blocked = [op for op in DEFAULT_OP_BLOCK_LIST if op not in ("QuantizeLinear", "DequantizeLinear")]
+    blocked = [op for op in DEFAULT_OP_BLOCK_LIST if op not in ("QuantizeLinear", "DequantizeLinear", "TopK")]
     half = convert_float_to_float16(
         model,
         min_positive_val=6e-8,
         max_finite_val=65504.0,
         disable_shape_infer=True,
         op_block_list=blocked,
-        node_block_list=[keep.node for keep in kept],
+        node_block_list=in_fp32,
     )
     del half.graph.value_info[:]  # they name types of before
     _drop_round_trips(half.graph)
     return half
+
+
+def _scale_products(graph: onnx.GraphProto, kept: list[Kept]) -> list[str]:
+    """Put each kept product with a weight matrix between two scalings; returns the nodes that have to be in FP32."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Transpose" and node.input[0] in constants:
+            constants[node.output[0]] = constants[node.input[0]]
+    kept_by_name = {keep.node: keep for keep in kept}
+    in_fp32, nodes = [], []
+    for node in graph.node:
+        keep = kept_by_name.get(node.name)
+        weights = constants.get(node.input[1]) if node.op_type == "MatMul" else None
+        if keep is None or weights is None or _weight_error(weights) > LARGEST_WEIGHT_ERROR:
+            nodes.append(node)
+            in_fp32 += [node.name] if keep else []
+            continue
+        down, up, scaled, product = (f"{node.name}/{what}" for what in ("scale_down", "scale_up", "scaled", "product"))
+        scale = 2.0 ** math.ceil(math.log2(keep.value / LIMIT))
+        for name, factor in ((down, 1 / scale), (up, scale)):
+            graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float32), name))
+        before = helper.make_node("Mul", [node.input[0], down], [scaled], name=down)
+        after = helper.make_node("Mul", [product, up], [node.output[0]], name=up)
+        node.input[0], node.output[0] = scaled, product
+        nodes += [before, node, after]
+        in_fp32 += [down, up]
+    nodes = [copy.deepcopy(node) for node in nodes]  # emptying the graph would empty those it holds
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return in_fp32
 
 
 def _drop_round_trips(graph: onnx.GraphProto) -> None:
@@ -192,15 +232,15 @@ def _first_not_finite(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> st
 
 def _weight_errors(graph: onnx.GraphProto) -> dict[str, float]:
     """Relative error of each FP32 initializer that float16 rounds."""
-    errors = {}
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT:
-            weights = numpy_helper.to_array(tensor)
-            with np.errstate(over="ignore"):
-                rounded = weights.astype(np.float16).astype(np.float32)
-            norm = float(np.linalg.norm(weights))
-            errors[tensor.name] = float(np.linalg.norm(rounded - weights)) / norm if norm else 0.0
-    return errors
+    return {t.name: _weight_error(t) for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+
+
+def _weight_error(tensor: TensorProto) -> float:
+    weights = numpy_helper.to_array(tensor)
+    with np.errstate(over="ignore"):
+        rounded = weights.astype(np.float16).astype(np.float32)
+    norm = float(np.linalg.norm(weights))
+    return float(np.linalg.norm(rounded - weights)) / norm if norm else 0.0
 
 
 def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

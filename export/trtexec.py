@@ -20,31 +20,36 @@ class TrtexecError(Exception):
     """The tool ran and failed; the message ends with what it said last."""
 
 
-def command(flavour: str, engine: Path, shapes: dict[str, list[int]], profile: int) -> list[str]:
-    """Measures an engine at `shapes`, input name -> shape within the optimisation profile."""
-    sizes = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+def command(flavour: str, engine: Path, inputs: list[dict], shapes: dict[str, list[int]], profile: int) -> list[str]:
+    """Measures an engine at `shapes`, input name -> shape within the optimisation profile.
+
+    inputs: those of the engine's report; the tool is told the shapes of those that leave something open.
+    """
+    open_ones = [tensor["name"] for tensor in inputs if -1 in tensor["shape"]]
+    sizes = ",".join(f"{name}:{'x'.join(map(str, shapes[name]))}" for name in open_ones)
     choice = [f"--useProfile={profile}"] if profile else []
     return [TOOLS[flavour], f"--loadEngine={engine}", f"--shapes={sizes}", *choice]
 
 
-def command_line(flavour: str, engine: Path, profiles: list[dict]) -> str:
+def command_line(flavour: str, engine: Path, inputs: list[dict], profiles: list[dict]) -> str:
     """For people to copy: at the shapes that the last profile, the decoder's decode or the encoder's only one, is
     tuned for."""
     usual = {name: sizes[1] for name, sizes in profiles[-1].items()}
-    return shlex.join(command(flavour, engine, usual, len(profiles) - 1))
+    return shlex.join(command(flavour, engine, inputs, usual, len(profiles) - 1))
 
 
 def on_path(flavour: str) -> bool:
     return shutil.which(TOOLS[flavour]) is not None
 
 
-def measure(flavour: str, engine: Path, shapes: dict[str, list[int]], profile: int) -> dict:
+def measure(flavour: str, engine: Path, inputs: list[dict], shapes: dict[str, list[int]], profile: int) -> dict:
     """Run the tool and return its figures: `throughput_qps`, and min, max, mean, median and percentiles of
     `latency_ms`, `gpu_compute_ms`, ...
 
     Raises TrtexecError where it exits with an error, says that it failed, or prints no figures.
     """
-    done = subprocess.run(command(flavour, engine, shapes, profile), capture_output=True, text=True, errors="replace")
+    line = command(flavour, engine, inputs, shapes, profile)
+    done = subprocess.run(line, capture_output=True, text=True, errors="replace")
     said = done.stdout + done.stderr
     tail = " / ".join(line.strip() for line in said.strip().splitlines()[-4:])
     if done.returncode or "&&&& FAILED" in said:

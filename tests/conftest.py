@@ -43,15 +43,6 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     return cache
 
 
-def linked_copy(bundle: Path, folder: Path) -> Path:
-    """A bundle of one's own, to put engines into or to damage: replace files in it, never write into them."""
-    for file in (path for path in bundle.rglob("*") if path.is_file()):
-        target = folder / file.relative_to(bundle)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.hardlink_to(file)
-    return folder
-
-
 def run_module(module: str, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
     """`python -m module arguments...` from the repository's root."""
     command = [sys.executable, "-m", module, *map(str, arguments)]

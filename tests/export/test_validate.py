@@ -52,7 +52,9 @@ def engine(tmp_path):
     report = {
         "format": FORMAT, "flavour": "rtx", "version": "1.0", "version_compatible": False, "target": "sm89",
         "precision": "fp16", "profiles": [PROFILE], "engine": {}, "onnx": {}, "executed": False, "validation": None,
-        "inputs": [{"name": "pixel_values", "dtype": "HALF"}], "outputs": [{"name": "image_embeds", "dtype": "HALF"}],
+        "part": "encoder",
+        "inputs": [{"name": "pixel_values", "dtype": "HALF", "shape": [-1, 3, -1, -1]}],
+        "outputs": [{"name": "image_embeds", "dtype": "HALF"}],
     }  # fmt: skip
     write_report(file, report)
     return file

@@ -120,8 +120,10 @@ class TensorRT:
             pass
 
     def _deserialize(self, content: bytes):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
         try:
-            session = onnxruntime.InferenceSession(content)
+            session = onnxruntime.InferenceSession(content, options)
         except Exception:
             return None
         return SimpleNamespace(create_execution_context=lambda: Context(session, self._cudart))

@@ -1,6 +1,7 @@
 """Which library runs each part: OpenVINO, engines on a simulated GPU, falling back, and what cannot be had."""
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -8,12 +9,14 @@ import pytest
 from PIL import Image
 
 import runtime
+from export.engine import Options, engine_graph, source_of
 from export.half import to_half
+from export.validate import validate
 from runtime.backends import Backends
 from runtime.bundle import file_sha256, open_bundle
-from runtime.engines import FORMAT, engine_folder, engine_name, write_report
+from runtime.engines import FORMAT, engine_folder, engine_name, read_report, write_report
 from runtime.errors import UserError
-from tests.conftest import linked_copy
+from tests.conftest import run_module
 from tests.runtime import simulated_gpu
 from tests.runtime.test_infer import answer, assert_one_line_error, infer
 
@@ -27,12 +30,52 @@ def picture(tmp_path):
 
 @pytest.fixture
 def bundle(conformance_bundle, tmp_path):
-    return linked_copy(conformance_bundle, tmp_path / "bundle")
+    return shutil.copytree(conformance_bundle, tmp_path / "bundle")
 
 
 @pytest.fixture(scope="module")
 def reference(conformance_bundle):
     return runtime.load(conformance_bundle, backends=Backends(encoder="onnx"))
+
+
+@pytest.fixture(scope="module")
+def portable(conformance, tmp_path_factory):
+    """A bundle with the decoder of standard operators too."""
+    out = tmp_path_factory.mktemp("bundles") / "portable"
+    arguments = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--portable-decoder", "--out", out)
+    run_module("export.bundle", *arguments).check_returncode()
+    return out
+
+
+def put_decoder_engine(folder) -> None:
+    """The portable decoder in FP16, as its engine is made, standing in for one."""
+    bundle = open_bundle(folder)
+    options = Options(part="decoder", target="sm89")
+    source = source_of(bundle, options)
+    model, _ = engine_graph(source, options)
+    dtypes = {1: "FLOAT", 7: "INT64", 10: "HALF"}
+
+    def tensors(values):
+        return [
+            {
+                "name": value.name,
+                "dtype": dtypes[value.type.tensor_type.elem_type],
+                "shape": [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim],
+            }
+            for value in values
+        ]
+
+    file = source.folder / engine_name("rtx", "sm89", "fp16")
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(simulated_gpu.as_engine(model))
+    report = {
+        "format": FORMAT, "flavour": "rtx", "version": "1.0", "version_compatible": False, "target": "sm89",
+        "part": "decoder", "precision": "fp16", "profiles": [{}, {}],
+        "engine": {"size": file.stat().st_size, "sha256": file_sha256(file)},
+        "onnx": {"file": source.name, "sha256": source.sha256},
+        "inputs": tensors(model.graph.input), "outputs": tensors(model.graph.output),
+    }  # fmt: skip
+    write_report(file, report)
 
 
 def put_engine(folder, target: str = "sm89", **changes) -> None:
@@ -177,6 +220,58 @@ def test_decoder_reads_gpu_memory(conformance_bundle, reference, monkeypatch):
         assert token == expected_token
         token, expected_token = sequence.forward_greedy([token]), expected.forward_greedy([token])
     assert cudart.copied[2] - down == 8 * 8, "the token's id is all that a step brings back"
+
+
+def test_both_parts_as_engines(portable, tmp_path, reference, picture, monkeypatch):
+    cudart = simulated_gpu.install(monkeypatch)
+    folder = shutil.copytree(portable, tmp_path / "bundle")
+    put_engine(folder)
+    put_decoder_engine(folder)
+    model = runtime.load(folder, backends=Backends(encoder="tensorrt", decoder="tensorrt"))
+    assert model.encoder.device is model.decoder.device, "one stream from end to end"
+    image = np.random.default_rng(3).standard_normal((3, 128, 256), dtype=np.float32)
+    ids = [1, *range(-1, -9, -1), 20, 30]
+    down = cudart.copied[2]
+    embeds = model.encoder([image])
+    assert cudart.copied[2] == down, "image embeds stay on the GPU"
+    found, expected = model.decoder.start(64), reference.decoder.start(64)
+    rows = [(found.forward(ids, embeds), expected.forward(ids, reference.encoder([image])).copy())]
+    for token in (5, 6, 7, 8):
+        rows.append((found.forward([token]), expected.forward([token]).copy()))
+    assert cudart.replays == 1 + 3, "the image, and every single step but the first"
+    found.rewind(9)
+    expected.rewind(9)
+    rows.append((found.forward([40, 50]), expected.forward([40, 50]).copy()))
+    rows.append((found.forward([60]), expected.forward([60]).copy()))
+    for one, other in rows:
+        assert 1e-7 < relative_error(one, other) < 1e-2
+    found.rewind(9)
+    likeliest = found.forward_greedy([60])
+    found.rewind(9)
+    assert likeliest == found.forward([60]).argmax()
+    *_, last = model.generate([picture], "What?", runtime.Options(max_new_tokens=4))
+    assert len(last.result.token_ids) == 4
+
+
+def test_a_longer_sequence_than_the_engine_holds(portable, tmp_path, monkeypatch):
+    simulated_gpu.install(monkeypatch)
+    folder = shutil.copytree(portable, tmp_path / "bundle")
+    put_decoder_engine(folder)
+    model = runtime.load(folder, backends=Backends(encoder="onnx", decoder="tensorrt"))
+    with pytest.raises(UserError, match="built for 4096 positions, 5000 are wanted"):
+        model.decoder.start(5000)
+
+
+def test_a_decoder_engine_is_validated_by_the_runtime(portable, tmp_path, monkeypatch):
+    simulated_gpu.install(monkeypatch)
+    folder = shutil.copytree(portable, tmp_path / "bundle")
+    put_decoder_engine(folder)
+    engine = engine_folder(folder, "decoder") / engine_name("rtx", "sm89", "fp16")
+    validation = validate(engine, open_bundle(folder).path("decoder/portable.onnx"))
+    assert validation["tool"] == "runtime"
+    assert [run["profile"] for run in validation["runs"]] == [0, *[1] * 8]
+    assert all(1e-7 < run["error"] < 1e-2 for run in validation["runs"])
+    assert read_report(engine)["executed"] is True
 
 
 @pytest.mark.parametrize("gpu", [{"devices": 0}, {"capability": (12, 0)}])

@@ -1,13 +1,13 @@
 """Engines are believed only as far as their reports and hashes go: each thing wrong with one has its own message."""
 
 import json
+import shutil
 
 import pytest
 
 from runtime.bundle import file_sha256, open_bundle
 from runtime.engines import FORMAT, choose_engine, engine_folder, find_engines, report_file, write_report
 from runtime.errors import UserError
-from tests.conftest import linked_copy
 from tests.runtime.test_infer import assert_one_line_error, infer
 
 VERSIONS = {"rtx": "1.7.1.116"}
@@ -23,7 +23,7 @@ def no_gpu() -> str:
 
 @pytest.fixture
 def bundle(conformance_bundle, tmp_path):
-    return open_bundle(linked_copy(conformance_bundle, tmp_path / "bundle"))
+    return open_bundle(shutil.copytree(conformance_bundle, tmp_path / "bundle"))
 
 
 def put(bundle, name: str = "rtx-sm89-fp16", content: bytes = b"an engine", **changes):
