@@ -12,6 +12,7 @@ import argparse
 import importlib
 import re
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from export.half import Kept, cast_embeds, nodes_to_keep, to_half
 from export.validate import describe_run, validate
 from runtime.bundle import Bundle, file_sha256, open_bundle
 from runtime.device import present_gpu
-from runtime.engines import FLAVOURS, FORMAT, engine_folder, engine_name, read_report, write_report
+from runtime.engines import FLAVOURS, FORMAT, engine_folder, engine_name, read_report, report_file, write_report
 from runtime.errors import UserError
 
 PRECISIONS = ("fp16", "int8", "fp8")
@@ -246,12 +247,13 @@ def build(file: Path, options: Options) -> tuple[bytes, dict]:
         for name, (smallest, usual, largest) in profile_shapes.items():
             profile.set_shape(name, smallest, usual, largest)
         if config.add_optimization_profile(profile) < 0:
-            raise UserError(f"{file}: the profile {profile_shapes} does not fit the graph")
-    _set_timing_cache(config, options.timing_cache)
+            raise UserError(f"the profile {profile_shapes} does not fit the graph")
+    if options.timing_cache:
+        _set_timing_cache(config, options)
     serialised = builder.build_serialized_network(network, config)
     if serialised is None:
-        raise UserError(f"{file}: the builder failed: {' / '.join(log.errors) or 'it gave no reason'}")
-    if options.timing_cache:
+        raise UserError(f"the builder failed{_hint(options)}: {' / '.join(log.errors) or 'it gave no reason'}")
+    if options.timing_cache and options.flavour == "tensorrt":
         options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return bytes(serialised), {
         "version": trt.__version__,
@@ -286,7 +288,7 @@ def _parse(trt: ModuleType, file: Path, log: Any) -> tuple[Any, Any]:
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(file)):
         errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise UserError(f"{file}: {trt.__name__} {trt.__version__} cannot parse it: {' / '.join(errors)}")
+        raise UserError(f"{trt.__name__} {trt.__version__} cannot parse the graph: {' / '.join(errors)}")
     return builder, network
 
 
@@ -294,11 +296,23 @@ def _parser_error(error: Any) -> str:
     return f"node {error.node_name() or error.node()} ({error.node_operator()}): {error.desc()}"
 
 
-def _set_timing_cache(config: Any, file: Path | None) -> None:
-    if file:
-        content = file.read_bytes() if file.is_file() else b""
-        if not config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False):
-            raise UserError(f"--timing-cache {file}: made by another version or for another GPU; remove it")
+def _set_timing_cache(config: Any, options: Options) -> None:
+    file = options.timing_cache
+    if options.flavour == "rtx":
+        print(f"--timing-cache {file}: left alone, TensorRT for RTX times nothing while it builds", file=sys.stderr)
+        return
+    content = file.read_bytes() if file.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False):
+        raise UserError(f"--timing-cache {file}: made by another version or for another GPU; remove it")
+
+
+def _hint(options: Options) -> str:
+    """What an option that TensorRT for RTX has, but cannot follow everywhere, asks for."""
+    if options.flavour == "rtx" and options.version_compatible:
+        return " (--version-compatible takes the lean runtime, which TensorRT for RTX's Python package lacks)"
+    if options.flavour == "rtx" and options.refit:
+        return " (--refit takes a GPU while building)"
+    return ""
 
 
 def _make_log(trt: ModuleType) -> Any:
@@ -400,11 +414,13 @@ def fp32_by_standard(model: onnx.ModelProto) -> list[str]:
 
 
 def build_engine(source: Source, options: Options) -> Path:
-    """Build one engine and its report; returns the engine's file. What was there of the same name is replaced."""
+    """Build one engine and its report; returns the engine's file. What was there of the same name is replaced.
+
+    Raises UserError as `engine_graph` and `build`.
+    """
     model, kept = engine_graph(source, options)
     out = source.folder / engine_name(options.flavour, options.target, options.precision)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as scratch:
+    with tempfile.TemporaryDirectory(dir=source.file.parent, prefix=".partial-") as scratch:
         graph = Path(scratch, "graph.onnx")
         onnx.save(model, str(graph), save_as_external_data=True, location="graph.onnx.data")
         inside = [name for name in fp32_by_standard(model) if name not in {keep.node for keep in kept}]
@@ -429,7 +445,8 @@ def build_engine(source: Source, options: Options) -> Path:
             "trtexec": trtexec.command_line(options.flavour, out, about["inputs"], about["profiles"]),
             **about,
         }
-        out.with_name(out.name + ".json").unlink(missing_ok=True)  # an engine without a report is nobody's
+        out.parent.mkdir(exist_ok=True)
+        report_file(out).unlink(missing_ok=True)  # an engine without a report is nobody's
         shutil.move(partial, out)
     write_report(out, report)
     return out
