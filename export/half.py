@@ -45,7 +45,9 @@ def nodes_to_keep(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -
 
     inputs: one feed for each run. Raises ValueError where a tensor is NaN or infinite in FP32 already, naming it.
     """
-    ranges = _ranges(model, inputs)
+    plain, aliases = _without_quantisation(model)
+    ranges = _ranges(plain, inputs)
+    ranges |= {name: ranges[of] for name, of in aliases.items() if of in ranges}
     errors = _weight_errors(model.graph)
     kept = []
     for node in model.graph.node:
@@ -159,6 +161,39 @@ def cast_embeds(model: onnx.ModelProto, dtype: str) -> None:
     ends, to = (["image_embeds", inner], found) if is_input else ([inner, "image_embeds"], element)
     cast = helper.make_node("Cast", ends[:1], ends[1:], name="image_embeds/Cast", to=to)
     graph.node.insert(0 if is_input else len(graph.node), cast)
+
+
+def _without_quantisation(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """(the same graph in float, dequantised value -> what it was before it was quantised).
+
+    Rounding does not move a range, and ONNX Runtime's CPU provider computes nothing in FP8.
+    """
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    quantised = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    pairs = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    if not pairs:
+        return model, {}
+    aliases, plain = {}, copy.deepcopy(model)
+    for node in pairs:
+        if node.input[0] in quantised:
+            aliases[node.output[0]] = quantised[node.input[0]]
+        else:
+            weights, scale = (numpy_helper.to_array(values[name]).astype(np.float32) for name in node.input[:2])
+            if scale.ndim:
+                axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % weights.ndim
+                scale = scale.reshape([-1 if i == axis else 1 for i in range(weights.ndim)])
+            plain.graph.initializer.append(numpy_helper.from_array(weights * scale, node.output[0]))
+    nodes = [copy.deepcopy(n) for n in plain.graph.node if n.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    del plain.graph.node[:]
+    plain.graph.node.extend(nodes)
+    for node in plain.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = aliases.get(name, name)
+    used = {name for node in plain.graph.node for name in node.input}
+    kept = [tensor for tensor in plain.graph.initializer if tensor.name in used]
+    del plain.graph.initializer[:]
+    plain.graph.initializer.extend(kept)
+    return plain, aliases
 
 
 def _ranges(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -> dict[str, float]:

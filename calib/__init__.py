@@ -1,0 +1,1 @@
+"""Bundle -> bundle with a quantised encoder: calibration images, ranges, Q/DQ graphs."""
