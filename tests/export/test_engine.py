@@ -34,6 +34,17 @@ def demo_bundle(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module", params=["int8", "fp8"])
+def quantised(request, demo_bundle, tmp_path_factory):
+    """(precision, the demo model's bundle with an encoder quantised on drawn documents)."""
+    folder = tmp_path_factory.mktemp("quantised")
+    pages = ("--out", folder / "pages", "--pages", 16, "--preset", "small-512")
+    run_module("train.data.documents", *pages).check_returncode()
+    arguments = ("--bundle", demo_bundle, "--data", folder / "pages", "--precision", request.param)
+    run_module("calib.quantize", *arguments, "--out", folder / "bundle").check_returncode()
+    return request.param, folder / "bundle"
+
+
 @pytest.fixture
 def graph(tmp_path):
     file = tmp_path / "fp32.onnx"
@@ -51,14 +62,14 @@ def build(bundle, *arguments) -> list[dict]:
 
 
 def fp32_compute_layers(report: dict) -> list[str]:
-    """Layers that compute in FP32 and are not on the report's lists; scalar constants do not compute."""
+    """Layers that compute in FP32 and are not on the report's lists; zero points, which the parser makes, aside."""
     allowed = [kept["node"] for kept in report["kept_in_fp32"]] + report["fp32_by_standard"]
-    return [
-        layer["name"]
-        for layer in report["network_layers"]
-        if "FLOAT" in layer["inputs"] and layer["type"] not in MOVES
-        and not any(layer["name"].startswith(name) for name in allowed)
-    ]  # fmt: skip
+    found = []
+    for layer in report["network_layers"]:
+        inputs = layer["inputs"][:2] if layer["type"] in ("QUANTIZE", "DEQUANTIZE") else layer["inputs"]
+        if "FLOAT" in inputs and layer["type"] not in MOVES and not layer["name"].startswith(tuple(allowed)):
+            found.append(layer["name"])
+    return found
 
 
 def layers(report: dict, kind: str) -> list[dict]:
@@ -93,6 +104,30 @@ def test_the_demo_encoder_in_fp16(demo_bundle):
         assert 40 < len(fused) < len(report["network_layers"])
         chosen = choose_engine(bundle, "encoder", "fp16", lambda: report["target"], {"rtx": trt.__version__})  # noqa: B023
         assert chosen.report == report
+
+
+def test_the_demo_encoder_quantised(quantised):
+    precision, bundle = quantised
+    graph = onnx.load(open_bundle(bundle).path(f"encoder/{precision}.onnx")).graph
+    pairs = sum(node.op_type == "QuantizeLinear" for node in graph.node)
+    name = {"int8": "INT8", "fp8": "FP8"}[precision]
+    fused_name = {"int8": "Int8", "fp8": "FP8"}[precision]
+    for report in build(bundle, "--precision", precision, "--target", "sm89,sm120"):
+        assert fp32_compute_layers(report) == []
+        quantise, dequantise = layers(report, "QUANTIZE"), layers(report, "DEQUANTIZE")
+        assert len(quantise) == pairs
+        assert len(dequantise) == 2 * pairs, "of activations and of weights"
+        assert {layer["inputs"][0] for layer in quantise} == {"HALF"}
+        assert {layer["inputs"][0] for layer in dequantise} == {name}
+        # After fusion the convolutions and products themselves take quantised values
+        fused = [layer for layer in report["engine_layers"] if fused_name in layer["inputs"][:1]]
+        kinds = [layer["type"] for layer in fused if fused_name in layer["constants"]]
+        assert kinds.count("gemm") == 28
+        assert kinds.count("correlation") == pairs - 28 == (18 if precision == "int8" else 5)
+        weights = sum(np.prod(t.dims) for t in graph.initializer if t.data_type in (3, 17))
+        assert 1 < report["memory"]["weights_bytes"] / weights < 1.2, "a byte each"
+        assert report["inputs"][0]["shape"] == [-1, 3, -1, -1]
+        assert report["onnx"]["file"] == f"encoder/{precision}.onnx"
 
 
 def test_the_demo_decoder_in_fp16(demo_bundle):
