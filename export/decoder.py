@@ -52,9 +52,13 @@ BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1, "int4": 0.8}
 BUILDER_OPTIONS = {"int8": ["shared_embeddings=false"], "int4": ["algo_config=k_quant_last"]}
 
 
-def export_decoder(checkpoint: Checkpoint, folder: Path, precision: str, graph: str = "fused") -> Path:
+def export_decoder(
+    checkpoint: Checkpoint, folder: Path, precision: str, graph: str = "fused", capacity: int | None = None
+) -> Path:
     """Write the graph (and its weights, `<file>.data`) into `folder`; returns `model.onnx` or `portable.onnx` there.
 
+    capacity: positions of the portable graph's KV cache, by default the model's context length. What attention costs
+    there grows with it, however few positions are filled.
     Raises UserError for an unknown precision or graph, a precision the graph cannot have, and a missing exporter.
     """
     check_options(precision, graph)
@@ -70,7 +74,8 @@ def export_decoder(checkpoint: Checkpoint, folder: Path, precision: str, graph: 
             merge_image_embeds(model)
             onnx.save(model, str(built))
         else:
-            _build_portable(checkpoint, built, precision)
+            capacity = capacity or checkpoint.llama_config.max_position_embeddings
+            _build_portable(checkpoint, built, precision, capacity)
         for written in (Path(f"{built}.data"), built):  # weights before the graph that names them
             os.replace(written, folder / written.name)
     return file
@@ -203,10 +208,10 @@ def _build_fused(source: Path, out: Path, precision: str) -> None:
     create_model(*paths, **options)
 
 
-def _build_portable(checkpoint: Checkpoint, file: Path, precision: str) -> None:
+def _build_portable(checkpoint: Checkpoint, file: Path, precision: str, capacity: int) -> None:
     _position_scale(checkpoint)  # refuses what has no fixed table of angles
-    config, data = checkpoint.llama_config, Path(f"{file}.data")
-    model = llama_graph(config, load_language_state(checkpoint), data, config.max_position_embeddings)
+    data = Path(f"{file}.data")
+    model = llama_graph(checkpoint.llama_config, load_language_state(checkpoint), data, capacity)
     merge_image_embeds(model)
     onnx.save(model, str(file))
     if precision == "fp16":

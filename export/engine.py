@@ -35,7 +35,6 @@ PRECISIONS = ("fp16", "int8", "fp8")
 SMALLEST_FP8 = 89
 CURRENT = "current"
 RANGE_SIDE = 512  # pixels of the images whose ranges decide what stays in FP32
-DECODE_OPT = 1024  # positions in the KV cache that decoding is tuned for
 PREFILL_OPT = 640  # a 1536x1536 image and a question
 
 
@@ -154,14 +153,17 @@ def _range_feeds(model: onnx.ModelProto, part: str, random: np.random.Generator)
 
 
 def profiles(network: Any, options: Options, context: int) -> list[dict[str, tuple]]:
-    """Per optimisation profile, input name -> (min, opt, max) shape. context: the decoder's longest sequence."""
+    """Per optimisation profile, input name -> (min, opt, max) shape. context: the decoder's longest sequence.
+
+    A decoder has two: prefill, and decoding, where every shape is fixed and kernels for a single query are chosen.
+    """
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     if options.part == "encoder":
         channels = inputs["pixel_values"][1]
         sizes = ((1, options.min_res), (1, options.opt_res), (options.max_batch, options.max_res))
         return [{"pixel_values": tuple((batch, channels, side, side) for batch, side in sizes)}]
-    prefill = ((1, 0), (PREFILL_OPT, PREFILL_OPT), (context, context))
-    decode = ((1, 0),) * 3
+    usual = min(PREFILL_OPT, context)
+    prefill, decode = ((1, 0), (usual, usual), (context, context)), ((1, 0),) * 3
     return [{name: tuple(_decoder_shape(name, shape, *size) for size in sizes) for name, shape in inputs.items()}
             for sizes in (prefill, decode)]  # fmt: skip
 
