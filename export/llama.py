@@ -9,8 +9,8 @@ and values into the cache, so that a runtime can give `past` and `present` the s
     logits                      [batch, 1, vocab], of the last position
     present.N.key/value         as past_key_values.N, `sequence` more positions filled
 
-Projections of the same input are one matrix, kept as PyTorch has it, [out, in], behind a Transpose. TensorRT would merge
-and transpose them itself, but keeps what it has rearranged once for each optimisation profile.
+Projections of the same input are one matrix, kept as PyTorch has it, [out, in], behind a Transpose. TensorRT would
+merge and transpose them itself, but keeps what it has rearranged once for each optimisation profile.
 """
 
 from collections.abc import Iterable
