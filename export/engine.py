@@ -138,7 +138,9 @@ def _range_feeds(model: onnx.ModelProto, part: str, random: np.random.Generator)
         ramp = np.broadcast_to(np.linspace(-1.8, 2.2, RANGE_SIDE, dtype=np.float32), shape)
         images = [random.standard_normal(shape, dtype=np.float32), np.ascontiguousarray(ramp), np.full_like(ramp, -1.8)]
         return [{"pixel_values": image} for image in images]
-    length, feed = 64, {}
+    cache = next(v for v in model.graph.input if v.name == "past_key_values.0.key").type.tensor_type.shape
+    length, feed = min(64, cache.dim[2].dim_value), {}
+    vocabulary = next(v for v in model.graph.output if v.name == "logits").type.tensor_type.shape.dim[2].dim_value
     for value in model.graph.input:
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
         if value.name.startswith("past_key_values"):
@@ -146,7 +148,7 @@ def _range_feeds(model: onnx.ModelProto, part: str, random: np.random.Generator)
         elif value.name == "image_embeds":
             feed[value.name] = random.standard_normal((1, dims[1]), dtype=np.float32)
         elif value.name == "input_ids":
-            feed[value.name] = random.integers(3, 1000, (1, length))
+            feed[value.name] = random.integers(3, min(1000, vocabulary), (1, length))
         else:
             feed[value.name] = np.zeros(1, np.int64)  # write_indices: the cache is empty
     return [feed]

@@ -58,7 +58,7 @@ def random_llama(**changes) -> LlamaForCausalLM:
 
 
 def write_graph(llama: LlamaForCausalLM, folder, capacity: int = CAPACITY):
-    state = {key: value for key, value in llama.state_dict().items()}
+    state = dict(llama.state_dict())
     if llama.config.tie_word_embeddings:
         del state["lm_head.weight"]
     model = llama_graph(llama.config, state, folder / "portable.onnx.data", capacity)
