@@ -83,7 +83,26 @@ def to_half(model: onnx.ModelProto, kept: list[Kept]) -> onnx.ModelProto:
         node_block_list=in_fp32,
     )
     del half.graph.value_info[:]  # they name types of before
+    _join_fp32_neighbours(half.graph)
     return half
+
+
+def _join_fp32_neighbours(graph: onnx.GraphProto) -> None:
+    """Take out the converter's detour by FP16 between two nodes in FP32, where a large value would become infinite."""
+    to_half = {n.output[0]: n.input[0] for n in graph.node if n.name.endswith("_cast_to_fp16_node")}
+    direct = {
+        node.output[0]: to_half[node.input[0]]
+        for node in graph.node
+        if node.name.endswith("_cast_to_fp32_node") and node.input[0] in to_half
+    }
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = direct.get(name, name)
+    nodes = [node for node in graph.node if node.output[0] not in direct]
+    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
+    nodes = [copy.deepcopy(node) for node in nodes if node.output[0] in used or node.output[0] not in to_half]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _scale_products(graph: onnx.GraphProto, kept: list[Kept]) -> list[str]:
