@@ -1,4 +1,4 @@
-"""The decoder's graphs side by side: ONNX Runtime GenAI's fused one in each precision, optimum-onnx's portable one.
+"""The decoder's graphs side by side: ONNX Runtime GenAI's fused one in each precision, our portable one.
 
     python -m benchmarks.decoder_graphs [--checkpoint DIR]
 
@@ -22,15 +22,14 @@ from runtime.decoder import Decoder
 
 GRAPHS = [("fused", "fp32"), ("portable", "fp32"), ("fused", "fp16"), ("fused", "int8"), ("fused", "int4")]
 IMAGE_TOKENS, TEXT_TOKENS, STEPS, ROUNDS = 576, 38, 48, 5
+CAPACITY = IMAGE_TOKENS + TEXT_TOKENS + STEPS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoder_graphs", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", help="default: the demo model")
     checkpoint = open_checkpoint(parser.parse_args().checkpoint)
-    hidden = checkpoint.llama_config.hidden_size
-    images = np.random.default_rng(0).standard_normal((IMAGE_TOKENS, hidden), dtype=np.float32) * 0.1
-    ids = [*range(100, 104), *range(-1, -IMAGE_TOKENS - 1, -1), *range(104, 100 + TEXT_TOKENS)]
+    ids, images = prompt(checkpoint.llama_config.hidden_size)
     rows, starts = [], []
     for graph, precision in GRAPHS:
         row, start = prepare(checkpoint, graph, precision)
@@ -49,11 +48,17 @@ def main() -> None:
     record.write("decoder_graphs", rows)
 
 
+def prompt(hidden: int) -> tuple[list[int], np.ndarray]:
+    """(ids, image embeds [IMAGE_TOKENS, hidden])."""
+    images = np.random.default_rng(0).standard_normal((IMAGE_TOKENS, hidden), dtype=np.float32) * 0.1
+    return [*range(100, 104), *range(-1, -IMAGE_TOKENS - 1, -1), *range(104, 100 + TEXT_TOKENS)], images
+
+
 def prepare(checkpoint, graph: str, precision: str) -> tuple[dict, callable]:
     """(what can be said before timing, a function that starts a fresh sequence)."""
     folder = BUILD / "decoder" / f"{name_of(checkpoint)}-{precision}"
     begin = time.perf_counter()
-    file = export_decoder(checkpoint, folder, precision, graph)
+    file = export_decoder(checkpoint, folder, precision, graph, CAPACITY)
     export_s = time.perf_counter() - begin
     error = max(row.error for row in check_decoder(checkpoint, file, precision, graph))
     nodes = onnx.load(file, load_external_data=False).graph.node
@@ -61,7 +66,7 @@ def prepare(checkpoint, graph: str, precision: str) -> tuple[dict, callable]:
     begin = time.perf_counter()
     if graph == "fused":
         decoder = Decoder(file, part)
-        start = lambda: decoder.start(IMAGE_TOKENS + TEXT_TOKENS + STEPS)  # noqa: E731
+        start = lambda: decoder.start(CAPACITY)  # noqa: E731
     else:
         portable = PortableSequence(file)
         start = portable.restart

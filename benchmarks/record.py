@@ -10,7 +10,18 @@ from datetime import date
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx", "timm", "torch", "transformers")
+PACKAGES = (
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "optimum-onnx",
+    "polygraphy",
+    "tensorrt_rtx_cu13",
+    "timm",
+    "torch",
+    "transformers",
+)
 
 
 def write(name: str, rows: list[dict], file: Path | None = None, more: dict | None = None) -> Path:

@@ -1,7 +1,8 @@
 """Checkpoint -> bundle: encoder, decoder, tokenizer and manifest in one folder, written whole or not at all.
 
 python -m export.bundle --checkpoint DIR --res N --out DIR [--precision fp32|fp16]
-                        [--decoder-precision fp32|fp16|int8|int4] [--portable-decoder] [--template NAME]
+                        [--decoder-precision fp32|fp16|int8|int4] [--portable-decoder [--capacity N]]
+                        [--template NAME]
 """
 
 import argparse
@@ -13,7 +14,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from export import encoder as encoder_export
 from export.cli import ParityError, choose_resolution, installed_versions, name_of, open_checkpoint, report, run
-from export.decoder import check_decoder, check_options, decoder_part, export_decoder
+from export.decoder import CAPACITY_HELP, check_decoder, check_options, decoder_part, export_decoder
 from export.tokenizer import export_tokenizer
 from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
 from runtime.errors import UserError
@@ -31,16 +32,20 @@ def export_bundle(
     precision: str = "fp32",
     decoder_precision: str = "fp32",
     portable: bool = False,
+    capacity: int | None = None,
     template: str | None = None,
 ) -> None:
     """Write the bundle, every part compared with PyTorch on the way.
 
     resolution: default side of the images, pixels. portable: also the decoder of standard operators, for an engine.
+    capacity: positions of its KV cache; None: the context.
     template: a name in `runtime.prompt.TEMPLATES`; None: see `prompt_template`.
     Raises UserError for an option that cannot be, ParityError where a graph does not compute what the model does.
     """
     prompt, image = prompt_template(checkpoint, template), image_rule(checkpoint, resolution)
     tokens, context = (resolution // image.multiple) ** 2, checkpoint.llama_config.max_position_embeddings
+    if capacity is not None and not tokens < capacity <= context:
+        raise UserError(f"--capacity {capacity}: a KV cache holds {tokens} visual tokens and text, at most {context}")
     if tokens >= context:
         raise UserError(f"resolution {resolution} makes {tokens} visual tokens, the decoder's context is {context}")
 
@@ -54,7 +59,7 @@ def export_bundle(
         _require(report(check_decoder(checkpoint, decoder_file, decoder_precision)), "decoder")
         if portable:
             portable_precision = decoder_precision if decoder_precision in ("fp32", "fp16") else "fp16"
-            portable_file = export_decoder(checkpoint, folder / "decoder", portable_precision, "portable")
+            portable_file = export_decoder(checkpoint, folder / "decoder", portable_precision, "portable", capacity)
             rows = check_decoder(checkpoint, portable_file, portable_precision, "portable")
             _require(report(rows), "portable decoder")
         return {
@@ -129,6 +134,7 @@ def main() -> int:
     parser.add_argument("--precision", default="fp32", help="of the encoder: fp32 or fp16; default: fp32")
     parser.add_argument("--decoder-precision", default="fp32", help="fp32, fp16, int8 or int4; default: fp32")
     parser.add_argument("--portable-decoder", action="store_true", help="add the decoder of standard operators")
+    parser.add_argument("--capacity", type=int, metavar="N", help=CAPACITY_HELP)
     parser.add_argument("--template", help=f"one of {', '.join(TEMPLATES)}; default: the checkpoint's, or vicuna_v1")
     args = parser.parse_args()
     encoder_export.check_precision(args.precision)
@@ -136,9 +142,8 @@ def main() -> int:
     checkpoint = open_checkpoint(args.checkpoint)
     resolution = choose_resolution(args.res, checkpoint)
     out = args.out or DEMO_BUNDLE.parent / name_of(checkpoint)
-    export_bundle(
-        checkpoint, out, resolution, args.precision, args.decoder_precision, args.portable_decoder, args.template
-    )
+    portable, precision = args.portable_decoder, args.decoder_precision
+    export_bundle(checkpoint, out, resolution, args.precision, precision, portable, args.capacity, args.template)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: encoder {args.precision}, decoder {args.decoder_precision}, {size / 1e6:.0f} MB")
     return 0

@@ -40,6 +40,8 @@ from runtime.errors import UserError
 from runtime.session import bind_input, bind_output, input_dtype, open_session
 from train.model import Checkpoint, load_language_state
 
+CAPACITY_HELP = "positions of the portable graph's KV cache; default: the model's context"
+LEAST_CAPACITY = 32  # what `check_decoder` asks of a graph
 GRAPHS = ("fused", "portable")
 # precision -> builder's execution provider. fp16 is written for CUDA, the provider that computes in it; on a CPU ONNX
 # Runtime runs the same graph by way of float32.
@@ -53,10 +55,15 @@ BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1, "int4": 0.8}
 BUILDER_OPTIONS = {"int8": ["shared_embeddings=false"], "int4": ["algo_config=k_quant_last"]}
 
 
-def export_decoder(checkpoint: Checkpoint, folder: Path, precision: str, graph: str = "fused") -> Path:
+def export_decoder(
+    checkpoint: Checkpoint, folder: Path, precision: str, graph: str = "fused", capacity: int | None = None
+) -> Path:
     """Write the graph (and its weights, `<file>.data`) into `folder`; returns `model.onnx` or `portable.onnx` there.
 
-    Raises UserError for an unknown precision or graph, a precision the graph cannot have, and a missing exporter.
+    capacity: positions of the portable graph's KV cache, by default the model's context length. What attention costs
+    there grows with it, however few positions are filled.
+    Raises UserError for an unknown precision or graph, a precision or capacity the graph cannot have, and a missing
+    exporter.
     """
     check_options(precision, graph)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +79,10 @@ def export_decoder(checkpoint: Checkpoint, folder: Path, precision: str, graph: 
             add_next_token(model)
             onnx.save(model, str(built))
         else:
-            _build_portable(checkpoint, built, precision)
+            capacity = checkpoint.llama_config.max_position_embeddings if capacity is None else capacity
+            if capacity < LEAST_CAPACITY:
+                raise UserError(f"a KV cache of {capacity} positions, expected {LEAST_CAPACITY} or more")
+            _build_portable(checkpoint, built, precision, capacity)
         for written in (Path(f"{built}.data"), built):  # weights before the graph that names them
             os.replace(written, folder / written.name)
     return file
@@ -219,10 +229,10 @@ def _build_fused(source: Path, out: Path, precision: str) -> None:
     create_model(*paths, **options)
 
 
-def _build_portable(checkpoint: Checkpoint, file: Path, precision: str) -> None:
+def _build_portable(checkpoint: Checkpoint, file: Path, precision: str, capacity: int) -> None:
     _position_scale(checkpoint)  # refuses what has no fixed table of angles
-    config, data = checkpoint.llama_config, Path(f"{file}.data")
-    model = llama_graph(config, load_language_state(checkpoint), data, config.max_position_embeddings)
+    data = Path(f"{file}.data")
+    model = llama_graph(checkpoint.llama_config, load_language_state(checkpoint), data, capacity)
     merge_image_embeds(model)
     add_next_token(model)
     onnx.save(model, str(file))
@@ -322,6 +332,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--precision", default="fp32", help=f"one of {', '.join(PRECISIONS)}; default: fp32")
     parser.add_argument("--graph", default="fused", help="fused (ONNX Runtime) or portable (standard operators)")
+    parser.add_argument("--capacity", type=int, metavar="N", help=CAPACITY_HELP)
     parser.add_argument(
         "--out", type=Path, help="folder for the graph; default: build/decoder/<checkpoint>-<precision>"
     )
@@ -331,7 +342,7 @@ def main() -> int:
     out = args.out or BUILD / "decoder" / f"{name_of(checkpoint)}-{args.precision}"
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
-        file = export_decoder(checkpoint, Path(partial), args.precision, args.graph)
+        file = export_decoder(checkpoint, Path(partial), args.precision, args.graph, args.capacity)
         if not report(check_decoder(checkpoint, file, args.precision, args.graph)):
             raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
         size = 0

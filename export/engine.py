@@ -174,26 +174,25 @@ def _range_feeds(model: onnx.ModelProto, part: str, random: np.random.Generator)
         ramp = np.broadcast_to(np.linspace(-1.8, 2.2, RANGE_SIDE, dtype=np.float32), shape)
         images = [random.standard_normal(shape, dtype=np.float32), np.ascontiguousarray(ramp), np.full_like(ramp, -1.8)]
         return [{"pixel_values": image} for image in images]
-    length, feed = 64, {}
-    logits = next(value for value in model.graph.output if value.name == "logits")
-    vocab = logits.type.tensor_type.shape.dim[2].dim_value
-    for value in model.graph.input:
-        dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        if value.name.startswith("past_key_values"):
-            feed[value.name] = np.zeros((1, *dims[1:]), np.float32)
-        elif value.name == "image_embeds":
-            feed[value.name] = random.standard_normal((1, dims[1]), dtype=np.float32)
-        elif value.name == "input_ids":
-            feed[value.name] = random.integers(0, vocab, (1, length))
+    shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
+    vocab = next(v for v in model.graph.output if v.name == "logits").type.tensor_type.shape.dim[2].dim_value
+    length, feed = min(64, shapes["past_key_values.0.key"][2]), {}
+    for name, shape in shapes.items():
+        if name.startswith("past_key_values"):
+            feed[name] = np.zeros((1, *shape[1:]), np.float32)
+        elif name == "image_embeds":
+            feed[name] = random.standard_normal((1, shape[1]), dtype=np.float32)
+        elif name == "input_ids":
+            feed[name] = random.integers(0, vocab, (1, length))
         else:
-            feed[value.name] = np.zeros(1, np.int64)  # write_indices: the cache is empty
+            feed[name] = np.zeros(1, np.int64)  # write_indices: the cache is empty
     return [feed]
 
 
 def profiles(network: Any, options: Options) -> list[dict[str, tuple]]:
-    """Per optimisation profile, input name -> (min, opt, max) shape; a decoder has one for prefill and one for decode.
+    """Per optimisation profile, input name -> (min, opt, max) shape.
 
-    Raises UserError for a KV cache without a fixed capacity.
+    A decoder has two: prefill, and decoding, where every shape is fixed and kernels for a single query are chosen.
     """
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     if options.part == "encoder":
@@ -201,11 +200,8 @@ def profiles(network: Any, options: Options) -> list[dict[str, tuple]]:
         sizes = ((1, options.min_res), (1, options.opt_res), (options.max_batch, options.max_res))
         return [{"pixel_values": tuple((batch, channels, side, side) for batch, side in sizes)}]
     context = inputs["past_key_values.0.key"][2]
-    if context < 1:
-        raise UserError("the KV cache has no fixed capacity, which TensorRT needs to update it in place")
     usual = min(PREFILL_OPT, context)
-    prefill = ((1, 0), (usual, usual), (context, context))
-    decode = ((1, 0),) * 3
+    prefill, decode = ((1, 0), (usual, usual), (context, context)), ((1, 0),) * 3
     return [{name: tuple(_decoder_shape(name, shape, *size) for size in sizes) for name, shape in inputs.items()}
             for sizes in (prefill, decode)]  # fmt: skip
 

@@ -68,6 +68,11 @@ class Decoder:
         hidden = next(value.shape[1] for value in self.session.get_inputs() if value.name == "image_embeds")
         self.no_images = self.device.zeros((0, hidden), self.embeds_dtype)
 
+    @property
+    def capacity(self) -> int:
+        """Positions of the longest sequence."""
+        return self.part.context_length
+
     def start(self, capacity: int) -> "Sequence":
         """A new sequence with room for `capacity` positions."""
         part = self.part

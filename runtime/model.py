@@ -219,7 +219,7 @@ class Conversation:
         return next_token(sequence.forward(ids, embeds), generated, sampling, random)
 
     def _start(self, single_turn_length: int = 0) -> DecoderSequence:
-        capacity = single_turn_length if self._single_turn else self._model.bundle.decoder.context_length
+        capacity = single_turn_length if self._single_turn else self._model.decoder.capacity
         return self._model.decoder.start(capacity)
 
     def _inputs(self, prompt: str, images: Sequence[ImageSource]) -> tuple[list[int], int, "_Pictures"]:
@@ -249,7 +249,7 @@ class Conversation:
 
     def _limit(self, ids: list[int]) -> int:
         """How many new tokens may come after `ids`."""
-        context = self._model.bundle.decoder.context_length
+        context = self._model.decoder.capacity
         used = self._sequence.cache.length if self._sequence else 0
         room = context - used - len(ids)
         if room < 1:

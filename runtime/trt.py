@@ -159,7 +159,7 @@ class EngineDecoder:
 
     @property
     def capacity(self) -> int:
-        """Positions that the engine's KV cache has room for."""
+        """Positions of the longest sequence: those that the engine's KV cache was built for."""
         return self._cache_shape[2]
 
     def start(self, capacity: int) -> "EngineSequence":

@@ -1,4 +1,4 @@
-"""Decoder graphs: every precision and both kinds against PyTorch, and the merging of image embeds."""
+"""Decoder graphs: every precision of the fused one against PyTorch, and the merging of image embeds."""
 
 import numpy as np
 import onnx
@@ -41,18 +41,6 @@ def test_block_wise_weights_have_the_bits_asked_for(checkpoint, tmp_path):
     assert set(found["int8"]) == {8}
     assert sorted(set(found["int4"])) == [4, 8]  # the head keeps 8
     assert found["int4"].count(8) == 1
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_portable_graph_has_standard_operators_alone(checkpoint, tmp_path, precision):
-    file = export_decoder(checkpoint, tmp_path, precision, "portable")
-    assert file.name == "portable.onnx"
-    model = onnx.load(file, load_external_data=False)
-    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
-    assert {opset.domain for opset in model.opset_import} <= {"", "ai.onnx"}
-    onnx.checker.check_model(str(file))
-    rows = check_decoder(checkpoint, file, precision, "portable")
-    assert all(row.ok for row in rows), rows
 
 
 def test_what_cannot_be_exported_is_said_at_once(checkpoint, tmp_path):
