@@ -314,6 +314,11 @@ class PortableSequence(Sequence):
         for name, array in (cache.tensors("present") | {"logits": logits, NEXT_TOKEN: self._likeliest}).items():
             bind_output(self._binding, name, array, self._device)
 
+    def restart(self) -> "PortableSequence":
+        """Forget everything; returns itself."""
+        self.rewind(0)
+        return self
+
     def _run(self, ids: list[int], image_embeds: np.ndarray | None) -> None:
         total = self.cache.room_for(len(ids))
         inputs = {

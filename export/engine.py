@@ -477,6 +477,8 @@ def _targets(args: argparse.Namespace) -> list[str]:
     Raises UserError for datacenter TensorRT and another GPU than the present one, and where no GPU is present.
     """
     targets = args.target.split(",")
+    if args.capability and targets == [CURRENT]:
+        return [Options.target]  # a parser takes the same nodes for every GPU
     if args.flavour == "tensorrt" and targets != [CURRENT]:
         raise UserError(
             f"--target {args.target}: datacenter TensorRT builds for the GPU that is present, --target {CURRENT}; "

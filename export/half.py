@@ -124,24 +124,18 @@ def _scale_products(graph: onnx.GraphProto, kept: list[Kept]) -> list[str]:
 def _drop_round_trips(graph: onnx.GraphProto) -> None:
     """The converter puts casts around each node that stays in FP32, also between two of them, and there a value passes
     through FP16 that may not fit it. Let the second one read what the first one wrote."""
-    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
-    inner = {}  # FP32 value that was through FP16 -> the same before that
-    for name, cast in casts.items():
-        before = casts.get(cast.input[0])
-        if before is not None and _casts_to(cast, TensorProto.FLOAT) and _casts_to(before, TensorProto.FLOAT16):
-            inner[name] = before.input[0]
+    # By the converter's names: a cast that was there before may come from any type
+    to_half = {node.output[0]: node.input[0] for node in graph.node if node.name.endswith("_cast_to_fp16_node")}
+    back = [node for node in graph.node if node.name.endswith("_cast_to_fp32_node") and node.input[0] in to_half]
+    direct = {node.output[0]: to_half[node.input[0]] for node in back}
     for node in graph.node:
         for index, name in enumerate(node.input):
-            node.input[index] = inner.get(name, name)
+            node.input[index] = direct.get(name, name)
     used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    while idle := [node for node in graph.node if node.op_type == "Cast" and node.output[0] not in used]:
-        for node in idle:
-            graph.node.remove(node)
-        used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-
-
-def _casts_to(node: onnx.NodeProto, element: int) -> bool:
-    return _attribute(node, "to") == element
+    idle = (*direct, *to_half)
+    nodes = [copy.deepcopy(node) for node in graph.node if node.output[0] in used or node.output[0] not in idle]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def cast_embeds(model: onnx.ModelProto, dtype: str) -> None:

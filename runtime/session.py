@@ -13,7 +13,7 @@ PROVIDERS = {
     "cpu": ("CPUExecutionProvider", ".[cpu]"),
     "cuda": ("CUDAExecutionProvider", ".[gpu]"),
     "tensorrt": ("TensorrtExecutionProvider", ".[gpu] and datacenter TensorRT"),
-    "nv_tensorrt_rtx": ("NvTensorRTRTXExecutionProvider", ".[cpu,rtx]"),
+    "nv_tensorrt_rtx": ("NvTensorRTRTXExecutionProvider", ".[cpu,rtx-provider]"),
 }
 
 

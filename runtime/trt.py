@@ -33,6 +33,8 @@ class EngineRunner:
         trt = importlib.import_module(FLAVOURS[engine.report["flavour"]])
         self._device = device
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        if engine.report["version_compatible"]:
+            self._runtime.engine_host_code_allowed = True  # such engines carry their own runtime
         self._engine = self._runtime.deserialize_cuda_engine(engine.file.read_bytes())
         if self._engine is None:
             raise UserError(f"{engine.file}: {trt.__name__} {trt.__version__} cannot read it, see what it said above")

@@ -151,6 +151,7 @@ def test_the_demo_decoder_in_fp16(demo_bundle):
     assert portable == "decoder/portable.onnx.data"
 
 
+@pytest.mark.slow
 def test_the_released_encoder_in_fp16(tmp_path):
     """ConvNeXt-L with a fifth stage and a projector to 4096, random weights: 1.4 GB in FP16."""
     torch.manual_seed(0)
@@ -166,6 +167,14 @@ def test_the_released_encoder_in_fp16(tmp_path):
     assert report["outputs"][0]["shape"] == [-1, -1, 4096]
     assert 0.95 < report["memory"]["weights_bytes"] / (2 * weights) < 1.1
     assert set(report["onnx"]["sha256"]) == {"fp32.onnx", "fp32.onnx.data"}
+
+
+def test_a_graph_that_is_fp16_already_is_taken_as_it_is(tmp_path):
+    export_encoder(tiny(), tmp_path / "fp16.onnx", "fp16")
+    options = Options(target="sm80")
+    report = read_report(build_engine(source_of_file(tmp_path / "fp16.onnx", options), options))
+    assert {tensor["dtype"] for tensor in report["inputs"] + report["outputs"]} == {"HALF"}
+    assert {kind for layer in layers(report, "CONVOLUTION") for kind in layer["inputs"]} == {"HALF"}
 
 
 def test_what_overflows_is_listed_and_computed_in_fp32(tmp_path):
@@ -275,7 +284,7 @@ def test_a_broken_checkpoint_is_named(graph):
 
 def test_capability_names_what_the_parser_refuses(graph):
     """An operator of nobody between the encoder and its output."""
-    done = run_module("export.engine", "--capability", "--target", "sm89", "--onnx", graph)
+    done = run_module("export.engine", "--capability", "--onnx", graph)
     assert (done.returncode, done.stdout.strip()) == (0, f"{graph}: the parser takes every node")
     model = onnx.load(graph)
     model.graph.node[-1].output[0] = "before"
