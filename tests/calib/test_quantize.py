@@ -13,7 +13,8 @@ from PIL import Image
 
 import runtime
 from calib.images import find_images, open_images, pixel_values
-from calib.quantize import METHODS, calibrate, quantise, quantise_bundle
+from calib.qdq import METHODS, calibrate, quantise
+from calib.quantize import Options, quantise_bundle
 from export.encoder import export_encoder
 from runtime.backends import Backends
 from runtime.bundle import file_sha256, open_bundle
@@ -145,7 +146,7 @@ def test_images_come_at_several_sizes_and_ratios(conformance_bundle, pictures):
 def test_the_bundle_answers_and_keeps_the_rest(conformance_bundle, int8, pictures):
     before, after = open_bundle(conformance_bundle), open_bundle(int8)
     assert (after.encoder.file, after.encoder.precision) == ("encoder/int8.onnx", "int8")
-    assert set(after.files) == {*before.files, "encoder/int8.onnx"}
+    assert set(after.files) == {*before.files, "encoder/int8.onnx", "calib/report.json", "calib/report.md"}
     for name in before.files:
         assert file_sha256(after.path(name)) == file_sha256(before.path(name))
     expected = runtime.load(conformance_bundle, backends=Backends(encoder="onnx"))
@@ -256,10 +257,17 @@ def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
         (few / "00.png", "LLaVA's JSON"),
     ):
         with pytest.raises(UserError, match=said):
-            quantise_bundle(bundle, tmp_path / "out", data, "int8", 64)
+            quantise_bundle(bundle, tmp_path / "out", data, Options())
     arguments = ("--bundle", conformance_bundle, "--data", pictures, "--out", tmp_path / "out")
     assert_one_line_error(run_module("calib.quantize", *arguments, "--precision", "int4"), "int4", "int8 or fp8")
-    assert_one_line_error(run_module("calib.quantize", *arguments, "--samples", 0), "--samples")
+    for options, said in (
+        ({"samples": 0}, "--samples"),
+        ({"method": "guess"}, "minmax, entropy, percentile"),
+        ({"budget": -1}, "--budget"),
+        ({"budget": 0.5, "precision": "fp8"}, "no FP8"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Options(**options)
     assert not (tmp_path / "out").exists()
 
 
@@ -267,4 +275,4 @@ def test_a_bundle_without_a_float32_encoder(conformance, pictures, tmp_path):
     arguments = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--precision", "fp16")
     run_module("export.bundle", *arguments, "--out", tmp_path / "fp16").check_returncode()
     with pytest.raises(UserError, match=r"no encoder/fp32\.onnx"):
-        quantise_bundle(open_bundle(tmp_path / "fp16"), tmp_path / "out", pictures, "int8", 64)
+        quantise_bundle(open_bundle(tmp_path / "fp16"), tmp_path / "out", pictures, Options())
