@@ -11,10 +11,12 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
+    "nncf",
     "numpy",
     "onnx",
     "onnxruntime",
     "onnxruntime-genai",
+    "openvino",
     "optimum-onnx",
     "polygraphy",
     "tensorrt_rtx_cu13",

@@ -25,6 +25,12 @@ COLUMNS = {
         ("iou50", "grounding, IoU ≥ 0.5"),
         ("questions", "questions"),
     ],
+    "calibration": [
+        ("quantiser", "quantiser"),
+        ("sqnr_db", "SQNR of the image embeds, dB"),
+        ("differing", "next tokens that differ, %"),
+        ("seconds", "seconds"),
+    ],
     "chain": [
         ("decoder", "decoder"),
         ("visual_tokens", "visual tokens"),
@@ -64,6 +70,11 @@ COLUMNS = {
         ("prefill_ms", "prefill 614 on a CPU, ms"),
         ("decode_tokens_per_s", "decode on a CPU, tokens/s"),
         ("relative_error", "error of the logits"),
+    ],
+    "encoder_speed": [
+        ("runtime", "runtime"),
+        ("precision", "precision"),
+        ("encode_ms", "encode 1536x1536, ms"),
     ],
     "engines": [
         ("model", "model"),
