@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import record
 from benchmarks.decoder_graphs import CAPACITY, ROUNDS, measure, prompt
-from export import engine
+from export import builder
 from export.cli import open_checkpoint
 from export.decoder import (
     PortableSequence,
@@ -36,7 +36,7 @@ from export.decoder import (
     quietly,
     write_llama,
 )
-from export.half import nodes_to_keep, to_half
+from export.half import half_graph, nodes_to_keep, to_half
 from runtime.bundle import DecoderPart
 from train.model import Checkpoint, load_language_state
 
@@ -87,8 +87,8 @@ class OptimumSequence:
         return logits[0, -1]
 
 
-def optimum_profiles(network: Any, options: engine.Options, context: int) -> list[dict[str, tuple]]:
-    """As `export.engine.profiles`, for optimum's inputs: prefill has no past, decoding any."""
+def optimum_profiles(network: Any, options: builder.Options, context: int) -> list[dict[str, tuple]]:
+    """As `export.builder.profiles`, for optimum's inputs: prefill has no past, decoding any."""
     shapes = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
 
     def shape(name: str, new: int, past: int, images: int) -> tuple:
@@ -98,13 +98,13 @@ def optimum_profiles(network: Any, options: engine.Options, context: int) -> lis
             return (images, shapes[name][1])
         return (1, new + past if name == "attention_mask" else new)
 
-    prefill = ((1, 0, 1), (engine.PREFILL_OPT, 0, engine.PREFILL_OPT), (context, context - 1, context))
+    prefill = ((1, 0, 1), (builder.PREFILL_OPT, 0, builder.PREFILL_OPT), (context, context - 1, context))
     decode = ((1, 1, 0), (1, DECODE_OPT, 0), (1, context - 1, 0))
     return [{name: tuple(shape(name, *size) for size in sizes) for name in shapes} for sizes in (prefill, decode)]
 
 
 def optimum_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """As `export.engine.half_graph`, for optimum's inputs."""
+    """As `export.half.half_graph`, for optimum's inputs."""
     random, length, feed = np.random.default_rng(0), 64, {}
     for value in model.graph.input:
         dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--target", default="sm89", help="GPU to build for; default: sm89")
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.checkpoint)
-    options = engine.Options(part="decoder", target=args.target)
+    options = builder.Options(part="decoder", target=args.target)
     with tempfile.TemporaryDirectory() as folder:
         candidates = [portable(checkpoint, Path(folder)), optimum(checkpoint, Path(folder))]
         speeds = time_in_turn(candidates, checkpoint.llama_config.hidden_size)
@@ -194,16 +194,16 @@ def time_in_turn(candidates: list[Candidate], hidden: int) -> list[tuple[float, 
     return [tuple(map(statistics.median, zip(*samples, strict=True))) for samples in zip(*rounds[1:], strict=True)]
 
 
-def built(candidate: Candidate, options: engine.Options, context: int) -> dict:
+def built(candidate: Candidate, options: builder.Options, context: int) -> dict:
     """Figures of the FP16 engine."""
     ours, file = candidate.name == "portable", candidate.file.with_name("half.onnx")
     model = onnx.load(str(candidate.file))
-    half = engine.half_graph(model, "decoder")[0] if ours else optimum_half(model)
+    half = half_graph(model, "decoder")[0] if ours else optimum_half(model)
     onnx.save(half, str(file), save_as_external_data=True, location=f"{file.name}.data", size_threshold=4096)
     del model, half
-    profiles = engine.profiles if ours else partial(optimum_profiles, context=context)
-    with mock.patch.object(engine, "profiles", profiles):
-        serialised, about = engine.build(file, options)
+    profiles = builder.profiles if ours else partial(optimum_profiles, context=context)
+    with mock.patch.object(builder, "profiles", profiles):
+        serialised, about = builder.build(file, options)
     types = [layer["type"] for layer in about["network_layers"]]
     return {
         "network_layers": len(types),

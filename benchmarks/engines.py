@@ -13,8 +13,9 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.export_encoder import RESOLUTION, random_checkpoint
+from export.builder import Options
 from export.cli import BUILD
-from export.engine import Options, Source, build_engine, source_of, source_of_file
+from export.engine import Source, build_engine, source_of, source_of_file
 from runtime.bundle import open_bundle
 from runtime.engines import read_report
 

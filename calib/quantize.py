@@ -50,8 +50,8 @@ class Options:
             raise UserError(f"unknown --precision {self.precision!r}, expected {' or '.join(PRECISIONS)}")
         if self.method not in METHODS:
             raise UserError(f"unknown --method {self.method!r}, expected one of {', '.join(METHODS)}")
-        if self.samples < 1:
-            raise UserError(f"--samples is {self.samples}, expected 1 or more")
+        if self.samples < LEAST:
+            raise UserError(f"--samples is {self.samples}, expected {LEAST} or more")
         if self.budget is not None and not 0 <= self.budget <= 100:
             raise UserError(f"--budget is {self.budget}, expected 0 to 100 % of next tokens")
         if self.budget is not None and self.precision == "fp8":
@@ -67,6 +67,8 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
     """
     if SOURCE not in bundle.files:
         raise UserError(f"{bundle.folder} has no {SOURCE} to quantise; export it with --precision fp32")
+    if out.resolve() == bundle.folder.resolve():
+        raise UserError(f"--out {out} is the bundle itself, whose engines would be lost; choose another")
     source, precision = bundle.path(SOURCE), options.precision
     images = open_images(find_images(data, options.samples + HELD_OUT))
     calibration, evaluation = split(images)

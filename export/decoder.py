@@ -31,7 +31,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from export.cli import BUILD, Difference, ParityError, compare, name_of, open_checkpoint, report, run
-from export.engine import half_graph
+from export.half import half_graph
 from export.llama import SMALL, llama_graph
 from runtime.bundle import DecoderPart
 from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, Sequence

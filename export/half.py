@@ -7,24 +7,20 @@ weight matrix is the exception: in FP32 its weights would take, and be read at e
 computed in FP16 from an input scaled down by a power of two, and scaled back in FP32.
 """
 
-import contextlib
 import copy
 import math
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+from export.ranges import inferred_types, largest_magnitudes, probe_inputs, without_quantisation
+from runtime.errors import UserError
+
 LIMIT = 65504 / 4  # inputs that nobody ran may go further than those that were run
-MASKED = 1e30
 LARGEST_WEIGHT_ERROR = 1e-3  # relative; FP16's own rounding is 3e-4, subnormal weights lose more
-WEIGHT_ERROR = "relative error of the weights in FP16"
 
 
 @dataclass(frozen=True)
@@ -40,13 +36,28 @@ class Kept:
     value: float
 
 
+def half_graph(model: onnx.ModelProto, part: str) -> tuple[onnx.ModelProto, list[Kept]]:
+    """(the graph in FP16, the nodes that stay in FP32). A graph that takes FP16 already is returned as it is.
+
+    part: encoder or decoder. Raises UserError for a graph that is not finite in FP32.
+    """
+    floats = [v for v in model.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+    if not floats:
+        return model, []
+    try:
+        kept = nodes_to_keep(model, probe_inputs(model, part))
+    except ValueError as error:
+        raise UserError(f"the {part} cannot be built: {error}; its checkpoint is broken") from error
+    return to_half(model, kept), kept
+
+
 def nodes_to_keep(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -> list[Kept]:
     """The nodes of the FP32 `model` that must not compute in FP16, found by running it on `inputs`.
 
     inputs: one feed for each run. Raises ValueError where a tensor is NaN or infinite in FP32 already, naming it.
     """
-    plain, aliases = _without_quantisation(model)
-    ranges = _ranges(plain, inputs)
+    plain, aliases = without_quantisation(model)
+    ranges = largest_magnitudes(plain, inputs)
     ranges |= {name: ranges[of] for name, of in aliases.items() if of in ranges}
     errors = _weight_errors(model.graph)
     kept = []
@@ -63,7 +74,7 @@ def nodes_to_keep(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -
         if value > LIMIT:
             kept.append(Kept(node.name, node.op_type, what, value))
         elif error > LARGEST_WEIGHT_ERROR:
-            kept.append(Kept(node.name, node.op_type, WEIGHT_ERROR, error))
+            kept.append(Kept(node.name, node.op_type, "relative error of the weights in FP16", error))
     return kept
 
 
@@ -74,7 +85,7 @@ def to_half(model: onnx.ModelProto, kept: list[Kept]) -> onnx.ModelProto:
     """
     model = copy.deepcopy(model)
     in_fp32 = _scale_products(model.graph, kept)
-    types = _inferred(model)
+    types = inferred_types(model)
     del model.graph.value_info[:]
     model.graph.value_info.extend(types)
     blocked = [op for op in DEFAULT_OP_BLOCK_LIST if op not in ("QuantizeLinear", "DequantizeLinear", "TopK")]
@@ -157,108 +168,6 @@ def cast_embeds(model: onnx.ModelProto, dtype: str) -> None:
     graph.node.insert(0 if is_input else len(graph.node), cast)
 
 
-def _without_quantisation(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """(the same graph in float, dequantised value -> what it was before it was quantised).
-
-    Rounding does not move a range, and ONNX Runtime's CPU provider computes nothing in FP8.
-    """
-    values = {tensor.name: tensor for tensor in model.graph.initializer}
-    quantised = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    pairs = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    if not pairs:
-        return model, {}
-    aliases, plain = {}, copy.deepcopy(model)
-    for node in pairs:
-        if node.input[0] in quantised:
-            aliases[node.output[0]] = quantised[node.input[0]]
-        else:
-            weights, scale = (numpy_helper.to_array(values[name]).astype(np.float32) for name in node.input[:2])
-            if scale.ndim:
-                axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % weights.ndim
-                scale = scale.reshape([-1 if i == axis else 1 for i in range(weights.ndim)])
-            plain.graph.initializer.append(numpy_helper.from_array(weights * scale, node.output[0]))
-    nodes = [copy.deepcopy(n) for n in plain.graph.node if n.op_type not in ("QuantizeLinear", "DequantizeLinear")]
-    del plain.graph.node[:]
-    plain.graph.node.extend(nodes)
-    for node in plain.graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = aliases.get(name, name)
-    used = {name for node in plain.graph.node for name in node.input}
-    kept = [tensor for tensor in plain.graph.initializer if tensor.name in used]
-    del plain.graph.initializer[:]
-    plain.graph.initializer.extend(kept)
-    return plain, aliases
-
-
-def _ranges(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Largest magnitude of each float tensor that a node makes, and the largest sum of squares of each LayerNorm."""
-    probe = copy.deepcopy(model)
-    graph = probe.graph
-    types = {v.name: v.type.tensor_type.elem_type for v in _inferred(model)}
-    types |= {value.name: value.type.tensor_type.elem_type for value in graph.output}
-    names, maxima = [], []
-
-    def add(name: str, magnitude: str) -> None:
-        maximum = f"range/{len(names)}"
-        graph.node.append(helper.make_node("ReduceMax", [magnitude], [maximum], keepdims=0))
-        graph.node.append(helper.make_node("Reshape", [maximum, "range/one"], [f"{maximum}/1"]))
-        names.append(name)
-        maxima.append(f"{maximum}/1")
-
-    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "range/one"))
-    graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "range/last"))
-    for node in list(graph.node):
-        for name in node.output:
-            if types.get(name) == TensorProto.FLOAT:
-                graph.node.append(helper.make_node("Abs", [name], [f"range/{name}/abs"]))
-                add(name, f"range/{name}/abs")
-        if node.op_type == "LayerNormalization":
-            source = f"range/{node.name}"
-            graph.node.append(helper.make_node("ReduceMean", [node.input[0], "range/last"], [f"{source}/mean"]))
-            graph.node.append(helper.make_node("Sub", [node.input[0], f"{source}/mean"], [f"{source}/centred"]))
-            graph.node.append(
-                helper.make_node("ReduceSumSquare", [f"{source}/centred", "range/last"], [f"{source}/squares"])
-            )
-            add(f"{node.name}/sum_of_squares", f"{source}/squares")
-    graph.node.append(helper.make_node("Concat", maxima, ["range/all"], axis=0))
-    graph.output.append(helper.make_tensor_value_info("range/all", TensorProto.FLOAT, [len(names)]))
-    found = []
-    with _session(probe) as session:
-        for feed in inputs:
-            *outputs, maximum = session.run(None, feed)
-            found.append(maximum)
-            if not all(np.isfinite(value).all() for value in outputs):
-                raise ValueError(f"{_first_not_finite(model, feed)} is not finite in FP32 already")
-    found = np.max(found, axis=0)
-    if any(node.op_type in ("Softmax", "Attention") for node in model.graph.node):
-        found[found > MASKED] = 0  # of attention's masks, whose minus infinity FP16 has too
-    return dict(zip(names, found.tolist(), strict=True))
-
-
-@contextlib.contextmanager
-def _session(model: onnx.ModelProto) -> Iterator[onnxruntime.InferenceSession]:
-    """By way of a file, because one protobuf holds 2 GB and a large model does not fit."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder, "model.onnx"))
-        onnx.save(model, file, save_as_external_data=True, location="model.data")
-        yield onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def _first_not_finite(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> str:
-    """Name of the first tensor of the graph with a NaN or an infinity in it."""
-    probe = copy.deepcopy(model)
-    types = {value.name: value for value in _inferred(model) if value.type.tensor_type.elem_type == TensorProto.FLOAT}
-    names = [name for node in model.graph.node for name in node.output if name in types]
-    probe.graph.output.extend(types[name] for name in names)
-    with _session(probe) as session:
-        for name, value in zip(names, session.run(names, feed), strict=True):
-            if not np.isfinite(value).all():
-                return name
-    return model.graph.output[0].name
-
-
 def _weight_errors(graph: onnx.GraphProto) -> dict[str, float]:
     """Relative error of each FP32 initializer that float16 rounds."""
     return {t.name: _weight_error(t) for t in graph.initializer if t.data_type == TensorProto.FLOAT}
@@ -270,25 +179,6 @@ def _weight_error(tensor: TensorProto) -> float:
         rounded = weights.astype(np.float16).astype(np.float32)
     norm = float(np.linalg.norm(weights))
     return float(np.linalg.norm(rounded - weights)) / norm if norm else 0.0
-
-
-def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    return list(onnx.shape_inference.infer_shapes(_without_weights(model)).graph.value_info)
-
-
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose matrices are inputs: types can be inferred all the same, and it fits one protobuf."""
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    light.graph.name = model.graph.name
-    light.graph.node.extend(model.graph.node)
-    light.graph.input.extend(model.graph.input)
-    light.graph.output.extend(model.graph.output)
-    for tensor in model.graph.initializer:
-        if len(tensor.dims) > 1:
-            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            light.graph.initializer.append(tensor)
-    return light
 
 
 def _attribute(node: onnx.NodeProto, name: str):

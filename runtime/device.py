@@ -2,12 +2,13 @@
 
 An array of `Cpu` is a numpy array, one of `Cuda` a `CudaArray`; both have shape, dtype and rows to slice. On a GPU all
 work goes into one stream, so what one part writes the next may read without waiting, and nothing passes through the
-host unless `numpy` asks for it. The CUDA side uses NVIDIA's cuda-bindings; no PyTorch.
+host unless `to_numpy` asks for it. The CUDA side uses NVIDIA's cuda-bindings; no PyTorch.
 """
 
 import ctypes
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,6 @@ class Cpu:
     """The host's memory."""
 
     name = "cpu"
-    stream = 0
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.zeros(shape, dtype)
@@ -28,9 +28,6 @@ class Cpu:
     def take(self, values: Any, dtype: Any) -> np.ndarray:
         """`values`, an array of any device, here and in `dtype`; copied only where it must be."""
         return np.ascontiguousarray(to_numpy(values), dtype)
-
-    def copy(self, target: np.ndarray, source: np.ndarray) -> None:
-        target[...] = source
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Cuda:
     def synchronize(self) -> None:
         self._call("cudaStreamSynchronize", self._handle)
 
-    def capture(self, work) -> Any:
+    def capture(self, work: Callable[[], None]) -> "CudaGraph":
         """What `work()` puts into the stream, recorded rather than run; `replay` runs it."""
         mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._handle, mode)
@@ -127,10 +124,14 @@ class Cuda:
             work()
         finally:
             graph = self._call("cudaStreamEndCapture", self._handle)
-        return self._call("cudaGraphInstantiate", graph, 0)
+        handle = self._call("cudaGraphInstantiate", graph, 0)
+        self._call("cudaGraphDestroy", graph)
+        recorded = CudaGraph(handle)
+        weakref.finalize(recorded, self._cudart.cudaGraphExecDestroy, handle)
+        return recorded
 
-    def replay(self, graph: Any) -> None:
-        self._call("cudaGraphLaunch", graph, self._handle)
+    def replay(self, graph: "CudaGraph") -> None:
+        self._call("cudaGraphLaunch", graph.handle, self._handle)
 
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         if size:
@@ -142,6 +143,13 @@ class Cuda:
         if int(status):
             raise UserError(f"{function}: {status.name}")
         return values[0] if values else None
+
+
+class CudaGraph:
+    """Recorded work; destroyed with the object."""
+
+    def __init__(self, handle: Any):
+        self.handle = handle
 
 
 class _Memory:

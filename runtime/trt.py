@@ -9,12 +9,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from runtime.decoder import NEXT_TOKEN, KVCache, Sequence
-from runtime.device import Array, Cuda, CudaArray
+from runtime.device import Array, Cuda, CudaArray, CudaGraph
 from runtime.encoder import tokens_of
 from runtime.engines import FLAVOURS, Engine
 from runtime.errors import UserError
@@ -62,7 +61,7 @@ class EngineRunner:
             raise UserError(f"{self.file}: the execution failed, see what TensorRT said above")
 
 
-def _recorded(device: Cuda, work: Callable[[], None], what: Path) -> Any:
+def _recorded(device: Cuda, work: Callable[[], None], what: Path) -> CudaGraph | None:
     """A CUDA graph of `work`; None, with a warning, where it cannot be recorded."""
     device.synchronize()
     try:
@@ -79,7 +78,7 @@ class _Recorded:
     staging: np.ndarray  # pinned, [1, 3, H, W]
     pixels: CudaArray
     embeds: CudaArray  # [1, T, D]
-    graph: Any = None
+    graph: CudaGraph | None = None
 
 
 class EngineEncoder:

@@ -258,10 +258,12 @@ def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             quantise_bundle(bundle, tmp_path / "out", data, Options())
+    with pytest.raises(UserError, match="the bundle itself"):
+        quantise_bundle(bundle, bundle.folder, pictures, Options())
     arguments = ("--bundle", conformance_bundle, "--data", pictures, "--out", tmp_path / "out")
     assert_one_line_error(run_module("calib.quantize", *arguments, "--precision", "int4"), "int4", "int8 or fp8")
     for options, said in (
-        ({"samples": 0}, "--samples"),
+        ({"samples": 15}, "--samples is 15, expected 16"),
         ({"method": "guess"}, "minmax, entropy, percentile"),
         ({"budget": -1}, "--budget"),
         ({"budget": 0.5, "precision": "fp8"}, "no FP8"),

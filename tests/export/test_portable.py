@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from export.builder import Options, build, capability
 from export.decoder import PortableSequence, check_decoder, decoder_part, export_decoder, merge_image_embeds
-from export.engine import Options, build, capability, half_graph
-from export.half import LIMIT, nodes_to_keep, to_half
+from export.half import LIMIT, half_graph, nodes_to_keep, to_half
 from export.llama import llama_graph
 from runtime.errors import UserError
 from train.model import Checkpoint

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from calib.qdq import calibrate, quantise
 from export import trtexec, validate
 from export.cli import ParityError
 from export.encoder import export_encoder
@@ -154,6 +155,19 @@ def test_polygraphy_s_runners_are_those_of_the_flavour(engine, graph):
     pixels = np.random.default_rng(0).standard_normal((1, 3, 128, 64), dtype=np.float32)
     with reference as session:
         assert session.infer({"pixel_values": pixels})["image_embeds"].shape == (1, 2, 48)
+
+
+def test_an_fp8_engine_is_compared_with_the_graph_before_it_was_quantised(engine, graph, tmp_path):
+    pixels = [np.random.default_rng(i).standard_normal((1, 3, 128, 64), dtype=np.float32) for i in range(16)]
+    quantise(graph, tmp_path / "fp8.onnx", calibrate(graph, pixels, "minmax")[0], "fp8")
+    _, reference = validate.polygraphy_runners(
+        engine, read_report(engine) | {"precision": "fp8"}, tmp_path / "fp8.onnx"
+    )
+    with reference as session:
+        found = session.infer({"pixel_values": pixels[0]})["image_embeds"]
+    (expected,) = onnxruntime.InferenceSession(graph).run(None, {"pixel_values": pixels[0]})
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.1, "its weights are rounded, its activations are not"
 
 
 def test_another_gpu_is_no_place_to_run_it(engine, graph, monkeypatch, capsys):

@@ -37,7 +37,7 @@ class Cudart:
         self.memory: dict[int, ctypes.Array] = {}
         self.recording: list | None = None
         self.capture_fails = False
-        self.replays = 0
+        self.replays = self.destroyed = 0
         self.copied = {1: 0, 2: 0, 3: 0}  # bytes by kind
 
     def cudaGetDeviceCount(self):
@@ -89,6 +89,13 @@ class Cudart:
 
     def cudaGraphInstantiate(self, graph, flags):
         return Status.cudaSuccess, graph
+
+    def cudaGraphDestroy(self, graph):
+        return (Status.cudaSuccess,)
+
+    def cudaGraphExecDestroy(self, graph):
+        self.destroyed += 1
+        return (Status.cudaSuccess,)
 
     def cudaGraphLaunch(self, graph, stream):
         self.replays += 1

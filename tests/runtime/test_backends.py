@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 import runtime
-from export.engine import Options, engine_graph, source_of
+from export.builder import Options
+from export.engine import engine_graph, source_of
 from export.half import to_half
 from export.validate import validate
 from runtime.backends import Backends
@@ -176,6 +177,8 @@ def test_memory_is_given_back(bundle, monkeypatch):
     for rows in range(2, 60):  # more sizes than are kept
         encoder([random.standard_normal((3, 64 * (rows % 7 + 2), 64 * (rows % 5 + 2)), dtype=np.float32)])
     assert len(cudart.memory) <= held + 15 * 3
+    sizes = len({(rows % 7, rows % 5) for rows in range(2, 60)} | {(0, 0)})
+    assert cudart.destroyed >= sizes - 16
 
 
 def test_an_image_outside_the_engine_is_refused(bundle, monkeypatch):
