@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import runtime
 from benchmarks import record
-from benchmarks.metrics import anls, exact_match, iou
+from calib.metrics import anls, exact_match, iou
 from runtime.grounding import read_boxes
 from train.data.documents import PRESETS, SPLITS, Document, Question, render
 

@@ -1,112 +1,184 @@
-"""INT8 encoders of several quantisers side by side: what they lose against float32, and how fast they are on a CPU.
+"""What quantisation costs and brings, beside other quantisers, on the demo model.
 
-    python -m benchmarks.calibration [--bundle DIR] [--data FOLDER]
+    python -m benchmarks.calibration quantisers|speed|decoders|goals ... [--modelopt PYTHON]
 
-The demo model after its alignment (it reads, but does not answer yet) on drawn documents, calibrated on 64 and measured
-on 12 others. Encoders are timed at 1536 in rounds through all of them, so that a slow minute of the machine falls on
-all; medians are recorded. NNCF's fast bias correction is on, as it comes.
+quantisers: INT8 encoders of several quantisers from the same images, what they lose, and how fast they are.
+speed: encoders in each precision and runtime, at 1536.
+decoders: decoders of 4 and 8 bits, with perplexity of the answers and of plain English text.
+goals: encoder and decoder as `calib.quantize` makes them, on 1,000 questions.
+
+The demo model after its alignment (it sees text, but does not answer yet) on drawn documents of the test split, whose
+known answers are fed token by token. Things are timed in rounds through all of them, so that a slow minute of the
+machine falls on all; medians are recorded. --modelopt: the interpreter of an environment with `nvidia-modelopt[onnx]`,
+which wants other versions of onnx and onnxruntime.
 """
 
 import argparse
+import itertools
+import json
+import pydoc_data.topics
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 
 from benchmarks import record
-from calib.images import find_images, open_images, pixel_values
-from calib.qdq import METHODS, calibrate, quantise
-from calib.quantize import HELD_OUT, SOURCE, split
-from calib.sensitivity import Evaluation
-from export.cli import BUILD
-from runtime.bundle import MANIFEST, open_bundle
+from calib.activations import METHODS, Activations
+from calib.decoder import prompts, quantise_decoder
+from calib.evaluation import Evaluation
+from calib.images import Page, calibration_pixels, find_pages, pixels_of, split, spread
+from calib.qdq import Calibrated, measure_means
+from calib.quantize import MEAN_IMAGES, SOURCE, for_search
+from calib.sensitivity import depthwise_of, groups_of
+from export.cli import BUILD, open_checkpoint
+from export.decoder import export_decoder
+from runtime.bundle import MANIFEST, Bundle, open_bundle
+from runtime.decoder import Decoder
 from runtime.encoder import OnnxEncoder, OpenVinoEncoder
+from runtime.tokenizer import Tokenizer
 
 CARRIED = "train/runs/convllava-smol/align.safetensors"
-SAMPLES, ROUNDS, SIDE = 64, 9, 1536
+BUNDLE, DATA = BUILD / "bundle" / "align", BUILD / "data" / "calibration"
+PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 96, 9, 1536
+PROMPTS = 16  # that the decoder is calibrated on
+BUDGET = 3.0  # % of next tokens
+STEPS, WINDOW, WINDOWS = 48, 512, 3  # decoded tokens that are timed; of text: tokens of a window, windows
+MODELOPT = """
+import sys, numpy
+from modelopt.onnx.quantization import quantize
+source, data, target = sys.argv[1:]
+quantize(source, quantize_mode="int8", calibration_data={"pixel_values": numpy.load(data)}, calibration_method="max",
+         calibration_eps=["cpu"], output_path=target, high_precision_dtype="fp32")
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__.split("\n")[0])
-    parser.add_argument("--bundle", type=Path, default=BUILD / "bundle" / "align", help="made where it is not there")
-    parser.add_argument("--data", type=Path, default=BUILD / "data" / "calibration", help="drawn where it is not there")
+    parser.add_argument("what", nargs="+", choices=list(PARTS))
+    parser.add_argument("--modelopt", type=Path, metavar="PYTHON", help="interpreter that has nvidia-modelopt[onnx]")
     args = parser.parse_args()
-    prepare(args.bundle, args.data)
-    bundle = open_bundle(args.bundle)
-    source, stride = bundle.path(SOURCE), bundle.encoder.stride
-    chosen, held_out = split(open_images(find_images(args.data, SAMPLES + HELD_OUT)))
-    feeds = list(pixel_values(chosen, bundle.image))
-    evaluation = Evaluation(bundle, source, list(pixel_values(held_out, bundle.image)))
-    with tempfile.TemporaryDirectory() as folder:
-        files, rows = {}, []
-        for name, make in quantisers(source).items():
-            files[name] = Path(folder, f"{name}.onnx")
-            begin = time.perf_counter()
-            make(feeds, files[name])
-            seconds = time.perf_counter() - begin
-            loss = evaluation.loss(files[name])
-            rows.append(
-                {
-                    "quantiser": name,
-                    "sqnr_db": round(loss.sqnr_db, 1),
-                    "differing": round(loss.differing, 2),
-                    "seconds": round(seconds, 1),
-                }
-            )
-            print(rows[-1], flush=True)
-        record.write("calibration", rows)
-        ours, nncf = files["ONNX Runtime, minmax"], files["NNCF"]
-        encoders = {
-            ("ONNX Runtime", "fp32"): OnnxEncoder(source, stride),
-            ("ONNX Runtime", "int8"): OnnxEncoder(ours, stride),
-            ("OpenVINO", "fp32"): OpenVinoEncoder(source, stride),
-            ("OpenVINO", "bf16"): OpenVinoEncoder(source, stride, precision="bf16"),
-            ("OpenVINO", "int8"): OpenVinoEncoder(ours, stride, precision="int8"),
-            ("OpenVINO", "int8, rest bf16"): OpenVinoEncoder(ours, stride, precision="bf16"),
-            ("OpenVINO", "int8 of NNCF"): OpenVinoEncoder(nncf, stride, precision="int8"),
-        }
-        speeds = time_in_turn(encoders)
-    rows = [{"runtime": key[0], "precision": key[1], "encode_ms": ms} for key, ms in speeds.items()]
-    record.write("encoder_speed", rows)
+    prepare()
+    for what in dict.fromkeys(args.what):
+        PARTS[what](args)
 
 
-def prepare(bundle: Path, data: Path) -> None:
+def prepare() -> None:
     """Make the bundle of the carried weights and draw the pages, where they are not there."""
-    if not (bundle / MANIFEST).is_file():
+    if not (BUNDLE / MANIFEST).is_file():
         checkpoint = BUILD / "runs" / "convllava-smol" / "align" / "final"
         run("train.model.demo", "--unpack", CARRIED, checkpoint)
-        run("export.bundle", "--checkpoint", checkpoint, "--out", bundle)
-    if not data.is_dir():
-        run("train.data.documents", "--out", data, "--pages", SAMPLES + HELD_OUT, "--preset", "page-1536")
+        run("export.bundle", "--checkpoint", checkpoint, "--out", BUNDLE)
+    if not DATA.is_dir():
+        run("train.data.documents", "--out", DATA, "--pages", PAGES, "--split", "test", "--preset", "page-1536")
 
 
 def run(module: str, *arguments: object) -> None:
     subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
-def quantisers(source: Path) -> dict[str, Callable[[list[np.ndarray], Path], None]]:
-    """name -> what writes an INT8 graph of `source` from calibration images."""
-
-    def onnxruntime_by(method: str) -> Callable[[list[np.ndarray], Path], None]:
-        return lambda feeds, target: quantise(source, target, calibrate(source, feeds, method)[0], "int8")
-
-    def nncf(feeds: list[np.ndarray], target: Path) -> None:
-        import nncf
-
-        dataset = nncf.Dataset(feeds, lambda pixels: {"pixel_values": pixels})
-        preset = nncf.QuantizationPreset.PERFORMANCE  # symmetric, as TensorRT has it
-        onnx.save(nncf.quantize(onnx.load(source), dataset, preset=preset, subset_size=len(feeds)), target)
-
-    return {f"ONNX Runtime, {method}": onnxruntime_by(method) for method in METHODS} | {"NNCF": nncf}
+def pages() -> tuple[list[Page], list[Page]]:
+    return split(find_pages(DATA / "documents.json"), SAMPLES, 1000)
 
 
-def time_in_turn(encoders: dict) -> dict[tuple[str, str], float]:
+def quantisers(args: argparse.Namespace) -> None:
+    bundle = open_bundle(BUNDLE)
+    calibration, held_out = pages()
+    evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS, scored=False)
+    with tempfile.TemporaryDirectory() as folder:
+        made = list(encoders(bundle, calibration, Path(folder), args.modelopt))
+        speeds = time_in_turn({row["quantiser"]: OnnxEncoder(file, bundle.encoder.stride) for row, file in made})
+        for row, file in made:
+            loss = evaluation.loss(file)
+            row |= {"sqnr_db": round(loss.sqnr_db, 1), "differing": round(loss.differing, 1)}
+            row |= {"encode_ms": speeds[row["quantiser"]]}
+            print(row, flush=True)
+    rows = [row for row, _ in made]
+    record.write("calibration", rows, more={"questions": evaluation.questions, "next_tokens": evaluation.tokens})
+
+
+def encoders(bundle: Bundle, calibration: list[Page], folder: Path, modelopt: Path | None):
+    """(row, INT8 graph) of each quantiser."""
+    source = bundle.path(SOURCE)
+    graph = onnx.load(source, load_external_data=False).graph
+    groups = groups_of(graph)
+    depthwise = [node for group in groups if group.name in depthwise_of(graph, groups) for node in group.nodes]
+    feeds = list(calibration_pixels(calibration, bundle.image))
+
+    def timed(name: str, write: Callable[[Path], None], before: float = 0.0):
+        file = folder / f"{len(list(folder.iterdir()))}.onnx"
+        begin = time.perf_counter()
+        write(file)
+        return {"quantiser": name, "seconds": round(time.perf_counter() - begin + before, 1)}, file
+
+    begin = time.perf_counter()
+    activations = Activations(source)
+    activations.collect(feeds)
+    collecting = time.perf_counter() - begin
+    for method in METHODS:
+        begin = time.perf_counter()
+        ranges = activations.ranges(method)[0]
+        before = collecting + time.perf_counter() - begin
+        plain = Calibrated(source, "int8", ranges)
+        if method == "mse":
+            begin = time.perf_counter()
+            means = measure_means(source, ranges, "int8", spread(feeds, MEAN_IMAGES))
+            whole = Calibrated(source, "int8", ranges, means)
+            corrected = before + time.perf_counter() - begin
+            yield timed(
+                "this project: mse, biases corrected, depthwise float32",
+                partial(whole.write, spared=depthwise),
+                corrected,
+            )
+            yield timed("the same, depthwise INT8 too", whole.write, corrected)
+        yield timed(f"{method}, biases as they were, depthwise float32", partial(plain.write, spared=depthwise), before)
+    yield timed("NNCF", partial(nncf_encoder, source, feeds))
+    if modelopt is not None:
+        squares = np.stack([pixels_of(page, bundle.image) for page in spread(calibration, 16)])
+        np.save(folder / "squares.npy", squares)
+        command = [modelopt, "-c", MODELOPT, source, folder / "squares.npy"]
+        yield timed(
+            "Model Optimizer, 16 images of one size",
+            lambda file: subprocess.run([*map(str, [*command, file])], check=True),
+        )
+
+
+def nncf_encoder(source: Path, feeds: list[tuple[str, np.ndarray]], target: Path) -> None:
+    import nncf
+
+    dataset = nncf.Dataset([pixels for _, pixels in feeds], lambda pixels: {"pixel_values": pixels})
+    preset = nncf.QuantizationPreset.PERFORMANCE  # symmetric, as TensorRT has it
+    onnx.save(nncf.quantize(onnx.load(source), dataset, preset=preset, subset_size=len(feeds)), target)
+
+
+def speed(args: argparse.Namespace) -> None:
+    bundle = open_bundle(BUNDLE)
+    source, stride = bundle.path(SOURCE), bundle.encoder.stride
+    with tempfile.TemporaryDirectory() as folder:
+        int8 = Path(folder, "int8")
+        run("calib.quantize", "--bundle", BUNDLE, "--data", DATA, "--questions", 1, "--samples", 16, "--out", int8)
+        file = int8 / "encoder" / "int8.onnx"
+        speeds = time_in_turn(
+            {
+                ("ONNX Runtime", "fp32"): OnnxEncoder(source, stride),
+                ("ONNX Runtime", "int8"): OnnxEncoder(file, stride),
+                ("OpenVINO", "fp32"): OpenVinoEncoder(source, stride),
+                ("OpenVINO", "bf16"): OpenVinoEncoder(source, stride, precision="bf16"),
+                ("OpenVINO", "int8"): OpenVinoEncoder(file, stride, precision="int8"),
+                ("OpenVINO", "int8, the rest in bf16"): OpenVinoEncoder(file, stride, precision="bf16"),
+            }
+        )
+    rows = [{"runtime": key[0], "precision": key[1], "encode_ms": ms} for key, ms in speeds.items()]
+    record.write("encoder_speed", rows)
+
+
+def time_in_turn(encoders: dict) -> dict:
     """Median milliseconds of each encoder for one image of SIDE x SIDE; the first round warms up."""
     image = np.random.default_rng(0).standard_normal((3, SIDE, SIDE), dtype=np.float32)
     samples = {key: [] for key in encoders}
@@ -117,6 +189,106 @@ def time_in_turn(encoders: dict) -> dict[tuple[str, str], float]:
             samples[key].append((time.perf_counter() - begin) * 1000)
     return {key: round(statistics.median(taken[1:]), 1) for key, taken in samples.items()}
 
+
+def decoders(args: argparse.Namespace) -> None:
+    bundle = open_bundle(BUNDLE)
+    source, part = bundle.path(bundle.decoder.file), bundle.decoder
+    calibration, held_out = pages()
+    evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS, scored=False)
+    text = english(Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer))
+    rows, opened = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS)))
+        checkpoint = open_checkpoint(str(BUILD / "runs" / "convllava-smol" / "align" / "final"))
+        makers = {("fp32", "as exported"): lambda file: source}
+        for precision, method in (("int8", "rtn"), ("int4", "rtn"), ("int4", "awq")):
+            makers[precision, method] = partial(_quantised, source, precision, method, feeds)
+        makers["int4", "k-quant (export.bundle)"] = lambda file: export_decoder(checkpoint, file.parent / "k", "int4")
+        for (precision, method), make in makers.items():
+            begin = time.perf_counter()
+            file = make(Path(folder, f"{precision}-{method}.onnx"))
+            seconds = time.perf_counter() - begin
+            decoder = opened[precision, method] = Decoder(file, part)
+            loss = evaluation.loss(decoder=decoder)
+            rows.append(
+                {
+                    "precision": precision,
+                    "method": method,
+                    "size_mb": round(sum(p.stat().st_size for p in file.parent.glob(f"{file.name}*")) / 1e6, 1),
+                    "text_perplexity": round(perplexity(decoder, text), 2),
+                    "answer_perplexity": round(loss.perplexity, 1),
+                    "differing": round(loss.differing, 1),
+                    "seconds": round(seconds, 1),
+                }
+            )
+            print(rows[-1], flush=True)
+        for row, rate in zip(rows, rates_in_turn(list(opened.values())), strict=True):
+            row["decode_tokens_per_s"] = rate
+        record.write(
+            "decoder_weights", rows, more={"questions": evaluation.questions, "next_tokens": evaluation.tokens}
+        )
+
+
+def _quantised(source: Path, precision: str, method: str, feeds: list, file: Path) -> Path:
+    quantise_decoder(source, file, precision, method, feeds)
+    return file
+
+
+def english(tokenizer: Tokenizer) -> np.ndarray:
+    """int [WINDOWS, WINDOW] of the language reference that comes with Python."""
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    ids = tokenizer.encode_prompt(text[: 12 * WINDOWS * WINDOW], [])
+    return np.array(ids[: WINDOWS * WINDOW]).reshape(WINDOWS, WINDOW)
+
+
+def perplexity(decoder: Decoder, text: np.ndarray) -> float:
+    """Of each window's tokens but the first."""
+    log_probs = []
+    for window in text.tolist():
+        sequence = decoder.start(len(window))
+        for token, following in itertools.pairwise(window):
+            logits = sequence.forward([token]).astype(np.float64)
+            log_probs.append(logits[following] - np.logaddexp.reduce(logits))
+    return float(np.exp(-np.mean(log_probs)))
+
+
+def rates_in_turn(decoders: list[Decoder]) -> list[float]:
+    """Median tokens/s of each over STEPS steps after 64 tokens."""
+    samples = [[] for _ in decoders]
+    for _ in range(ROUNDS):
+        for decoder, taken in zip(decoders, samples, strict=True):
+            sequence = decoder.start(64 + STEPS)
+            sequence.forward_greedy(list(range(100, 164)))
+            begin = time.perf_counter()
+            for step in range(STEPS):
+                sequence.forward_greedy([200 + step])
+            taken.append(STEPS / (time.perf_counter() - begin))
+    return [round(statistics.median(taken[1:]), 1) for taken in samples]
+
+
+def goals(args: argparse.Namespace) -> None:
+    """Bundles made by the commands a user would type; the figures are their reports'."""
+    data = ("--data", DATA / "documents.json", "--questions")
+    int8, int4 = BUNDLE.with_name("align-int8"), BUNDLE.with_name("align-int8-int4")
+    if not (int8 / MANIFEST).is_file():
+        run("calib.quantize", "--bundle", BUNDLE, *data, QUESTIONS, "--budget", BUDGET, "--out", int8)
+    decoder = ("--part", "decoder", "--method", "awq", "--precision", "int4")
+    run("calib.quantize", *decoder, "--bundle", int8, *data, 1000, "--out", int4)
+    encoder = json.loads((int8 / "calib" / "encoder.json").read_text(encoding="utf-8"))
+    both = json.loads((int4 / "calib" / "decoder.json").read_text(encoding="utf-8"))
+    searched = {len(step["left"]): step for step in encoder["steps"]}
+    rows = [
+        {"what": "INT8 encoder, all but depthwise, on the search's questions", **searched[min(searched)]},
+        {"what": f"INT8 encoder, --budget {BUDGET:g}", **encoder["loss"]},
+        *({"what": f"int4 decoder, {row['measured']}", **row} for row in both["losses"]),
+    ]
+    keys = ("what", "sqnr_db", "differing", "perplexity")
+    rows = [{key: "" if row[key] is None else row[key] for key in keys} for row in rows]
+    more = {"left_in_higher_precision": encoder["left_in_higher_precision"], "encoder": encoder, "decoder": both}
+    record.write("calibration_goals", rows, more=more)
+
+
+PARTS = {"quantisers": quantisers, "speed": speed, "decoders": decoders, "goals": goals}
 
 if __name__ == "__main__":
     main()

@@ -29,7 +29,14 @@ COLUMNS = {
         ("quantiser", "quantiser"),
         ("sqnr_db", "SQNR of the image embeds, dB"),
         ("differing", "next tokens that differ, %"),
-        ("seconds", "seconds"),
+        ("encode_ms", "encode 1536x1536, ms"),
+        ("seconds", "quantise, s"),
+    ],
+    "calibration_goals": [
+        ("what", ""),
+        ("sqnr_db", "SQNR of the image embeds, dB"),
+        ("differing", "next tokens that differ, %"),
+        ("perplexity", "perplexity of the answers"),
     ],
     "chain": [
         ("decoder", "decoder"),
@@ -52,6 +59,16 @@ COLUMNS = {
         ("prefill_ms", "prefill 614, ms"),
         ("decode_tokens_per_s", "decode, tokens/s"),
         ("relative_error", "error of the logits"),
+    ],
+    "decoder_weights": [
+        ("precision", "precision"),
+        ("method", "method"),
+        ("size_mb", "size, MB"),
+        ("text_perplexity", "perplexity of text"),
+        ("answer_perplexity", "perplexity of answers"),
+        ("differing", "next tokens that differ, %"),
+        ("decode_tokens_per_s", "decode, tokens/s"),
+        ("seconds", "quantise, s"),
     ],
     "documents": [
         ("pages", "preset"),

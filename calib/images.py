@@ -1,66 +1,127 @@
-"""Calibration images, through the runtime's own preprocessing: what the encoder will see when it is deployed."""
+"""Images to calibrate and to evaluate on, through the runtime's own preprocessing: what the encoder will see when it is
+deployed."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from runtime.errors import UserError
 from runtime.image import ImageRule, open_image, preprocess
 
 LEAST = 16  # fewer say too little of the ranges that activations take
+HELD_OUT = 12  # at least so many to evaluate on
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SCALES = (1, 2 / 3, 1 / 2)  # of the bundle's resolution: 1536, 1024, 768
 
 
-def find_images(data: Path, samples: int) -> list[Path]:
-    """At most `samples` image files of a folder, or of a dataset in LLaVA's JSON, evenly spread over it.
+@dataclass(frozen=True)
+class Question:
+    """answer: None where it is not known."""
 
-    Raises UserError where there are fewer than `LEAST`.
+    prompt: str
+    answer: str | None = None
+
+
+# What is asked about an image that comes without questions
+QUESTIONS = (Question("What is written here?"), Question("Describe the picture in one sentence."))
+
+
+@dataclass(frozen=True)
+class Page:
+    """An image and what is asked about it."""
+
+    file: Path
+    questions: tuple[Question, ...] = QUESTIONS
+
+
+def find_pages(data: Path) -> list[Page]:
+    """The images of a folder, or of a dataset in LLaVA's JSON together with its questions, sorted by name.
+
+    Questions are taken one by one, as if each were the first about its image; a record with several images has none.
+    Raises UserError where `data` is neither, and where there are fewer than `LEAST` images.
     """
     if data.is_dir():
-        files = sorted(file for file in data.rglob("*") if file.suffix.lower() in SUFFIXES)
+        pages = [Page(file) for file in sorted(data.rglob("*")) if file.suffix.lower() in SUFFIXES]
     elif data.is_file():
-        files = _of_dataset(data)
+        pages = _of_dataset(data)
     else:
         raise UserError(f"--data {data}: no such folder or file")
-    if len(files) < LEAST:
-        raise UserError(f"--data {data}: {len(files)} images, at least {LEAST} are needed to calibrate with")
-    chosen = np.linspace(0, len(files) - 1, min(samples, len(files))).round().astype(int)
-    return [files[i] for i in dict.fromkeys(chosen.tolist())]
+    if len(pages) < LEAST:
+        raise UserError(f"--data {data}: {len(pages)} images, at least {LEAST} are needed to calibrate with")
+    return pages
 
 
-def _of_dataset(file: Path) -> list[Path]:
+def _of_dataset(file: Path) -> list[Page]:
+    found: dict[str, list[Question]] = {}
     try:
         text = file.read_text(encoding="utf-8")
         records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
-        names = [record["image"] for record in records if record.get("image")]
-    except (ValueError, AttributeError, TypeError, OSError) as error:
+        for record in records:
+            names = record.get("image") or []
+            names = [names] if isinstance(names, str) else names
+            for name in names:
+                found.setdefault(name, []).extend(_questions(record) if len(names) == 1 else [])
+    except (ValueError, AttributeError, KeyError, TypeError, OSError) as error:
         raise UserError(f"--data {file}: cannot be read as LLaVA's JSON: {error}") from error
-    flat = [name for entry in names for name in ([entry] if isinstance(entry, str) else entry)]
-    return [file.parent / name for name in dict.fromkeys(flat)]
+    return [Page(file.parent / name, tuple(questions) or QUESTIONS) for name, questions in sorted(found.items())]
 
 
-def open_images(files: list[Path]) -> list[Image.Image]:
-    """Those that open; the others are named on stderr. Raises UserError where fewer than `LEAST` do."""
-    images = []
-    for file in files:
-        try:
-            images.append(open_image(file))
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    if len(images) < LEAST:
-        raise UserError(f"{len(images)} of {len(files)} images can be opened, at least {LEAST} are needed")
-    return images
+def _questions(record: dict) -> list[Question]:
+    turns = record.get("conversations") or []
+    pairs = zip(turns[::2], turns[1::2], strict=False)
+    return [Question(asked["value"].replace("<image>", "").strip(), said["value"].strip()) for asked, said in pairs]
 
 
-def pixel_values(images: list[Image.Image], rule: ImageRule) -> Iterator[np.ndarray]:
-    """float32 [1, 3, H, W] of each image in turn, at the bundle's resolution, two thirds and half of it; every third
-    round keeps the aspect ratio, so that oblong sizes come too."""
+def split(pages: list[Page], samples: int, questions: int) -> tuple[list[Page], list[Page]]:
+    """(at most `samples` pages to calibrate on, others with about `questions` questions to evaluate on).
+
+    Both are spread evenly over `pages`; the first does not depend on `questions`. What does not open is named on stderr
+    and passed over. Where fewer than `LEAST` would be left to calibrate on, all calibrate and none is held out.
+    Raises UserError where fewer than `LEAST` to calibrate on open.
+    """
+    enough = len(pages) >= LEAST + HELD_OUT
+    chosen = spread(pages, min(samples, len(pages) - HELD_OUT) if enough else samples)
+    calibration = [page for page in chosen if _opens(page)]
+    if len(calibration) < LEAST:
+        raise UserError(f"{len(calibration)} of {len(chosen)} images can be opened, at least {LEAST} are needed")
+    if not enough:
+        return calibration, []
+    taken = {page.file for page in chosen}
+    others = [page for page in pages if page.file not in taken]
+    per_page = max(sum(len(page.questions) for page in others) / len(others), 1)
+    return calibration, [p for p in spread(others, max(math.ceil(questions / per_page), HELD_OUT)) if _opens(p)]
+
+
+def spread(items: list, count: int) -> list:
+    """At most `count` of them, evenly, in order."""
+    if count >= len(items):
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int).tolist()]
+
+
+def _opens(page: Page) -> bool:
+    try:
+        open_image(page.file)
+    except UserError as error:
+        print(f"skipped: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def calibration_pixels(pages: list[Page], rule: ImageRule) -> Iterator[tuple[str, np.ndarray]]:
+    """(file, float32 [1, 3, H, W]) of each image in turn, at the bundle's resolution, two thirds and half of it; every
+    third round keeps the aspect ratio, so that oblong sizes come too."""
     sides = [max(round(rule.resolution * scale / rule.multiple), 1) * rule.multiple for scale in SCALES]
-    for i, image in enumerate(images):
+    for i, page in enumerate(pages):
         aspect = "any" if i // len(sides) % 3 == 2 else rule.aspect
-        yield preprocess(image, rule, sides[i % len(sides)], aspect)[None]
+        yield str(page.file), preprocess(open_image(page.file), rule, sides[i % len(sides)], aspect)[None]
+
+
+def pixels_of(page: Page, rule: ImageRule) -> np.ndarray:
+    """float32 [3, H, W] at the bundle's resolution, as an image comes to the encoder by default."""
+    return preprocess(open_image(page.file), rule)

@@ -1,83 +1,72 @@
 """A float32 graph -> the same graph with Q/DQ nodes on what convolutions and products take.
 
-Weights are symmetric for each output channel, activations symmetric for each tensor, by the range that the calibration
-images give them (ONNX Runtime's calibrators and quantiser). Results, and with them residual sums, LayerNorm and GELU,
-stay in higher precision, so that the Q/DQ pairs are where TensorRT wants them: on what goes into a convolution or
-product alone.
+Weights are symmetric for each output channel, activations symmetric for each tensor, by the ranges that the calibration
+images give them (`calib.activations`); ONNX Runtime's quantiser places the nodes. Results, and with them residual sums,
+LayerNorm and GELU, stay in higher precision, so that the Q/DQ pairs are where TensorRT wants them: on what goes into a
+convolution or product alone. Biases take up the mean error of what was rounded.
 """
 
 import logging
 import tempfile
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.calibrate import TensorsData, create_calibrator, save_tensors_data
+from onnx import helper, numpy_helper
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
-from runtime.errors import UserError
+from calib.activations import INPUT, LARGEST_INT8, QUANTISED
+from runtime.session import open_session
 
-METHODS = {
-    "minmax": CalibrationMethod.MinMax,
-    "entropy": CalibrationMethod.Entropy,
-    "percentile": CalibrationMethod.Percentile,
-}
 PRECISIONS = ("int8", "fp8")
-QUANTISED = ("Conv", "MatMul")
-LARGEST_FP8 = 448.0  # of E4M3
-LARGEST_INT8 = 127.0
+LARGEST = {"int8": float(LARGEST_INT8), "fp8": 448.0}  # fp8: E4M3
+KINDS = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
-class _One(CalibrationDataReader):
-    """One image for ONNX Runtime's calibrator."""
+@dataclass(frozen=True)
+class Mean:
+    """Of a tensor's channels over calibration images, float64 [C]: as it is, and rounded."""
 
-    def __init__(self, pixels: np.ndarray):
-        self._feeds = [{"pixel_values": pixels}]
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return self._feeds.pop() if self._feeds else None
+    plain: np.ndarray
+    rounded: np.ndarray
 
 
-def calibrate(source: Path, images: Iterable[np.ndarray], method: str) -> tuple[TensorsData, list[str]]:
-    """(the range of each tensor that convolutions and products take, warnings that name a tensor).
+@dataclass(frozen=True)
+class Calibrated:
+    """A float32 graph and what its Q/DQ graph is made with: see `quantise`."""
 
-    source: a float32 graph. images: float32 [1, 3, H, W] each. method: a key of `METHODS`.
-    Raises UserError for a tensor that is not finite, naming it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        calibrator = create_calibrator(
-            source,
-            list(QUANTISED),
-            str(Path(folder, "augmented.onnx")),
-            METHODS[method],
-            use_external_data_format=_is_large(source),
-            extra_options={"symmetric": True},
-        )
-        for pixels in images:  # one at a time: histograms are merged, not the tensors that they are of
-            calibrator.collect_data(_One(pixels))
-        ranges = calibrator.compute_data()
-    warnings = []
-    for name, data in ranges.items():
-        low, high = (np.max(np.abs(value)) for value in data.range_value)
-        if not np.isfinite([low, high]).all():
-            raise UserError(f"{name} is not finite on the calibration images; the checkpoint is broken")
-        if max(low, high) == 0:
-            warnings.append(f"{name} is zero on every calibration image; its scale means nothing")
-    return ranges, warnings
+    source: Path
+    precision: str
+    ranges: dict[str, float]
+    means: dict[str, Mean] | None = None
+
+    def write(self, target: Path, spared: Collection[str] = ()) -> None:
+        """The Q/DQ graph, but for the convolutions and products named in `spared`."""
+        quantise(self.source, target, self.ranges, self.precision, spared, self.means)
 
 
-def quantise(source: Path, target: Path, ranges: TensorsData, precision: str, spared: Collection[str] = ()) -> None:
+def quantise(
+    source: Path,
+    target: Path,
+    ranges: dict[str, float],
+    precision: str,
+    spared: Collection[str] = (),
+    means: dict[str, Mean] | None = None,
+) -> None:
     """Write the Q/DQ graph of the float32 graph `source` to `target` (weights of a large one to `target`.data).
 
-    spared: names of convolutions and products that are left as they are.
+    ranges: the largest magnitude of each tensor that convolutions and products take. spared: names of convolutions and
+    products that are left as they are. means: of the same tensors, to correct biases by; None leaves these alone.
     """
     logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime's quantiser advises at every call
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder, "ranges.json")  # how quantize_static takes ranges that are known
-        save_tensors_data(ranges, cache)
+        data = {name: TensorData(lowest=np.float32(-most), highest=np.float32(most)) for name, most in ranges.items()}
+        save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache)
         quantize_static(
             str(source),
             str(target),
@@ -87,9 +76,9 @@ def quantise(source: Path, target: Path, ranges: TensorsData, precision: str, sp
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*spared, *(_depthwise(source) if precision == "fp8" else [])],
+            nodes_to_exclude=list(spared),
             use_external_data_format=_is_large(source),
-            calibrate_method=ranges.calibration_method,
+            calibrate_method=CalibrationMethod.MinMax,
             calibration_cache_path=cache,
             extra_options={
                 "ActivationSymmetric": True,
@@ -100,11 +89,114 @@ def quantise(source: Path, target: Path, ranges: TensorsData, precision: str, sp
                 "QuantizeBias": False,
             },
         )
-    model = onnx.load(str(target))
+    model, original = onnx.load(str(target)), onnx.load(str(source))
     _spare_the_others(model.graph)
     if precision == "fp8":
-        _to_fp8(model, onnx.load(str(source)))
+        _to_fp8(model, original)
+    if means is not None:
+        _correct_biases(model.graph, original.graph, means)
     _save(model, target, _is_large(source))
+
+
+def measure_means(
+    source: Path, ranges: dict[str, float], precision: str, images: Iterable[tuple[str, np.ndarray]]
+) -> dict[str, Mean]:
+    """The means of the tensors in `ranges` over `images`, each of which counts alike: (name, float32 [1, 3, H, W])."""
+    model = onnx.load(str(source))
+    graph = model.graph
+    maps = {node.input[0] for node in graph.node if node.op_type == "Conv"}  # [1, C, H, W]; products take [1, ..., C]
+    outputs = []
+
+    def add_node(kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+        graph.node.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def add_constant(name: str, value: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+    zero = add_constant("mean/zero", np.zeros((), KINDS[precision]))
+    of_map, of_rows = add_constant("mean/of_map", np.array([0, 2, 3])), add_constant("mean/of_rows", np.array([0]))
+    for i, (name, largest) in enumerate(ranges.items()):
+        scale = add_constant(f"mean/{i}/scale", np.array(largest / LARGEST[precision] or 1, np.float32))
+        rounded = add_node("QuantizeLinear", [name, scale, zero], f"mean/{i}/quantised")
+        rounded = add_node("DequantizeLinear", [rounded, scale, zero], f"mean/{i}/dequantised")
+        for value, output in ((name, f"mean/{i}/plain"), (rounded, f"mean/{i}/rounded")):
+            if name not in maps:
+                value = add_node("Flatten", [value], f"{output}/rows", axis=-1)
+            outputs.append(add_node("ReduceMean", [value, of_map if name in maps else of_rows], output, keepdims=0))
+    del graph.output[:]
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "means.onnx")
+        _save(model, file, _is_large(source))
+        session = open_session(file, None)
+        found = [session.run(outputs, {INPUT: pixels}) for _, pixels in images]
+    means = [np.mean(values, axis=0, dtype=np.float64) for values in zip(*found, strict=True)]
+    return {name: Mean(*pair) for name, pair in zip(ranges, zip(means[::2], means[1::2], strict=True), strict=True)}
+
+
+def _correct_biases(graph: onnx.GraphProto, original: onnx.GraphProto, means: dict[str, Mean]) -> None:
+    """Add to the bias after each quantised convolution and product what rounding took from the mean of its result, in
+    place (the bias correction of arXiv 1906.04721, with what the activations lose as well).
+
+    What a convolution pads with counts as if it were the mean too: the share of a map's border is small.
+    """
+    plain = {tensor.name: tensor for tensor in original.initializer}
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    readers = {name: node for node in graph.node for name in node.input}
+    weights_of = {node.name: node.input[1] for node in original.node if node.op_type in QUANTISED}
+    for node in graph.node:
+        weights = makers.get(node.input[1]) if node.op_type in QUANTISED else None
+        if weights is None or weights.op_type != "DequantizeLinear":
+            continue
+        adds = node if node.op_type == "Conv" else readers.get(node.output[0], node)
+        if adds.op_type not in ("Conv", "Add"):
+            continue
+        place = next((i for i, name in enumerate(adds.input) if name in values and len(values[name].dims) == 1), None)
+        if place is None:
+            continue
+        pair = makers[node.input[0]]  # DequantizeLinear of QuantizeLinear
+        mean = means[makers[pair.input[0]].input[0]]
+        scale, axis = numpy_helper.to_array(values[weights.input[1]]), _axis(weights)
+        rounded = _dequantised(numpy_helper.to_array(values[weights.input[0]]), scale, axis)
+        exact = numpy_helper.to_array(plain[weights_of[node.name]])
+        lost = _mean_result(node, exact, mean.plain) - _mean_result(node, rounded, mean.rounded)
+        bias = numpy_helper.to_array(values[adds.input[place]])
+        name = f"{node.name}/bias"  # its own: another layer may share the one it had
+        graph.initializer.append(numpy_helper.from_array((bias + lost).astype(np.float32), name))
+        adds.input[place] = name
+    _drop_unused(graph)
+
+
+def _mean_result(node: onnx.NodeProto, weights: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """[output channels], of a product with weights [C, D] or a convolution with [D, C or 1, h, w]."""
+    weights = weights.astype(np.float64)
+    if node.op_type == "MatMul":
+        return mean @ weights
+    kernel = weights.sum(axis=(2, 3))
+    return kernel[:, 0] * mean if is_depthwise(node) else kernel @ mean
+
+
+def is_depthwise(node: onnx.NodeProto) -> bool:
+    """TensorRT has none in FP8 and would dequantise their weights at each run; in INT8 they are slower on a CPU than in
+    float32."""
+    return node.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in node.attribute)
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    """Of a QuantizeLinear's or DequantizeLinear's scales."""
+    return next((a.i for a in node.attribute if a.name == "axis"), 1)
+
+
+def _dequantised(values: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
+    return values.astype(np.float64) * _along(scale, axis, values.ndim)
+
+
+def _along(scale: np.ndarray, axis: int, ndim: int) -> np.ndarray:
+    """Scales [C] shaped to multiply an array of `ndim` axes; a scalar as it is."""
+    return scale.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)]) if scale.ndim else scale
 
 
 def _is_large(source: Path) -> bool:
@@ -143,13 +235,6 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
             del graph.initializer[i]
 
 
-def _depthwise(source: Path) -> list[str]:
-    """Names of the depthwise convolutions; TensorRT has none in FP8 and would dequantise their weights at each run."""
-    graph = onnx.load(str(source), load_external_data=False).graph
-    grouped = lambda node: any(a.name == "group" and a.i > 1 for a in node.attribute)  # noqa: E731
-    return [node.name for node in graph.node if node.op_type == "Conv" and grouped(node)]
-
-
 def _save(model: onnx.ModelProto, target: Path, large: bool) -> None:
     for file in target.parent.glob(f"{target.name}*"):
         file.unlink()
@@ -170,14 +255,11 @@ def _to_fp8(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
         weights, scale = values.get(node.input[0]), values[node.input[1]]
         if scale.name not in done:
             done.add(scale.name)
-            wider = numpy_helper.to_array(scale) * np.float32(LARGEST_INT8 / LARGEST_FP8)
+            wider = numpy_helper.to_array(scale) * np.float32(LARGEST["int8"] / LARGEST["fp8"])
             scale.CopyFrom(numpy_helper.from_array(wider.astype(np.float32), scale.name))
         if weights is not None:
             original = numpy_helper.to_array(originals[weights.name.removesuffix("_quantized")])
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-            scales = numpy_helper.to_array(scale)
-            shape = [-1 if i == axis % original.ndim else 1 for i in range(original.ndim)]
-            scaled = original / (scales.reshape(shape) if scales.ndim else scales)
+            scaled = original / _along(numpy_helper.to_array(scale), _axis(node), original.ndim)
             weights.CopyFrom(numpy_helper.from_array(scaled.astype(ml_dtypes.float8_e4m3fn), weights.name))
         if scale_is_vector := bool(values[node.input[1]].dims):
             name = f"{node.input[1]}/zero"

@@ -1,147 +1,317 @@
-"""Bundle -> bundle whose encoder has explicit Q/DQ nodes, for ONNX Runtime, OpenVINO and TensorRT alike.
+"""Bundle -> bundle with a quantised encoder or decoder.
 
-    python -m calib.quantize --bundle DIR --data FOLDER|dataset.json --precision int8|fp8 --out DIR
-                             [--method minmax|entropy|percentile] [--samples N] [--budget PERCENT]
+    python -m calib.quantize --bundle DIR --data FOLDER|dataset.json --out DIR [--precision int8|fp8]
+                             [--method mse|minmax|entropy|percentile] [--samples N] [--budget B]
+    python -m calib.quantize --part decoder --bundle DIR --data FOLDER|dataset.json --out DIR [--precision int4|int8]
+                             [--method rtn|awq]
 
-The quantised graph (`calib.qdq`) comes beside the float32 one, which stays in the bundle. With --budget the layers that
-lose most are left in higher precision (`calib.sensitivity`), as few as bring the loss within it. calib/ in the new
-bundle says what the encoder costs against float32.
+The encoder gets explicit Q/DQ nodes (`calib.qdq`), for ONNX Runtime, OpenVINO and TensorRT alike; the float32 graph
+stays in the bundle beside it. With --budget the layers that lose most are left in higher precision
+(`calib.sensitivity`), as few as bring the loss within it. The decoder's weights alone are rounded (`calib.decoder`).
+calib/ in the new bundle says what is lost against float32.
 """
 
 import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from tqdm import tqdm
 
-from calib.images import LEAST, find_images, open_images, pixel_values
-from calib.qdq import METHODS, PRECISIONS, calibrate, quantise
-from calib.report import write_report
-from calib.sensitivity import Evaluation, Step, groups_of, search, sensitivities
+from calib import decoder
+from calib.activations import METHODS, Activations
+from calib.evaluation import Evaluation, Loss
+from calib.images import HELD_OUT, LEAST, Page, calibration_pixels, find_pages, split, spread
+from calib.qdq import PRECISIONS, Calibrated, measure_means
+from calib.report import write_decoder_report, write_encoder_report
+from calib.sensitivity import depthwise_of, groups_of, measure, search, sensitivities
 from runtime.bundle import MANIFEST, Bundle, open_bundle, write_bundle
+from runtime.decoder import Decoder
 from runtime.errors import UserError
 
 SOURCE = "encoder/fp32.onnx"
 REPORT = "calib"  # folder in the bundle
-HELD_OUT = 12  # images that the loss is measured on
+FINAL_QUESTIONS = 1000  # that the loss is measured on once layers are chosen, where there are so many
+QUESTIONS_PER_PAGE = 8  # in a search: an image is dear, a question about it is not
+MEAN_IMAGES = 16  # that biases are corrected by
+METHOD_OF = {"int8": "mse", "fp8": "minmax"}  # a floating point format rounds small values as well as large ones
 
 
 @dataclass(frozen=True)
 class Options:
-    """precision: int8 or fp8. method: a key of `METHODS`. samples: images to calibrate on, of those there are.
-
-    budget: next tokens that may differ from the float32 encoder's, %; None quantises everything.
+    """precision: int8 or fp8. method: of `METHODS`; None takes the precision's own of `METHOD_OF`. samples: images to
+    calibrate on, of those there are. questions: that losses are measured on. budget: points of ANLS that may be lost,
+    or, where they cannot be told, next tokens that may differ, %; None quantises every group but the depthwise
+    convolutions. depthwise: quantise these too (INT8 alone). cache: where the ranges are kept; None: beside the bundle.
     Raises UserError for a value that cannot be.
     """
 
     precision: str = "int8"
-    method: str = "minmax"
+    method: str | None = None
     samples: int = 64
+    questions: int = 200
     budget: float | None = None
+    depthwise: bool = False
+    cache: Path | None = None
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise UserError(f"unknown --precision {self.precision!r}, expected {' or '.join(PRECISIONS)}")
-        if self.method not in METHODS:
+        if self.method not in (None, *METHODS):
             raise UserError(f"unknown --method {self.method!r}, expected one of {', '.join(METHODS)}")
         if self.samples < LEAST:
             raise UserError(f"--samples is {self.samples}, expected {LEAST} or more")
+        if self.questions < 1:
+            raise UserError(f"--questions is {self.questions}, expected 1 or more")
         if self.budget is not None and not 0 <= self.budget <= 100:
-            raise UserError(f"--budget is {self.budget}, expected 0 to 100 % of next tokens")
-        if self.budget is not None and self.precision == "fp8":
-            raise UserError("--budget is for int8: ONNX Runtime's CPU provider, which measures the loss, has no FP8")
+            raise UserError(f"--budget is {self.budget}, expected 0 to 100 points")
+        if self.depthwise and self.precision == "fp8":
+            raise UserError("--depthwise is for int8: TensorRT has no depthwise convolution in FP8")
 
 
-def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> tuple[list[str], Step | None]:
+@dataclass(frozen=True)
+class Outcome:
+    """warnings: name a tensor or say that a budget is not met. loss: the final one. left: groups in higher precision.
+    questions, tokens: that the loss is over."""
+
+    warnings: list[str]
+    loss: Loss
+    left: tuple[str, ...]
+    questions: int
+    tokens: int
+
+
+def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> Outcome:
     """Write a bundle like `bundle`, with a quantised encoder beside the float32 one.
 
     INT8 becomes the encoder that the runtime takes by itself; FP8 is for TensorRT alone, and float32 stays the one.
-    Returns (warnings, what is left in higher precision and what the rest costs; None for FP8).
-    Raises UserError where the bundle has no float32 encoder, and as `find_images`, `open_images` and `calibrate`.
+    Raises UserError where the bundle has no float32 encoder, and as `find_pages`, `split` and `Activations`.
     """
-    if SOURCE not in bundle.files:
-        raise UserError(f"{bundle.folder} has no {SOURCE} to quantise; export it with --precision fp32")
-    if out.resolve() == bundle.folder.resolve():
-        raise UserError(f"--out {out} is the bundle itself, whose engines would be lost; choose another")
+    check(bundle, out)
     source, precision = bundle.path(SOURCE), options.precision
-    images = open_images(find_images(data, options.samples + HELD_OUT))
-    calibration, evaluation = split(images)
-    feeds = tqdm(pixel_values(calibration, bundle.image), "calibrating", len(calibration), unit="image", disable=None)
-    ranges, warnings = calibrate(source, feeds, options.method)
-    manifest = json.loads((bundle.folder / MANIFEST).read_text(encoding="utf-8"))
-    sections = {name: manifest[name] for name in ("image", "prompt", "tokenizer", "encoder", "decoder")}
-    noise, steps = {}, []
-    if precision == "int8":
-        measured = Evaluation(bundle, source, list(pixel_values(evaluation or calibration[:HELD_OUT], bundle.image)))
-        groups = groups_of(onnx.load(str(source), load_external_data=False).graph)
-        if options.budget is not None:
-            noise = sensitivities(source, ranges, precision, groups, measured)
-        budget = 100.0 if options.budget is None else options.budget  # 100 % takes the first step there is
-        steps = search(source, ranges, precision, groups, noise, measured, budget)
-        sections["encoder"] |= {"file": f"encoder/{precision}.onnx", "precision": precision}
+    final_questions = options.questions if options.budget is None else max(options.questions, FINAL_QUESTIONS)
+    calibration, held_out = split(find_pages(data), options.samples, final_questions)
+    calibrated, warnings = calibrate(bundle, calibration, out, options)
+    pages = held_out or spread(calibration, HELD_OUT)
+    evaluation = Evaluation(bundle, for_search(pages, options.questions), options.questions)
+    graph = onnx.load(str(source), load_external_data=False).graph
+    groups = groups_of(graph)
+    always = () if options.depthwise else depthwise_of(graph, groups)
+    alone = {} if options.budget is None else sensitivities(calibrated, groups, evaluation)
+    if options.budget is None:
+        steps = [measure(calibrated, groups, always, evaluation)]
+    else:
+        steps = search(calibrated, groups, always, alone, evaluation, options.budget)
+    left, loss = steps[-1].left, steps[-1].loss
+    spared = [node for group in groups if group.name in left for node in group.nodes]
 
     def fill(folder: Path) -> dict[str, Any]:
-        for name in bundle.files:
-            if not name.startswith(f"{REPORT}/"):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(bundle.path(name), folder / name)  # not linked: onnx refuses linked weights
-        left = {node for group in groups if group.name in steps[-1].left for node in group.nodes} if steps else ()
-        quantise(source, folder / "encoder" / f"{precision}.onnx", ranges, precision, left)
-        if steps:
-            about = {
-                "precision": precision,
-                "method": options.method,
-                "budget": options.budget,
-                "calibration_images": len(calibration),
-                "evaluation_images": len(evaluation or calibration[:HELD_OUT]),
-                "held_out": bool(evaluation),
-            }
-            write_report(folder / REPORT, about, noise, steps)
+        nonlocal evaluation, loss
+        sections = copy_bundle(bundle, folder, lambda name: name.startswith(f"{REPORT}/encoder."))
+        file = folder / "encoder" / f"{precision}.onnx"
+        calibrated.write(file, spared)
+        if precision == "int8":
+            sections["encoder"] |= {"file": f"encoder/{precision}.onnx", "precision": precision}
+        if options.budget is not None and held_out and sum(len(page.questions) for page in pages) > options.questions:
+            evaluation = Evaluation(bundle, pages, FINAL_QUESTIONS)
+            loss = evaluation.loss(file)
+        about = {
+            "precision": precision,
+            "method": options.method or METHOD_OF[precision],
+            "budget": options.budget,
+            "budget_of": "points of ANLS" if steps[-1].loss.anls is not None else "% of next tokens that differ",
+            "calibration_images": len(calibration),
+            "held_out": bool(held_out),
+            **measured_on(evaluation),
+        }
+        write_encoder_report(folder / REPORT, about, alone, steps, loss)
         return sections
 
-    write_bundle(out, fill, bundle.name, manifest["producers"])
-    return warnings, steps[-1] if steps else None
+    write_bundle(out, fill, bundle.name, manifest_of(bundle)["producers"])
+    if options.budget is not None and loss.budgeted > options.budget:
+        warnings.append(f"{loss.budgeted:.2f} lost, above the budget of {options.budget}")
+    return Outcome(warnings + doubts(evaluation), loss, left, evaluation.questions, evaluation.tokens)
 
 
-def split(images: list) -> tuple[list, list]:
-    """(images to calibrate on, others to evaluate on, evenly spread; none where too few would be left to calibrate)."""
-    if len(images) < LEAST + HELD_OUT:
-        return images, []
-    held = {round(i) for i in np.linspace(0, len(images) - 1, HELD_OUT)}
-    return [x for i, x in enumerate(images) if i not in held], [images[i] for i in sorted(held)]
+@dataclass(frozen=True)
+class DecoderOptions:
+    """precision: int4 or int8. method: rtn or awq, see `calib.decoder`. samples: prompts that awq is calibrated on.
+    questions: that losses are measured on. Raises UserError for a value that cannot be."""
+
+    precision: str = "int4"
+    method: str = "rtn"
+    samples: int = 16
+    questions: int = 200
+
+    def __post_init__(self):
+        decoder.check_options(self.precision, self.method)
+        for name in ("samples", "questions"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
+
+
+def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: DecoderOptions) -> Outcome:
+    """Write a bundle like `bundle`, with a decoder of 4 or 8 bits in place of the float32 one.
+
+    The loss is that of the bundle's encoder and the new decoder together, against float32.
+    Raises UserError where the bundle's decoder is not in float32, and as `quantise_bundle`.
+    """
+    check(bundle, out)
+    part = bundle.decoder
+    if part.precision != "fp32":
+        raise UserError(f"{bundle.folder} has a decoder in {part.precision}; export it with --decoder-precision fp32")
+    calibration, held_out = split(find_pages(data), max(options.samples, LEAST), options.questions)
+    pages = held_out or spread(calibration, HELD_OUT)
+    evaluation = Evaluation(bundle, for_search(pages, options.questions), options.questions)
+    feeds = decoder.prompts(bundle, bundle.path(SOURCE), spread(calibration, options.samples))
+    result = []
+
+    def fill(folder: Path) -> dict[str, Any]:
+        report = f"{REPORT}/decoder."
+        sections = copy_bundle(bundle, folder, lambda name: name.startswith((part.file, report)))
+        file = folder / part.file
+        decoder.quantise_decoder(bundle.path(part.file), file, options.precision, options.method, feeds)
+        sections["decoder"] |= {"precision": options.precision}
+        opened = Decoder(file, part)
+        rows = {"decoder alone": evaluation.loss(decoder=opened)}
+        if bundle.encoder.precision != "fp32":
+            both = f"with the encoder in {bundle.encoder.precision}"
+            rows[both] = evaluation.loss(bundle.path(bundle.encoder.file), opened)
+        result.extend(rows.values())
+        about = {
+            "precision": options.precision,
+            "method": options.method,
+            "calibration_prompts": options.samples if options.method == "awq" else 0,
+            "bytes": sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")),
+            "held_out": bool(held_out),
+            **measured_on(evaluation),
+        }
+        write_decoder_report(folder / REPORT, about, rows)
+        return sections
+
+    write_bundle(out, fill, bundle.name, manifest_of(bundle)["producers"])
+    return Outcome(doubts(evaluation), result[-1], (), evaluation.questions, evaluation.tokens)
+
+
+def measured_on(evaluation: Evaluation) -> dict[str, Any]:
+    """What a report says of its questions, and of float32."""
+    score = evaluation.score
+    return {
+        "questions": evaluation.questions,
+        "next_tokens": evaluation.tokens,
+        "float32": {"perplexity": evaluation.perplexity} | ({} if score is None else vars(score)),
+    }
+
+
+def doubts(evaluation: Evaluation) -> list[str]:
+    if evaluation.score is None or evaluation.answers:
+        return []
+    return ["the float32 model does not give the known answers either; next tokens are compared instead"]
+
+
+def check(bundle: Bundle, out: Path) -> None:
+    """Raises UserError where there is no float32 encoder to compare with, and where the new bundle would replace the
+    one that it is made of."""
+    if SOURCE not in bundle.files:
+        raise UserError(f"{bundle.folder} has no {SOURCE}; export it with --precision fp32")
+    if out.resolve() == bundle.folder.resolve():
+        raise UserError(f"--out {out} is the bundle itself, whose engines would be lost; choose another")
+
+
+def calibrate(bundle: Bundle, pages: list[Page], out: Path, options: Options) -> tuple[Calibrated, list[str]]:
+    """(what a Q/DQ graph is made with, warnings that name a tensor). Ranges are kept beside `out` from image to image.
+
+    Raises UserError as `Activations`.
+    """
+    source = bundle.path(SOURCE)
+    cache = options.cache or out.with_name(f"{out.name}.ranges.npz")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    activations = Activations(source, cache)
+    feeds = calibration_pixels(pages, bundle.image)
+    activations.collect(tqdm(feeds, "calibrating", len(pages), unit="image", disable=None))
+    ranges, warnings = activations.ranges(options.method or METHOD_OF[options.precision])
+    feeds = calibration_pixels(spread(pages, MEAN_IMAGES), bundle.image)
+    feeds = tqdm(feeds, "correcting biases", min(len(pages), MEAN_IMAGES), unit="image", disable=None)
+    means = measure_means(source, ranges, options.precision, feeds)
+    return Calibrated(source, options.precision, ranges, means), warnings
+
+
+def for_search(pages: list[Page], questions: int) -> list[Page]:
+    """Fewer pages, with several questions each where they have them."""
+    per_page = min(QUESTIONS_PER_PAGE, max(len(page.questions) for page in pages))
+    return spread(pages, max(questions // per_page, 1))
+
+
+def manifest_of(bundle: Bundle) -> dict:
+    return json.loads((bundle.folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def copy_bundle(bundle: Bundle, folder: Path, but: Callable[[str], bool]) -> dict[str, Any]:
+    """Copy the files of a bundle, except those that `but` says; returns the manifest's sections."""
+    for name in bundle.files:
+        if not but(name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path(name), folder / name)  # not linked: onnx refuses linked weights
+    manifest = manifest_of(bundle)
+    return {name: manifest[name] for name in ("image", "prompt", "tokenizer", "encoder", "decoder")}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m calib.quantize", description=__doc__.split("\n")[0])
     parser.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
     parser.add_argument("--data", type=Path, required=True, help="folder of images, or a dataset in LLaVA's JSON")
-    parser.add_argument("--precision", default="int8", help="int8 (default), or fp8 for TensorRT")
-    parser.add_argument("--method", default="minmax", help="of ranges: minmax (default), entropy or percentile")
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="images to calibrate on; default: 64")
-    parser.add_argument("--budget", type=float, metavar="PERCENT", help="next tokens that may differ from float32's")
+    parser.add_argument("--part", choices=["encoder", "decoder"], default="encoder", help="default: encoder")
+    parser.add_argument("--precision", help="encoder: int8 (default) or fp8; decoder: int4 (default) or int8")
+    parser.add_argument(
+        "--method",
+        help="encoder: mse (int8's default), minmax (fp8's), entropy, percentile; decoder: rtn (default), awq",
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="images to calibrate on; default: 64, decoder 16")
+    parser.add_argument("--questions", type=int, metavar="N", help="to measure losses on; default: 200")
+    parser.add_argument("--budget", type=float, metavar="B", help="points of ANLS, or else % of next tokens, to lose")
+    parser.add_argument("--depthwise", action="store_true", help="quantise depthwise convolutions too")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="ranges, to go on from; default: beside --out")
     parser.add_argument("--out", type=Path, required=True, help="the new bundle's folder")
     args = parser.parse_args()
-    options = Options(args.precision, args.method, args.samples, args.budget)
-    warnings, step = quantise_bundle(open_bundle(args.bundle), args.out, args.data, options)
-    for warning in warnings:
+    names = ("precision", "method", "samples", "questions")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    bundle = open_bundle(args.bundle)
+    if args.part == "encoder":
+        options = Options(**given, budget=args.budget, depthwise=args.depthwise, cache=args.cache)
+        outcome = quantise_bundle(bundle, args.out, args.data, options)
+        file = args.out / "encoder" / f"{options.precision}.onnx"
+    else:
+        for name in ("budget", "depthwise", "cache"):
+            if getattr(args, name):
+                raise UserError(f"--{name} is for --part encoder")
+        options = DecoderOptions(**given)
+        outcome = quantise_decoder_bundle(bundle, args.out, args.data, options)
+        file = args.out / bundle.decoder.file
+    for warning in outcome.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    size = (args.out / "encoder" / f"{args.precision}.onnx").stat().st_size / 1e6
-    if step is None:
-        print(f"{args.out}: encoder fp8, {size:.1f} MB; for engines, ONNX Runtime goes on with float32")
-        return 0
-    print(
-        f"{args.out}: encoder int8, {size:.1f} MB; in higher precision: {', '.join(step.left) or 'nothing'}; SQNR "
-        f"{step.loss.sqnr_db:.1f} dB, {step.loss.differing:.2f} % of next tokens differ from float32"
-    )
-    if args.budget is not None and step.loss.differing > args.budget:
-        print(f"warning: above the budget of {args.budget} %, whatever is left", file=sys.stderr)
+    size = sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")) / 1e6
+    use = "; for engines, ONNX Runtime goes on with float32" if options.precision == "fp8" else ""
+    print(f"{args.out}: {args.part} {options.precision}, {size:.1f} MB{use}")
+    if args.part == "encoder":
+        print(f"in higher precision: {', '.join(outcome.left) or 'nothing'}")
+    print(describe(outcome.loss, outcome.questions, outcome.tokens))
     return 0
+
+
+def describe(loss: Loss, questions: int, tokens: int) -> str:
+    """One line for people."""
+    parts = [] if loss.sqnr_db is None else [f"SQNR {loss.sqnr_db:.1f} dB"]
+    parts.append(f"{loss.differing:.2f} % of {tokens:,} next tokens differ from float32")
+    if loss.anls is not None:
+        parts.append(f"{loss.anls:.2f} points of ANLS lost")
+    if loss.grounding is not None:
+        parts.append(f"{loss.grounding:.2f} points of grounding accuracy lost")
+    return f"{'; '.join(parts)} ({questions:,} questions)"
 
 
 def run() -> None:

@@ -1,64 +1,105 @@
-"""What a quantised encoder costs, for programs, for people and as a picture: calib/ in its bundle."""
+"""What a quantised part costs, for programs, for people and as a picture: calib/ in its bundle."""
 
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 
-from calib.sensitivity import Loss, Step
+from calib.evaluation import Loss
+from calib.sensitivity import Step
+
+COLUMNS = {
+    "sqnr_db": "SQNR of the image embeds, dB",
+    "differing": "next tokens that differ, %",
+    "perplexity": "perplexity of the answers",
+    "anls": "ANLS lost, points",
+    "grounding": "grounding lost, points",
+}
 
 
-def write_report(folder: Path, about: dict, noise: dict[str, float], steps: list[Step]) -> None:
-    """report.json and report.md; sensitivity.png where there are sensitivities.
+def write_encoder_report(folder: Path, about: dict, alone: dict[str, Loss], steps: list[Step], loss: Loss) -> None:
+    """encoder.json and encoder.md; encoder.png where there are sensitivities.
 
-    about: how it was made. noise: SQNR in dB by group, each quantised alone; empty where none was asked for. steps: of
-    the search, the last of which holds.
+    about: how it was made. alone: the loss by group, each quantised alone; empty where none was asked for. steps: of
+    the search, the last of which holds. loss: the final one.
     """
-    folder.mkdir()
     content = about | {
-        "sqnr_db_alone": {name: round(value, 2) for name, value in noise.items()},
+        "alone": [{"group": name, **_rounded(loss)} for name, loss in alone.items()],
         "steps": [{"left": list(step.left), **_rounded(step.loss)} for step in steps],
         "left_in_higher_precision": list(steps[-1].left),
-        "loss": _rounded(steps[-1].loss),
+        "loss": _rounded(loss),
     }
-    (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(content), encoding="utf-8")
-    if noise:
-        _plot(noise, steps[-1].left, folder / "sensitivity.png")
+    _write(folder, "encoder", content, _markdown(content))
+    if alone:
+        _plot(alone, steps[-1].left, folder / "encoder.png")
 
 
-def _rounded(loss: Loss) -> dict[str, float]:
-    """None for an SQNR without noise, which JSON has no number for."""
-    return {name: round(value, 2) if math.isfinite(value) else None for name, value in asdict(loss).items()}
+def write_decoder_report(folder: Path, about: dict, rows: dict[str, Loss]) -> None:
+    """decoder.json and decoder.md. rows: what was measured -> its loss."""
+    content = about | {"losses": [{"measured": name, **_rounded(loss)} for name, loss in rows.items()]}
+    float32 = content["float32"]["perplexity"]
+    size = f"{content['bytes'] / 1e6:.1f} MB"
+    lines = [
+        f"# {content['precision']} decoder",
+        "",
+        f"{content['method']}, {content['calibration_prompts']} prompts to calibrate, {size}. The loss is over "
+        f"{content['questions']} questions, {content['next_tokens']} next tokens in all; the perplexity of the "
+        f"answers to float32 is {'unknown' if float32 is None else round(float32, 2)}.",
+        "",
+        *_table("", [(row["measured"], row) for row in content["losses"]]),
+    ]
+    _write(folder, "decoder", content, "\n".join(lines) + "\n")
+
+
+def _write(folder: Path, name: str, content: dict, markdown: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
+
+
+def _rounded(loss: Loss) -> dict[str, float | None]:
+    """None for an SQNR without noise, which JSON has no number for, and for what was not measured."""
+    values = asdict(loss)
+    return {k: round(v, 2) if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
 
 def _markdown(content: dict) -> str:
-    left = content["left_in_higher_precision"]
+    left = ", ".join(content["left_in_higher_precision"]) or "nothing"
     lines = [
         f"# {content['precision']} encoder",
         "",
-        f"{content['calibration_images']} images to calibrate ({content['method']}), {content['evaluation_images']} to "
-        f"evaluate{'' if content['held_out'] else ', the same ones'}. Left in higher precision: "
-        f"{', '.join(left) or 'nothing'}.",
+        f"{content['calibration_images']} images to calibrate ({content['method']}); the loss is over "
+        f"{content['questions']} questions about {'others' if content['held_out'] else 'some of the same'}, "
+        f"{content['next_tokens']} next tokens in all. Left in higher precision: {left}.",
         "",
-        "| left in higher precision | SQNR of the image embeds, dB | next tokens that differ, % |",
-        "| --- | --- | --- |",
-        *(f"| {', '.join(s['left']) or 'nothing'} | {s['sqnr_db']} | {s['differing']} |" for s in content["steps"]),
+        *_table("", [("the encoder of this bundle", content["loss"])]),
+        "",
+        *_table("left in higher precision", [(", ".join(s["left"]) or "nothing", s) for s in content["steps"]]),
     ]
-    if content["sqnr_db_alone"]:
-        lines += ["", "| quantised alone | SQNR of the image embeds, dB |", "| --- | --- |"]
-        lines += [f"| {name} | {value} |" for name, value in content["sqnr_db_alone"].items()]
+    if content["alone"]:
+        lines += ["", *_table("quantised alone", [(row["group"], row) for row in content["alone"]])]
     return "\n".join(lines) + "\n"
 
 
-def _plot(noise: dict[str, float], left: tuple[str, ...], file: Path) -> None:
+def _table(title: str, rows: list[tuple[str, dict]]) -> list[str]:
+    shown = [name for name in COLUMNS if any(row[name] is not None for _, row in rows)]
+    cells = [[name, *("" if row[column] is None else str(row[column]) for column in shown)] for name, row in rows]
+    head = [[title, *(COLUMNS[name] for name in shown)], ["---"] * (len(shown) + 1)]
+    return [f"| {' | '.join(line)} |" for line in head + cells]
+
+
+def _plot(alone: dict[str, Loss], left: tuple[str, ...], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure((8, 0.3 * len(noise) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
-    colours = ["tab:orange" if name in left else "tab:blue" for name in noise]
-    axes.barh(list(noise), list(noise.values()), color=colours)
-    axes.invert_yaxis()
-    axes.set_xlabel("SQNR of the image embeds with this group alone quantised, dB (orange: left in higher precision)")
+    names, colours = list(alone), ["tab:orange" if name in left else "tab:blue" for name in alone]
+    lost = "points of ANLS lost" if any(loss.anls is not None for loss in alone.values()) else COLUMNS["differing"]
+    figure = Figure((10, 0.3 * len(names) + 1.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    axes[0].barh(names, [loss.sqnr_db for loss in alone.values()], color=colours)
+    axes[0].set_xlabel(COLUMNS["sqnr_db"])
+    axes[1].barh(names, [loss.budgeted for loss in alone.values()], color=colours)
+    axes[1].set_xlabel(lost)
+    axes[0].invert_yaxis()
+    figure.suptitle("Each group alone quantised (orange: left in higher precision)")
     FigureCanvasAgg(figure).print_png(str(file))

@@ -1,30 +1,17 @@
-"""What quantisation costs, layer group by layer group, and the smallest set of groups to leave in higher precision.
-
-Two measures, both against the float32 encoder and on images that the ranges do not come from:
-- SQNR of the image embeds, dB: the energy of the signal over that of the error;
-- next tokens that differ, %: the float32 encoder's answers to fixed questions are fed token by token, and at each the
-  likeliest next one is compared. The decoder is the bundle's.
-"""
+"""What quantisation costs, layer group by layer group, and the smallest set of groups to leave in higher precision."""
 
 import re
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
-from onnxruntime.quantization.calibrate import TensorsData
+from tqdm import tqdm
 
-from calib.qdq import QUANTISED, quantise
-from runtime.bundle import Bundle
-from runtime.decoder import Decoder
-from runtime.encoder import OnnxEncoder
-from runtime.prompt import first_turn
-from runtime.tokenizer import Tokenizer
-
-QUESTIONS = ("What is written here?", "Describe the picture in one sentence.")
-ANSWER_TOKENS = 16
+from calib.activations import QUANTISED
+from calib.evaluation import Evaluation, Loss
+from calib.qdq import Calibrated, is_depthwise
 
 
 @dataclass(frozen=True)
@@ -65,80 +52,21 @@ def _group_of_convolution(weights: str, block: str) -> tuple[str, str, int]:
     return (f"{name} depthwise" if "conv_dw" in weights else f"{name} downsample"), name, 0
 
 
-def sqnr_db(found: Iterable[np.ndarray], expected: Iterable[np.ndarray]) -> float:
-    """Signal to quantisation noise of all arrays together, dB; infinite where they are equal."""
-    signal = noise = 0.0
-    for one, other in zip(found, expected, strict=True):
-        signal += float(np.sum(np.square(other, dtype=np.float64)))
-        noise += float(np.sum(np.square(np.subtract(one, other, dtype=np.float64))))
-    return float(10 * np.log10(signal / noise)) if noise else float("inf")
+def depthwise_of(graph: onnx.GraphProto, groups: list[Group]) -> tuple[str, ...]:
+    """Names of the groups that are depthwise convolutions."""
+    depthwise = {node.name for node in graph.node if is_depthwise(node)}
+    return tuple(group.name for group in groups if depthwise.issuperset(group.nodes))
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What an encoder loses. differing: next tokens that differ, %."""
-
-    sqnr_db: float
-    differing: float
-
-
-class Evaluation:
-    """Compares encoders with the bundle's float32 one. images: float32 [1, 3, H, W] each."""
-
-    def __init__(self, bundle: Bundle, source: Path, images: list[np.ndarray]):
-        self._images, self._stride = [pixels[0] for pixels in images], bundle.encoder.stride
-        self._embeds = self._encode(source)
-        self._decoder = Decoder(bundle.path(bundle.decoder.file), bundle.decoder)
-        tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
-        self._prompts = [
-            tokenizer.encode_prompt(first_turn(bundle.prompt, QUESTIONS[i % len(QUESTIONS)], 1), [len(embeds)])
-            for i, embeds in enumerate(self._embeds)
-        ]
-        cases = zip(self._prompts, self._embeds, strict=True)
-        self._answers = [self._answer(ids, embeds, tokenizer.eos_token_ids) for ids, embeds in cases]
-
-    def loss(self, file: Path) -> Loss:
-        """Of the encoder graph `file`."""
-        embeds = self._encode(file)
-        differing = total = 0
-        for ids, rows, answer in zip(self._prompts, embeds, self._answers, strict=True):
-            found = self._next_tokens(ids, rows, answer)
-            differing += sum(one != other for one, other in zip(found, answer, strict=True))
-            total += len(answer)
-        return Loss(sqnr_db(embeds, self._embeds), 100 * differing / total)
-
-    def sqnr_db(self, file: Path) -> float:
-        """Of the encoder graph `file`, without asking the decoder."""
-        return sqnr_db(self._encode(file), self._embeds)
-
-    def _encode(self, file: Path) -> list[np.ndarray]:
-        encoder = OnnxEncoder(file, self._stride)
-        return [encoder([image]) for image in self._images]
-
-    def _answer(self, ids: list[int], embeds: np.ndarray, end: Collection[int]) -> list[int]:
-        sequence = self._decoder.start(len(ids) + ANSWER_TOKENS)
-        answer = [sequence.forward_greedy(ids, embeds)]
-        while len(answer) < ANSWER_TOKENS and answer[-1] not in end:
-            answer.append(sequence.forward_greedy(answer[-1:]))
-        return answer
-
-    def _next_tokens(self, ids: list[int], embeds: np.ndarray, answer: list[int]) -> list[int]:
-        """The likeliest token after the prompt, and after each token of `answer` but the last."""
-        sequence = self._decoder.start(len(ids) + len(answer))
-        return [sequence.forward_greedy(ids, embeds), *(sequence.forward_greedy([token]) for token in answer[:-1])]
-
-
-def sensitivities(
-    source: Path, ranges: TensorsData, precision: str, groups: list[Group], evaluation: Evaluation
-) -> dict[str, float]:
-    """SQNR of the image embeds, dB, with one group alone quantised, by the group's name."""
+def sensitivities(calibrated: Calibrated, groups: list[Group], evaluation: Evaluation) -> dict[str, Loss]:
+    """What each group costs alone, by its name."""
     everything = {node for group in groups for node in group.nodes}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "one.onnx")
-        for group in groups:
-            quantise(source, file, ranges, precision, everything.difference(group.nodes))
-            found[group.name] = evaluation.sqnr_db(file)
+        for group in tqdm(groups, "one group alone", unit="group", disable=None):
+            calibrated.write(file, everything.difference(group.nodes))
+            found[group.name] = evaluation.loss(file)
     return found
 
 
@@ -150,39 +78,47 @@ class Step:
     loss: Loss
 
 
+def measure(calibrated: Calibrated, groups: list[Group], left: Collection[str], evaluation: Evaluation) -> Step:
+    """With the groups named in `left` in higher precision."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "tried.onnx")
+        calibrated.write(file, [node for group in groups if group.name in left for node in group.nodes])
+        return Step(tuple(group.name for group in groups if group.name in left), evaluation.loss(file))
+
+
 def search(
-    source: Path,
-    ranges: TensorsData,
-    precision: str,
+    calibrated: Calibrated,
     groups: list[Group],
-    noise: dict[str, float],
+    always: Collection[str],
+    alone: dict[str, Loss],
     evaluation: Evaluation,
     budget: float,
 ) -> list[Step]:
-    """From everything quantised on, leave the group with the lowest SQNR of those that remain, until at most `budget` %
-    of next tokens differ; then quantise again, best first, what the budget allows.
+    """The fewest groups to leave in higher precision so that `Loss.budgeted` is at most `budget`.
 
-    noise: as `sensitivities` gives it. Returns every step that was tried; the last one holds, whose loss is within the
-    budget unless leaving everything is not enough.
+    First the least number of groups, those of lowest SQNR alone before the others, is found by bisection; then each of
+    them is quantised again, least harmful first, where the budget allows.
+
+    always: names of groups that are left in any case. alone: as `sensitivities` gives it. Returns every step that was
+    tried; the last one holds. Its loss is above the budget only where leaving every group is.
     """
-    nodes = {group.name: group.nodes for group in groups}
-    worst_first = sorted(nodes, key=lambda name: noise.get(name, 0.0))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "tried.onnx")
+    others = [group.name for group in groups if group.name not in always]
+    worst_first = sorted(others, key=lambda name: alone[name].sqnr_db)
+    tried: list[Step] = []
 
-        def tried(left: tuple[str, ...]) -> Step:
-            quantise(source, file, ranges, precision, [node for name in left for node in nodes[name]])
-            return Step(left, evaluation.loss(file))
+    def leave(names: Collection[str]) -> Step:
+        tried.append(measure(calibrated, groups, {*always, *names}, evaluation))
+        return tried[-1]
 
-        steps = [tried(())]
-        while steps[-1].loss.differing > budget and len(steps[-1].left) < len(nodes):
-            steps.append(tried(tuple(worst_first[: len(steps[-1].left) + 1])))
-        best = steps[-1]
-        for name in reversed(best.left[:-1]):  # without the last one the budget was exceeded
-            step = tried(tuple(other for other in best.left if other != name))
-            steps.append(step)
-            if step.loss.differing <= budget:
-                best = step
-        if steps[-1] != best:
-            steps.append(best)
-    return steps
+    steps: dict[int, Step] = {}  # by how many of the worst are left
+    low, high = 0, len(worst_first)  # the least number lies in between
+    while low < high:
+        count = (low + high) // 2 if steps else 0  # everything first: it is often enough
+        steps[count] = leave(worst_first[:count])
+        low, high = (low, count) if steps[count].loss.budgeted <= budget else (count + 1, high)
+    best = steps.get(low) or leave(worst_first[:low])
+    for name in reversed(worst_first[: max(low - 1, 0)]):  # without the last the budget was exceeded
+        step = leave([other for other in best.left if other != name])
+        if step.loss.budgeted <= budget:
+            best = step
+    return tried if tried[-1] == best else [*tried, best]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from benchmarks.metrics import anls, exact_match, iou
+from calib.metrics import anls, exact_match, iou
 
 
 def edit_distance(a: str, b: str) -> int:

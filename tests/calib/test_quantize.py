@@ -1,6 +1,5 @@
 """Q/DQ encoders: what they are made of, how far they are from float32, and what cannot be quantised."""
 
-import json
 import shutil
 
 import ml_dtypes
@@ -8,12 +7,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
 from PIL import Image
 
 import runtime
-from calib.images import find_images, open_images, pixel_values
-from calib.qdq import METHODS, calibrate, quantise
+from calib.activations import METHODS, Activations, activations_of
+from calib.images import Page, calibration_pixels, find_pages
+from calib.qdq import is_depthwise, measure_means, quantise
 from calib.quantize import Options, quantise_bundle
 from export.encoder import export_encoder
 from runtime.backends import Backends
@@ -25,20 +25,6 @@ from tests.runtime.test_infer import assert_one_line_error
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """20 pictures of several shapes: patches of colour and lines, and noise."""
-    folder = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    for i in range(20):
-        height, width = random.integers(80, 400, 2)
-        pixels = np.kron(random.integers(0, 256, (5, 5, 3)), np.ones((height // 5, width // 5, 1)))
-        pixels[:: 7 + i] = 0
-        pixels = np.clip(pixels + random.normal(0, 5 * (i % 3), pixels.shape), 0, 255)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def int8(conformance_bundle, pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "int8"
     run_module(
@@ -47,10 +33,26 @@ def int8(conformance_bundle, pictures, tmp_path_factory):
     return out
 
 
-def held_out(rule) -> list[np.ndarray]:
-    random = np.random.default_rng(5)
-    images = [Image.fromarray(np.kron(random.integers(0, 256, (6, 4, 3)), np.ones((50, 50, 1))).astype(np.uint8))]
-    return list(pixel_values(images * 2, rule))
+def held_out(rule, folder) -> list[np.ndarray]:
+    """One other picture at two sizes."""
+    pixels = np.kron(np.random.default_rng(5).integers(0, 256, (6, 4, 3)), np.ones((50, 50, 1))).astype(np.uint8)
+    for name in "ab":
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return [feed for _, feed in calibration_pixels([Page(folder / "a.png"), Page(folder / "b.png")], rule)]
+
+
+def feeds_of(bundle, pictures, count=16) -> list[tuple[str, np.ndarray]]:
+    return list(calibration_pixels(find_pages(pictures)[:count], bundle.image))
+
+
+def ranges_of(source, feeds, method="minmax") -> dict[str, float]:
+    activations = Activations(source)
+    activations.collect(feeds)
+    return activations.ranges(method)[0]
+
+
+def depthwise(graph) -> list[str]:
+    return [node.name for node in graph.node if is_depthwise(node)]
 
 
 def sqnr(found: np.ndarray, expected: np.ndarray) -> float:
@@ -69,20 +71,21 @@ def test_convolutions_and_products_take_quantised_inputs_and_nothing_else_does(
 ):
     bundle = open_bundle(conformance_bundle)
     source, target = bundle.path("encoder/fp32.onnx"), tmp_path / "q.onnx"
-    images = open_images(find_images(pictures, 16))
-    ranges, warnings = calibrate(source, pixel_values(images, bundle.image), "minmax")
-    assert warnings == []
-    quantise(source, target, ranges, precision)
-    original, graph = onnx.load(source).graph, onnx.load(target).graph
+    original = onnx.load(source).graph
+    ranges = ranges_of(source, feeds_of(bundle, pictures))
+    assert list(ranges) == activations_of(original)
+    spared = depthwise(original) if precision == "fp8" else []
+    assert depthwise(original)
+    quantise(source, target, ranges, precision, spared)
+    graph = onnx.load(target).graph
     weights, values = values_of(original), values_of(graph)
     makers = {name: node for node in graph.node for name in node.output}
     of_kind = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}[precision]
     largest = {"int8": 127, "fp8": 448}[precision]
-    depthwise = {node.name for node in original.node if any(a.name == "group" and a.i > 1 for a in node.attribute)}
     quantised = 0
     for node in graph.node:
         sources = [makers.get(name) for name in node.input]
-        if node.op_type in ("Conv", "MatMul") and not (precision == "fp8" and node.name in depthwise):
+        if node.op_type in ("Conv", "MatMul") and node.name not in spared:
             activation, weight = sources[:2]
             assert activation.op_type == weight.op_type == "DequantizeLinear"
             assert makers[activation.input[0]].op_type == "QuantizeLinear"
@@ -106,29 +109,27 @@ def test_convolutions_and_products_take_quantised_inputs_and_nothing_else_does(
         elif node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             assert not any(source is not None and source.op_type == "DequantizeLinear" for source in sources)
     expected = sum(node.op_type in ("Conv", "MatMul") for node in original.node)
-    assert quantised == expected - (len(depthwise) if precision == "fp8" else 0)
+    assert quantised == expected - len(spared)
 
 
 def test_scales_are_the_largest_magnitudes_of_the_images(conformance_bundle, pictures, tmp_path):
     """Of the first convolution's input: the pixel values themselves."""
     bundle = open_bundle(conformance_bundle)
-    images = open_images(find_images(pictures, 16))
-    feeds = list(pixel_values(images, bundle.image))
+    feeds = feeds_of(bundle, pictures)
     source = bundle.path("encoder/fp32.onnx")
-    quantise(source, tmp_path / "q.onnx", calibrate(source, feeds, "minmax")[0], "int8")
+    quantise(source, tmp_path / "q.onnx", ranges_of(source, feeds), "int8")
     graph = onnx.load(tmp_path / "q.onnx").graph
     (first,) = (n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "pixel_values")
-    expected = max(np.abs(feed).max() for feed in feeds) / 127
+    expected = max(np.abs(feed).max() for _, feed in feeds) / 127
     assert values_of(graph)[first.input[1]] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_stays_near_float32(conformance_bundle, pictures, tmp_path, method):
     bundle = open_bundle(conformance_bundle)
-    source, images = bundle.path("encoder/fp32.onnx"), open_images(find_images(pictures, 16))
-    ranges, _ = calibrate(source, pixel_values(images, bundle.image), method)
-    quantise(source, tmp_path / "int8.onnx", ranges, "int8")
-    (pixels, _) = held_out(bundle.image)
+    source = bundle.path("encoder/fp32.onnx")
+    quantise(source, tmp_path / "int8.onnx", ranges_of(source, feeds_of(bundle, pictures), method), "int8")
+    pixels, _ = held_out(bundle.image, tmp_path)
     (found,), (expected,) = (
         onnxruntime.InferenceSession(file).run(None, {"pixel_values": pixels})
         for file in (tmp_path / "int8.onnx", source)
@@ -136,21 +137,79 @@ def test_every_method_stays_near_float32(conformance_bundle, pictures, tmp_path,
     assert 15 < sqnr(found, expected) < 60
 
 
+def conv_and_product(tmp_path):
+    """pixel_values -> a convolution with bias -> its pixels times a matrix, plus a bias that the convolution shares."""
+    random = np.random.default_rng(3)
+    kernel = (random.standard_normal((8, 3, 1, 1)) * 0.3).astype(np.float32)
+    matrix = random.standard_normal((8, 8)).astype(np.float32)
+    matrix[:, 0] = 0.9  # with errors that do not cancel
+    bias = random.standard_normal(8).astype(np.float32)
+    nodes = [
+        onnx.helper.make_node("Conv", ["pixel_values", "kernel", "bias"], ["maps"], name="conv"),
+        onnx.helper.make_node("Transpose", ["maps"], ["rows"], perm=[0, 2, 3, 1]),
+        onnx.helper.make_node("MatMul", ["rows", "matrix"], ["product"], name="product"),
+        onnx.helper.make_node("Add", ["product", "bias"], ["out"], name="add"),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("pixel_values", 1, [1, 3, "h", "w"])],
+        [onnx.helper.make_tensor_value_info("out", 1, [1, "h", "w", 8])],
+        [numpy_helper.from_array(v, n) for n, v in (("kernel", kernel), ("matrix", matrix), ("bias", bias))],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "plain.onnx")
+    return tmp_path / "plain.onnx"
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_biases_take_up_the_mean_error(tmp_path, precision):
+    """Ranges are far too wide here, so that rounding errs by much; the mean of what each layer gives stays."""
+    source = conv_and_product(tmp_path)
+    random = np.random.default_rng(0)
+    feeds = [(f"{i}", random.uniform(0.2, 1, (1, 3, 16, 16)).astype(np.float32)) for i in range(3)]
+    ranges = {name: most * (40 if precision == "int8" else 1) for name, most in ranges_of(source, feeds).items()}
+    means = measure_means(source, ranges, precision, feeds)
+    session = onnxruntime.InferenceSession(source)
+    outputs = {}
+    for name, corrected in (("plain", None), ("corrected", means)):
+        quantise(source, tmp_path / f"{name}-q.onnx", ranges, precision, means=corrected)
+        outputs[name] = onnxruntime.InferenceSession(tmp_path / f"{name}-q.onnx")
+    errors = {}
+    for name, quantised in outputs.items():
+        images = [{"pixel_values": pixels} for _, pixels in feeds]
+        differences = [quantised.run(None, image)[0] - session.run(None, image)[0] for image in images]
+        errors[name] = np.mean(differences, axis=(0, 1, 2, 3))
+    assert np.abs(errors["corrected"]).max() < 0.3 * np.abs(errors["plain"]).max()
+    # the means themselves, against numpy in float64
+    pixels = np.concatenate([x for _, x in feeds]).astype(np.float64)
+    np.testing.assert_allclose(means["pixel_values"].plain, pixels.mean((0, 2, 3)), rtol=1e-5)
+    if precision == "int8":
+        step = ranges["pixel_values"] / 127
+        np.testing.assert_allclose(
+            means["pixel_values"].rounded, (np.rint(pixels / step) * step).mean((0, 2, 3)), rtol=1e-4
+        )
+    graph = onnx.load(tmp_path / "corrected-q.onnx").graph
+    values = values_of(graph)
+    conv, add = (next(node for node in graph.node if node.name == name) for name in ("conv", "add"))
+    assert conv.input[2] != add.input[1], "the two layers shared a bias and have one each now"
+    assert not np.allclose(values[conv.input[2]], values[add.input[1]])
+
+
 def test_images_come_at_several_sizes_and_ratios(conformance_bundle, pictures):
-    rule = open_bundle(conformance_bundle).image
-    shapes = [pixels.shape for pixels in pixel_values(open_images(find_images(pictures, 20)), rule)]
+    shapes = [pixels.shape for _, pixels in feeds_of(open_bundle(conformance_bundle), pictures, 20)]
     assert {(1, 3, 256, 256), (1, 3, 192, 192), (1, 3, 128, 128)} <= set(shapes)
     assert any(height != width for *_, height, width in shapes)
 
 
-def test_the_bundle_answers_and_keeps_the_rest(conformance_bundle, int8, pictures):
+def test_the_bundle_answers_and_keeps_the_rest(conformance_bundle, int8, pictures, tmp_path):
     before, after = open_bundle(conformance_bundle), open_bundle(int8)
     assert (after.encoder.file, after.encoder.precision) == ("encoder/int8.onnx", "int8")
-    assert set(after.files) == {*before.files, "encoder/int8.onnx", "calib/report.json", "calib/report.md"}
+    assert set(after.files) == {*before.files, "encoder/int8.onnx", "calib/encoder.json", "calib/encoder.md"}
     for name in before.files:
         assert file_sha256(after.path(name)) == file_sha256(before.path(name))
     expected = runtime.load(conformance_bundle, backends=Backends(encoder="onnx"))
-    images = [pixels[0] for pixels in held_out(before.image)]
+    images = [pixels[0] for pixels in held_out(before.image, tmp_path)]
     for encoder in ("onnx", "openvino"):
         model = runtime.load(int8, backends=Backends(encoder=encoder))
         assert model.encoder_chosen.precision == "int8"
@@ -179,65 +238,32 @@ def test_fp8_is_for_engines_and_float32_stays(conformance_bundle, pictures, tmp_
     assert (bundle.encoder.file, bundle.encoder_file("fp8")) == ("encoder/fp32.onnx", "encoder/fp8.onnx")
 
 
-def test_fp8_values_are_near_float32(conformance_bundle, pictures, tmp_path):
-    """By ONNX's own evaluator, since ONNX Runtime computes nothing in FP8 on a CPU: a small encoder, a small image."""
-    export_encoder(tiny(), tmp_path / "fp32.onnx", "fp32")
-    rule = open_bundle(conformance_bundle).image
-    ranges, _ = calibrate(tmp_path / "fp32.onnx", pixel_values(open_images(find_images(pictures, 16)), rule), "minmax")
-    quantise(tmp_path / "fp32.onnx", tmp_path / "fp8.onnx", ranges, "fp8")
+def test_fp8_values_are_near_float32(tiny_encoder, conformance_bundle, pictures, tmp_path):
+    """On ONNX Runtime, and by ONNX's own evaluator: a small encoder, a small image."""
+    bundle = open_bundle(conformance_bundle)
+    feeds = feeds_of(bundle, pictures)
+    ranges = ranges_of(tiny_encoder, feeds)
+    means = measure_means(tiny_encoder, ranges, "fp8", feeds[:4])
+    quantise(tiny_encoder, tmp_path / "fp8.onnx", ranges, "fp8", depthwise(onnx.load(tiny_encoder).graph), means)
     from onnx.reference import ReferenceEvaluator
 
-    pixels = held_out(rule)[1][:, :, :64, :64]
+    pixels = held_out(bundle.image, tmp_path)[1][:, :, :64, :64]
     (found,) = ReferenceEvaluator(onnx.load(tmp_path / "fp8.onnx")).run(None, {"pixel_values": pixels})
-    (expected,) = onnxruntime.InferenceSession(tmp_path / "fp32.onnx").run(None, {"pixel_values": pixels})
+    (run,) = onnxruntime.InferenceSession(tmp_path / "fp8.onnx").run(None, {"pixel_values": pixels})
+    (expected,) = onnxruntime.InferenceSession(tiny_encoder).run(None, {"pixel_values": pixels})
     assert 15 < sqnr(found, expected) < 50
+    assert sqnr(run, expected) == pytest.approx(sqnr(found, expected), abs=1)
 
 
 def test_large_weights_lie_beside_the_graph(pictures, conformance_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("export.encoder.INLINE_BYTES", 1000)
     export_encoder(tiny(), tmp_path / "fp32.onnx", "fp32")
-    rule = open_bundle(conformance_bundle).image
-    ranges, _ = calibrate(tmp_path / "fp32.onnx", pixel_values(open_images(find_images(pictures, 16)), rule), "minmax")
-    quantise(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", ranges, "int8")
+    feeds = feeds_of(open_bundle(conformance_bundle), pictures)
+    ranges = ranges_of(tmp_path / "fp32.onnx", feeds)
+    means = measure_means(tmp_path / "fp32.onnx", ranges, "int8", feeds[:2])
+    quantise(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", ranges, "int8", (), means)
     assert (tmp_path / "int8.onnx.data").stat().st_size > 1000
     onnxruntime.InferenceSession(tmp_path / "int8.onnx")
-
-
-def test_a_dataset_names_its_images(pictures, tmp_path):
-    records = [{"id": str(i), "image": f"{i:02}.png", "conversations": []} for i in range(17)] + [{"id": "text"}]
-    for text in (json.dumps(records), "\n".join(map(json.dumps, records))):
-        (pictures / "data.json").write_text(text)
-        assert [file.name for file in find_images(pictures / "data.json", 100)] == [f"{i:02}.png" for i in range(17)]
-        assert len(find_images(pictures / "data.json", 16)) == 16
-    (pictures / "data.json").unlink()
-
-
-def test_a_picture_that_does_not_open_is_named_and_skipped(pictures, tmp_path, capsys):
-    folder = shutil.copytree(pictures, tmp_path / "pictures")
-    (folder / "05.png").write_bytes(b"no picture")
-    assert len(open_images(find_images(folder, 20))) == 19
-    assert "05.png" in capsys.readouterr().err
-
-
-def test_constant_activations_are_warned_of(pictures, conformance_bundle, tmp_path):
-    export_encoder(tiny(), tmp_path / "fp32.onnx", "fp32")
-    rule = open_bundle(conformance_bundle).image
-    feeds = (np.zeros_like(pixels) for pixels in pixel_values(open_images(find_images(pictures, 16)), rule))
-    _, warnings = calibrate(tmp_path / "fp32.onnx", feeds, "minmax")
-    assert any("pixel_values is zero" in warning for warning in warnings)
-
-
-def test_what_is_not_finite_is_named(pictures, conformance_bundle, tmp_path):
-    export_encoder(tiny(), tmp_path / "fp32.onnx", "fp32")
-    model = onnx.load(tmp_path / "fp32.onnx")
-    weight = next(tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT)
-    broken = numpy_helper.to_array(weight).copy()
-    broken.flat[0] = np.inf
-    weight.CopyFrom(numpy_helper.from_array(broken, weight.name))
-    onnx.save(model, tmp_path / "fp32.onnx")
-    feeds = pixel_values(open_images(find_images(pictures, 16)), open_bundle(conformance_bundle).image)
-    with pytest.raises(UserError, match="not finite"):
-        calibrate(tmp_path / "fp32.onnx", feeds, "minmax")
 
 
 def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
@@ -262,11 +288,15 @@ def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
         quantise_bundle(bundle, bundle.folder, pictures, Options())
     arguments = ("--bundle", conformance_bundle, "--data", pictures, "--out", tmp_path / "out")
     assert_one_line_error(run_module("calib.quantize", *arguments, "--precision", "int4"), "int4", "int8 or fp8")
+    decoder = (*arguments, "--part", "decoder")
+    assert_one_line_error(run_module("calib.quantize", *decoder, "--precision", "fp8"), "fp8", "int4 or int8")
+    assert_one_line_error(run_module("calib.quantize", *decoder, "--budget", "1"), "--budget is for --part encoder")
     for options, said in (
         ({"samples": 15}, "--samples is 15, expected 16"),
-        ({"method": "guess"}, "minmax, entropy, percentile"),
+        ({"questions": 0}, "--questions"),
+        ({"method": "guess"}, "mse, minmax, entropy, percentile"),
         ({"budget": -1}, "--budget"),
-        ({"budget": 0.5, "precision": "fp8"}, "no FP8"),
+        ({"depthwise": True, "precision": "fp8"}, "no depthwise convolution in FP8"),
     ):
         with pytest.raises(UserError, match=said):
             Options(**options)

@@ -1,0 +1,208 @@
+"""How large the values are that convolutions and products take, on calibration images, and the ranges that follow.
+
+One histogram of magnitudes for each tensor, whose bins are a power of two wide, so that it does not depend on the order
+of the images and serves every method. It is kept in a file and goes on where it was interrupted.
+"""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization.calibrate import HistogramCollector
+
+from runtime.bundle import file_sha256
+from runtime.errors import UserError
+from runtime.session import open_session
+
+METHODS = ("mse", "minmax", "entropy", "percentile")
+QUANTISED = ("Conv", "MatMul")
+BINS = 2048  # of a histogram; at least half of them hold something
+ENTROPY_BINS = 512  # the search for a threshold is slow in pure Python
+LARGEST_INT8 = 127
+PERCENTILE = 99.99
+CANDIDATES = np.linspace(0.1, 1.0, 91)  # thresholds that are tried, of the largest magnitude
+INPUT = "pixel_values"
+
+
+def activations_of(graph: onnx.GraphProto) -> list[str]:
+    """What convolutions and products with weights take, in the order of the graph, each once."""
+    weights = {tensor.name for tensor in graph.initializer}
+    taken = [node.input[0] for node in graph.node if node.op_type in QUANTISED and node.input[1] in weights]
+    return list(dict.fromkeys(taken))
+
+
+@dataclass
+class Histogram:
+    """Of magnitudes. counts: int64 [BINS], bin i from i to i + 1 times `width`. largest: exactly."""
+
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    width: float = 0.0
+    largest: float = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        """values: float32, finite."""
+        magnitudes = np.abs(values).ravel()
+        largest = float(magnitudes.max(initial=0.0))
+        if largest > 0:
+            self._widen(float(np.exp2(np.frexp(largest)[1])) / BINS)
+        self.largest = max(self.largest, largest)
+        bins = (magnitudes / (self.width or 1.0)).astype(np.int32)
+        self.counts += np.bincount(bins, minlength=BINS)
+
+    def _widen(self, width: float) -> None:
+        while 0 < self.width < width:
+            pairs = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.concatenate([pairs, np.zeros_like(pairs)])
+            self.width *= 2
+        self.width = max(self.width, width)
+
+    def threshold(self, method: str) -> float:
+        """The magnitude that the largest value of INT8 stands for. method: one of `METHODS`."""
+        if method == "minmax" or self.largest == 0:
+            return self.largest
+        find = {"mse": self._mse, "entropy": self._entropy, "percentile": self._percentile}[method]
+        return min(find(), self.largest)
+
+    def _mse(self) -> float:
+        """Least squared error of rounding and clipping together."""
+        filled = np.nonzero(self.counts)[0]
+        centres, counts = (filled + 0.5) * self.width, self.counts[filled]
+        steps = self.largest * CANDIDATES[:, None] / LARGEST_INT8
+        rounded = np.minimum(np.rint(centres / steps), LARGEST_INT8) * steps
+        errors = np.square(rounded - centres) @ counts
+        return float(self.largest * CANDIDATES[errors.argmin()])
+
+    def _percentile(self) -> float:
+        share = np.cumsum(self.counts) / self.counts.sum()
+        return self.width * float(np.searchsorted(share, PERCENTILE / 100) + 1)
+
+    def _entropy(self) -> float:
+        """Least Kullback-Leibler divergence of the rounded from the real distribution (Migacz, GTC 2017), as ONNX
+        Runtime searches it."""
+        counts = self.counts.reshape(ENTROPY_BINS, -1).sum(axis=1)
+        limit = self.width * BINS
+        both = np.concatenate([counts[::-1], counts])
+        edges = np.linspace(-limit, limit, len(both) + 1, dtype=np.float32)
+        levels = 2 * LARGEST_INT8 + 1
+        collector = HistogramCollector("entropy", True, len(both), levels, None, None)
+        _, high = collector.get_entropy_threshold((both, edges, -limit, limit, limit), levels)
+        return float(high)
+
+
+class Activations:
+    """The histograms of a graph's tensors over calibration images.
+
+    source: a float32 graph. file: where they are kept from image to image; None keeps them nowhere.
+    Raises UserError where `file` holds another model's.
+    """
+
+    def __init__(self, source: Path, file: Path | None = None):
+        self._source, self._file = source, file
+        self._model = _hash_of(source)
+        names = activations_of(onnx.load(str(source), load_external_data=False).graph)
+        self.histograms = {name: Histogram() for name in names}
+        self._images: list[str] = []
+        if file is not None and file.exists():
+            self._read(file)
+
+    def collect(self, images: Iterable[tuple[str, np.ndarray]]) -> None:
+        """images: (name, float32 [1, 3, H, W]) each; those that the file holds already are passed over.
+
+        Raises UserError where the file begins with other images, and for a tensor that is not finite, naming it and
+        the image.
+        """
+        known = list(self._images)
+        seen = 0
+        with tempfile.TemporaryDirectory() as folder:
+            probe = None
+            for name, pixels in images:
+                digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+                seen += 1
+                if seen <= len(known):
+                    if digest != known[seen - 1]:
+                        raise self._other_images()
+                    continue
+                probe = probe or Probe(self._source, list(self.histograms), Path(folder))
+                self._add(name, probe(pixels))
+                self._images.append(digest)
+                self._write()
+        if seen < len(known):
+            raise self._other_images()
+
+    def _other_images(self) -> UserError:
+        return UserError(f"{self._file} holds ranges of other images; delete it or name another --cache")
+
+    def _add(self, image: str, values: dict[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                raise UserError(f"{name} is not finite on {image}; the checkpoint or the image is broken")
+        for name, value in values.items():
+            self.histograms[name].add(value)
+
+    def ranges(self, method: str) -> tuple[dict[str, float], list[str]]:
+        """(largest magnitude of each tensor that is told apart, warnings that name a tensor). method: of `METHODS`."""
+        found = {name: histogram.threshold(method) for name, histogram in self.histograms.items()}
+        zero = [name for name, largest in found.items() if largest == 0]
+        return found, [f"{name} is zero on every calibration image; its scale means nothing" for name in zero]
+
+    def _read(self, file: Path) -> None:
+        try:
+            with np.load(file) as kept:
+                model, names = str(kept["model"]), kept["names"].tolist()
+                counts, widths, largest = kept["counts"], kept["widths"].tolist(), kept["largest"].tolist()
+                images = kept["images"].tolist()
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{file} cannot be read as ranges ({error}); delete it") from error
+        if model != self._model or names != list(self.histograms) or counts.shape != (len(names), BINS):
+            raise UserError(f"{file} holds ranges of another model; delete it or name another --cache")
+        kept = zip(names, counts, widths, largest, strict=True)
+        self.histograms = {name: Histogram(row, width, most) for name, row, width, most in kept}
+        self._images = images
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        histograms = list(self.histograms.values())
+        partial = self._file.with_name(f".{self._file.name}.partial")
+        with open(partial, "wb") as stream:
+            np.savez(
+                stream,
+                model=self._model,
+                images=self._images,
+                names=list(self.histograms),
+                counts=[histogram.counts for histogram in histograms],
+                widths=[histogram.width for histogram in histograms],
+                largest=[histogram.largest for histogram in histograms],
+            )
+        os.replace(partial, self._file)
+
+
+def _hash_of(source: Path) -> str:
+    data = source.with_name(f"{source.name}.data")
+    return " ".join(file_sha256(file) for file in (source, data) if file.is_file())
+
+
+class Probe:
+    """Runs a graph and gives the tensors `names`, the graph's input among them.
+
+    folder: where the graph with these outputs is put; it must last as long as the probe.
+    """
+
+    def __init__(self, source: Path, names: list[str], folder: Path):
+        model = onnx.load(str(source))
+        self._names, self._inner = names, [name for name in names if name != INPUT]
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._inner)
+        file = folder / "probe.onnx"
+        onnx.save(model, str(file), save_as_external_data=True, location=f"{file.name}.data")
+        self._session = open_session(file, None)
+
+    def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        found = dict(zip(self._inner, self._session.run(self._inner, {INPUT: pixels}), strict=True))
+        return {name: found.get(name, pixels) for name in self._names}

@@ -1,0 +1,148 @@
+"""Decoders of 4 and 8 bits: what they are made of, and how near to float32 they are."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import runtime
+from calib.decoder import BLOCK, prompts, quantise_decoder
+from calib.images import find_pages
+from calib.quantize import DecoderOptions, Options, quantise_bundle, quantise_decoder_bundle
+from runtime.bundle import open_bundle
+from runtime.decoder import Decoder
+from runtime.errors import UserError
+from tests.conftest import run_module
+
+
+@pytest.fixture(scope="module")
+def bundle(conformance_bundle):
+    return open_bundle(conformance_bundle)
+
+
+@pytest.fixture(scope="module")
+def feeds(bundle, dataset):
+    return list(prompts(bundle, bundle.path("encoder/fp32.onnx"), find_pages(dataset)[:8]))
+
+
+@pytest.fixture(scope="module")
+def rounded(bundle, feeds, tmp_path_factory):
+    """(precision, method) -> a graph."""
+    folder, files = tmp_path_factory.mktemp("rounded"), {}
+    for precision, method in (("int8", "rtn"), ("int4", "rtn"), ("int4", "awq")):
+        files[precision, method] = folder / f"{precision}-{method}.onnx"
+        quantise_decoder(bundle.path(bundle.decoder.file), files[precision, method], precision, method, feeds)
+    return files
+
+
+def logits(file, bundle, feeds) -> np.ndarray:
+    decoder = Decoder(file, bundle.decoder)
+    rows = []
+    for feed in feeds:
+        ids = feed["input_ids"][0].tolist()
+        rows.append(decoder.start(len(ids)).forward(ids, feed["image_embeds"]).copy())
+    return np.array(rows)
+
+
+def test_more_bits_and_calibration_bring_a_decoder_nearer(bundle, feeds, rounded):
+    expected = logits(bundle.path(bundle.decoder.file), bundle, feeds)
+    errors = {}
+    for key, file in rounded.items():
+        errors[key] = np.linalg.norm(logits(file, bundle, feeds) - expected) / np.linalg.norm(expected)
+    assert errors["int8", "rtn"] < 0.1, "most of it from activations, which are rounded to 8 bits as well"
+    assert errors["int8", "rtn"] < errors["int4", "awq"] < errors["int4", "rtn"] < 0.8
+
+
+def test_weights_are_the_nearest_of_sixteen_levels(bundle, rounded):
+    """Against the float32 matrix, block by block."""
+    original = onnx.load(bundle.path(bundle.decoder.file)).graph
+    plain = {tensor.name: numpy_helper.to_array(tensor) for tensor in original.initializer}
+    matrices = {
+        node.name: node.input[1] for node in original.node if node.op_type == "MatMul" and node.input[1] in plain
+    }
+    graph = onnx.load(rounded["int4", "rtn"]).graph
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(nodes) == len(matrices)
+    seen = Counter()
+    for node in nodes:
+        attributes = {a.name: a.i for a in node.attribute}
+        assert attributes["block_size"] == BLOCK
+        assert len(node.input) < 4 or not node.input[3], "symmetric: no zero points"
+        weights = plain[next(m for name, m in matrices.items() if node.name.startswith(f"{name}_"))].T
+        packed, scales = values[node.input[1]], values[node.input[2]].reshape(weights.shape[0], -1, 1)
+        bits = attributes["bits"]
+        seen[bits] += 1
+        levels = packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], -1)
+        restored = (levels.astype(np.float64) - 2 ** (bits - 1)) * scales
+        blocks = weights.reshape(weights.shape[0], -1, BLOCK)
+        assert (np.abs(restored - blocks) <= np.abs(scales) * 1.001).all(), "the last level of a side may be one short"
+        assert np.mean(np.abs(restored - blocks) <= np.abs(scales) * 0.501) > 0.98
+    assert seen == {8: 1, 4: len(nodes) - 1}, "the head takes 8 bits"
+
+
+def test_tied_embeddings_share_the_heads_matrix(tmp_path):
+    """A head and embeddings of one matrix, as SmolLM2 has them: looked up rows are the head's, within 8 bits."""
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((64, 96)).astype(np.float32)  # [D, V]
+    nodes = [
+        onnx.helper.make_node("Transpose", ["head"], ["table"], perm=[1, 0]),
+        onnx.helper.make_node("Gather", ["table", "input_ids"], ["embeds"], name="lookup"),
+        onnx.helper.make_node("MatMul", ["embeds", "body"], ["hidden"], name="body"),
+        onnx.helper.make_node("MatMul", ["hidden", "head"], ["logits"], name="head"),
+    ]
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [info("input_ids", onnx.TensorProto.INT64, [1, "s"])],
+        [info("logits", 1, [1, "s", 96])],
+        [numpy_helper.from_array(matrix, "head"), numpy_helper.from_array(np.eye(64, dtype=np.float32), "body")],
+        value_info=[info("table", 1, [96, 64])],
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "tied.onnx")
+    quantise_decoder(tmp_path / "tied.onnx", tmp_path / "rounded.onnx", "int8", "rtn")
+    rounded = onnx.load(tmp_path / "rounded.onnx")
+    assert "GatherBlockQuantized" in {node.op_type for node in rounded.graph.node}
+    assert not any(tensor.name == "head" for tensor in rounded.graph.initializer), "float32 has gone"
+    import onnxruntime
+
+    ids = np.arange(96)[None]
+    (found,) = onnxruntime.InferenceSession(tmp_path / "rounded.onnx").run(None, {"input_ids": ids})
+    expected = matrix.T.astype(np.float64) @ matrix
+    assert np.linalg.norm(found[0] - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_a_bundle_with_an_int8_encoder_and_an_int4_decoder_answers(conformance_bundle, dataset, pictures, tmp_path):
+    quantise_bundle(open_bundle(conformance_bundle), tmp_path / "int8", pictures, Options(questions=4))
+    out = tmp_path / "int4"
+    done = run_module(
+        *("calib.quantize", "--part", "decoder", "--bundle", tmp_path / "int8", "--data", dataset),
+        *("--precision", "int4", "--questions", 6, "--out", out),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "next tokens differ" in done.stdout
+    before, after = open_bundle(tmp_path / "int8"), open_bundle(out)
+    assert after.decoder.precision == "int4"
+    assert after.encoder == before.encoder
+    assert (
+        after.path("decoder/model.onnx.data").stat().st_size < before.path("decoder/model.onnx.data").stat().st_size / 2
+    )
+    report = json.loads((out / "calib" / "decoder.json").read_text())
+    assert [row["measured"] for row in report["losses"]] == ["decoder alone", "with the encoder in int8"]
+    encoder = json.loads((out / "calib" / "encoder.json").read_text())
+    assert encoder == json.loads((tmp_path / "int8" / "calib" / "encoder.json").read_text())
+    assert report["losses"][0]["sqnr_db"] is None
+    assert 15 < report["losses"][1]["sqnr_db"] < 60
+    assert report["questions"] >= 6
+    assert "perplexity" in (out / "calib" / "decoder.md").read_text()
+    *_, last = runtime.load(out).generate([pictures / "00.png"], "What?", runtime.Options(max_new_tokens=3))
+    assert len(last.result.token_ids) == 3
+    with pytest.raises(UserError, match="decoder in int4"):
+        quantise_decoder_bundle(after, tmp_path / "again", dataset, DecoderOptions())
+    with pytest.raises(UserError, match="for int4"):
+        DecoderOptions("int8", "awq")
