@@ -47,7 +47,8 @@ class Options:
     """precision: int8 or fp8. method: of `METHODS`; None takes the precision's own of `METHOD_OF`. samples: images to
     calibrate on, of those there are. questions: that losses are measured on. budget: points of ANLS that may be lost,
     or, where they cannot be told, next tokens that may differ, %; None quantises every group but the depthwise
-    convolutions. depthwise: quantise these too (INT8 alone). cache: where the ranges are kept; None: beside the bundle.
+    convolutions. depthwise: quantise these too (INT8 alone). cache: where the ranges are kept; None: beside the bundle
+    while it is made.
     Raises UserError for a value that cannot be.
     """
 
@@ -99,6 +100,7 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
     calibrated, warnings = calibrate(bundle, calibration, out, options)
     pages = held_out or spread(calibration, HELD_OUT)
     evaluation = Evaluation(bundle, for_search(pages, options.questions), options.questions)
+    warnings += doubts(evaluation)
     graph = onnx.load(str(source), load_external_data=False).graph
     groups = groups_of(graph)
     always = () if options.depthwise else depthwise_of(graph, groups)
@@ -118,7 +120,7 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
         if precision == "int8":
             sections["encoder"] |= {"file": f"encoder/{precision}.onnx", "precision": precision}
         if options.budget is not None and held_out and sum(len(page.questions) for page in pages) > options.questions:
-            evaluation = Evaluation(bundle, pages, FINAL_QUESTIONS)
+            evaluation = Evaluation(bundle, pages, FINAL_QUESTIONS, scored=evaluation.answers)
             loss = evaluation.loss(file)
         about = {
             "precision": precision,
@@ -135,7 +137,9 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
     write_bundle(out, fill, bundle.name, manifest_of(bundle)["producers"])
     if options.budget is not None and loss.budgeted > options.budget:
         warnings.append(f"{loss.budgeted:.2f} lost, above the budget of {options.budget}")
-    return Outcome(warnings + doubts(evaluation), loss, left, evaluation.questions, evaluation.tokens)
+    if options.cache is None:
+        kept_ranges(out, options).unlink()
+    return Outcome(warnings, loss, left, evaluation.questions, evaluation.tokens)
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def calibrate(bundle: Bundle, pages: list[Page], out: Path, options: Options) ->
     Raises UserError as `Activations`.
     """
     source = bundle.path(SOURCE)
-    cache = options.cache or out.with_name(f"{out.name}.ranges.npz")
+    cache = kept_ranges(out, options)
     cache.parent.mkdir(parents=True, exist_ok=True)
     activations = Activations(source, cache)
     feeds = calibration_pixels(pages, bundle.image)
@@ -239,6 +243,11 @@ def calibrate(bundle: Bundle, pages: list[Page], out: Path, options: Options) ->
     feeds = tqdm(feeds, "correcting biases", min(len(pages), MEAN_IMAGES), unit="image", disable=None)
     means = measure_means(source, ranges, options.precision, feeds)
     return Calibrated(source, options.precision, ranges, means), warnings
+
+
+def kept_ranges(out: Path, options: Options) -> Path:
+    """Where ranges are kept from image to image; without `Options.cache` until the bundle is there."""
+    return options.cache or out.with_name(f"{out.name}.ranges.npz")
 
 
 def for_search(pages: list[Page], questions: int) -> list[Page]:
@@ -275,7 +284,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, metavar="N", help="to measure losses on; default: 200")
     parser.add_argument("--budget", type=float, metavar="B", help="points of ANLS, or else % of next tokens, to lose")
     parser.add_argument("--depthwise", action="store_true", help="quantise depthwise convolutions too")
-    parser.add_argument("--cache", type=Path, metavar="FILE", help="ranges, to go on from; default: beside --out")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="keep the ranges, for another method")
     parser.add_argument("--out", type=Path, required=True, help="the new bundle's folder")
     args = parser.parse_args()
     names = ("precision", "method", "samples", "questions")

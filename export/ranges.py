@@ -115,7 +115,7 @@ def _first_not_finite(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> st
 def without_quantisation(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
     """(the same graph in float, dequantised value -> what it was before it was quantised).
 
-    Rounding does not move a range, and ONNX Runtime's CPU provider computes nothing in FP8.
+    Rounding does not move a range.
     """
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     quantised = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from export import trtexec
 from export.cli import ParityError
-from export.ranges import without_quantisation
 from runtime.device import Cuda, present_gpu
 from runtime.engines import Engine, read_report, write_report
 from runtime.errors import UserError
@@ -92,22 +90,15 @@ def _with_polygraphy(engine: Path, report: dict, source_file: Path) -> dict:
 
 
 def polygraphy_runners(engine: Path, report: dict, source_file: Path) -> tuple[Any, Any]:
-    """polygraphy's runners of the engine, and of its ONNX file on ONNX Runtime's CPU provider.
-
-    That provider computes nothing in FP8, so an FP8 engine is compared with the graph before it was quantised.
-    """
+    """polygraphy's runners of the engine, and of its ONNX file on ONNX Runtime's CPU provider."""
     if report["flavour"] == "rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read once, when polygraphy is imported
     from polygraphy.backend.common import BytesFromPath
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    reference = str(source_file)
-    if report["precision"] == "fp8":
-        plain, _ = without_quantisation(onnx.load(reference))
-        reference = plain.SerializeToString()
     found = TrtRunner(EngineFromBytes(BytesFromPath(str(engine))))
-    return found, OnnxrtRunner(SessionFromOnnx(reference, providers=["CPUExecutionProvider"]))
+    return found, OnnxrtRunner(SessionFromOnnx(str(source_file), providers=["CPUExecutionProvider"]))
 
 
 def _outputs(found: Any, reference: Any, feeds: dict[str, np.ndarray], report: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from calib.qdq import calibrate, quantise
+from calib.activations import Activations
+from calib.qdq import quantise
 from export import trtexec, validate
 from export.cli import ParityError
 from export.encoder import export_encoder
@@ -157,17 +158,17 @@ def test_polygraphy_s_runners_are_those_of_the_flavour(engine, graph):
         assert session.infer({"pixel_values": pixels})["image_embeds"].shape == (1, 2, 48)
 
 
-def test_an_fp8_engine_is_compared_with_the_graph_before_it_was_quantised(engine, graph, tmp_path):
+def test_an_fp8_engine_is_compared_with_the_fp8_graph(engine, graph, tmp_path):
     pixels = [np.random.default_rng(i).standard_normal((1, 3, 128, 64), dtype=np.float32) for i in range(16)]
-    quantise(graph, tmp_path / "fp8.onnx", calibrate(graph, pixels, "minmax")[0], "fp8")
-    _, reference = validate.polygraphy_runners(
-        engine, read_report(engine) | {"precision": "fp8"}, tmp_path / "fp8.onnx"
-    )
+    activations = Activations(graph)
+    activations.collect((str(i), image) for i, image in enumerate(pixels))
+    quantise(graph, tmp_path / "fp8.onnx", activations.ranges("minmax")[0], "fp8")
+    _, reference = validate.polygraphy_runners(engine, read_report(engine), tmp_path / "fp8.onnx")
     with reference as session:
         found = session.infer({"pixel_values": pixels[0]})["image_embeds"]
     (expected,) = onnxruntime.InferenceSession(graph).run(None, {"pixel_values": pixels[0]})
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert 1e-4 < error < 0.1, "its weights are rounded, its activations are not"
+    assert 1e-2 < error < 0.2, "weights and activations are rounded to three bits of mantissa"
 
 
 def test_another_gpu_is_no_place_to_run_it(engine, graph, monkeypatch, capsys):
