@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnxruntime.quantization.calibrate import HistogramCollector
@@ -24,7 +25,8 @@ METHODS = ("mse", "minmax", "entropy", "percentile")
 QUANTISED = ("Conv", "MatMul")
 BINS = 2048  # of a histogram; at least half of them hold something
 ENTROPY_BINS = 512  # the search for a threshold is slow in pure Python
-LARGEST_INT8 = 127
+LARGEST = {"int8": 127.0, "fp8": 448.0}  # fp8: E4M3
+KINDS = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 PERCENTILE = 99.99
 CANDIDATES = np.linspace(0.1, 1.0, 91)  # thresholds that are tried, of the largest magnitude
 INPUT = "pixel_values"
@@ -62,20 +64,22 @@ class Histogram:
             self.width *= 2
         self.width = max(self.width, width)
 
-    def threshold(self, method: str) -> float:
-        """The magnitude that the largest value of INT8 stands for. method: one of `METHODS`."""
+    def threshold(self, method: str, precision: str = "int8") -> float:
+        """The magnitude that the largest value of the precision stands for. method: one of `METHODS`."""
         if method == "minmax" or self.largest == 0:
             return self.largest
-        find = {"mse": self._mse, "entropy": self._entropy, "percentile": self._percentile}[method]
-        return min(find(), self.largest)
+        if method == "mse":
+            return self._mse(precision)
+        return min(self._percentile() if method == "percentile" else self._entropy(), self.largest)
 
-    def _mse(self) -> float:
+    def _mse(self, precision: str) -> float:
         """Least squared error of rounding and clipping together."""
         filled = np.nonzero(self.counts)[0]
         centres, counts = (filled + 0.5) * self.width, self.counts[filled]
-        steps = self.largest * CANDIDATES[:, None] / LARGEST_INT8
-        rounded = np.minimum(np.rint(centres / steps), LARGEST_INT8) * steps
-        errors = np.square(rounded - centres) @ counts
+        scales = self.largest * CANDIDATES[:, None] / LARGEST[precision]
+        levels = np.minimum(centres / scales, LARGEST[precision])
+        levels = np.rint(levels) if precision == "int8" else levels.astype(KINDS[precision]).astype(np.float64)
+        errors = np.square(levels * scales - centres) @ counts
         return float(self.largest * CANDIDATES[errors.argmin()])
 
     def _percentile(self) -> float:
@@ -83,13 +87,13 @@ class Histogram:
         return self.width * float(np.searchsorted(share, PERCENTILE / 100) + 1)
 
     def _entropy(self) -> float:
-        """Least Kullback-Leibler divergence of the rounded from the real distribution (Migacz, GTC 2017), as ONNX
+        """Least Kullback-Leibler divergence of 255 even levels from the real distribution (Migacz, GTC 2017), as ONNX
         Runtime searches it."""
         counts = self.counts.reshape(ENTROPY_BINS, -1).sum(axis=1)
         limit = self.width * BINS
         both = np.concatenate([counts[::-1], counts])
         edges = np.linspace(-limit, limit, len(both) + 1, dtype=np.float32)
-        levels = 2 * LARGEST_INT8 + 1
+        levels = 2 * int(LARGEST["int8"]) + 1
         collector = HistogramCollector("entropy", True, len(both), levels, None, None)
         _, high = collector.get_entropy_threshold((both, edges, -limit, limit, limit), levels)
         return float(high)
@@ -105,7 +109,9 @@ class Activations:
     def __init__(self, source: Path, file: Path | None = None):
         self._source, self._file = source, file
         self._model = _hash_of(source)
-        names = activations_of(onnx.load(str(source), load_external_data=False).graph)
+        graph = onnx.load(str(source), load_external_data=False).graph
+        names = activations_of(graph)
+        self._outputs = [value.name for value in graph.output]
         self.histograms = {name: Histogram() for name in names}
         self._images: list[str] = []
         if file is not None and file.exists():
@@ -128,7 +134,7 @@ class Activations:
                     if digest != known[seen - 1]:
                         raise self._other_images()
                     continue
-                probe = probe or Probe(self._source, list(self.histograms), Path(folder))
+                probe = probe or Probe(self._source, [*self.histograms, *self._outputs], Path(folder))
                 self._add(name, probe(pixels))
                 self._images.append(digest)
                 self._write()
@@ -142,12 +148,12 @@ class Activations:
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise UserError(f"{name} is not finite on {image}; the checkpoint or the image is broken")
-        for name, value in values.items():
-            self.histograms[name].add(value)
+        for name, histogram in self.histograms.items():
+            histogram.add(values[name])
 
-    def ranges(self, method: str) -> tuple[dict[str, float], list[str]]:
+    def ranges(self, method: str, precision: str = "int8") -> tuple[dict[str, float], list[str]]:
         """(largest magnitude of each tensor that is told apart, warnings that name a tensor). method: of `METHODS`."""
-        found = {name: histogram.threshold(method) for name, histogram in self.histograms.items()}
+        found = {name: histogram.threshold(method, precision) for name, histogram in self.histograms.items()}
         zero = [name for name, largest in found.items() if largest == 0]
         return found, [f"{name} is zero on every calibration image; its scale means nothing" for name in zero]
 

@@ -1,14 +1,16 @@
-"""A decoder's weights in 4 or 8 bits, blocks of 32 with a scale each, symmetric; what it computes stays in float32.
+"""A decoder's weights in 4 or 8 bits, blocks of 32 with a scale each, symmetric. Activations are float32; ONNX Runtime
+rounds them to 8 bits for each product.
 
 rtn: each weight is rounded to the nearest (ONNX Runtime's quantiser).
 awq: weights are scaled first by how large the activations are that they meet, and the scales fitted to what the layer
 then gives (AWQ, arXiv 2306.00978, and NNCF's scale estimation), on prompts with images.
 
-The head and the token embeddings take 8 bits in either case: they are one matrix, and what is lost there is lost in
-every token.
+The head takes 8 bits in either case, since what is lost there is lost in every token, and with it the token embeddings
+where they are the same matrix; where they have their own, it stays in float32.
 """
 
 import logging
+import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+from calib.evaluation import with_answer
 from calib.images import Page, pixels_of
 from runtime.bundle import Bundle, DecoderPart
 from runtime.decoder import KINDS
@@ -103,20 +106,30 @@ def _share_head(graph: onnx.GraphProto, matrix: str) -> None:
 
 
 def _awq(model: onnx.ModelProto, feeds: list[dict[str, np.ndarray]]) -> onnx.ModelProto:
+    """By way of external weights: a large model does not fit one protobuf."""
     import nncf
+    from nncf.onnx.quantization.backend_parameters import BackendParameters
 
-    return nncf.compress_weights(
-        model,
-        mode=nncf.CompressWeightsMode.INT4_SYM,
-        group_size=BLOCK,
-        ratio=1.0,
-        all_layers=True,
-        ignored_scope=nncf.IgnoredScope(types=["Gather", "GatherBlockQuantized"], validate=False),
-        dataset=nncf.Dataset(feeds),
-        subset_size=len(feeds),
-        awq=True,
-        scale_estimation=True,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder, "decoder.onnx"))
+        onnx.save(model, file, save_as_external_data=True, location="decoder.data")
+        compressed = nncf.compress_weights(
+            onnx.load(file, load_external_data=False),
+            mode=nncf.CompressWeightsMode.INT4_SYM,
+            group_size=BLOCK,
+            ratio=1.0,
+            all_layers=True,
+            ignored_scope=nncf.IgnoredScope(types=["Gather", "GatherBlockQuantized"], validate=False),
+            dataset=nncf.Dataset(feeds),
+            subset_size=len(feeds),
+            awq=True,
+            scale_estimation=True,
+            advanced_parameters=nncf.AdvancedCompressionParameters(
+                backend_params={BackendParameters.EXTERNAL_DATA_DIR: folder}
+            ),
+        )
+        onnx.load_external_data_for_model(compressed, folder)
+    return compressed
 
 
 def prompts(bundle: Bundle, encoder: Path, pages: Iterable[Page]) -> Iterable[dict[str, np.ndarray]]:
@@ -126,7 +139,7 @@ def prompts(bundle: Bundle, encoder: Path, pages: Iterable[Page]) -> Iterable[di
     tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
     for page in pages:
         embeds, question = encode([pixels_of(page, bundle.image)]), page.questions[0]
-        text = first_turn(bundle.prompt, question.prompt, 1) + (question.answer or "")
+        text = with_answer(first_turn(bundle.prompt, question.prompt, 1), question.answer or "")
         yield _start(bundle.decoder, tokenizer.encode_prompt(text, [len(embeds)]), embeds)
 
 

@@ -8,7 +8,9 @@
   float32 model gives them.
 """
 
+import itertools
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from calib.images import Page, pixels_of
+from calib.images import Page, Question, pixels_of
 from calib.metrics import anls, iou
 from runtime.backends import Backends
 from runtime.bundle import Bundle
 from runtime.decoder import Decoder
 from runtime.encoder import OnnxEncoder
+from runtime.errors import UserError
 from runtime.grounding import read_boxes
 from runtime.image import open_image
 from runtime.model import Model, Options
@@ -29,7 +32,7 @@ from runtime.prompt import first_turn
 
 ANSWER_TOKENS = 16  # of an answer, whose next tokens are compared
 MAX_NEW_TOKENS = 48  # of an answer that is scored; a box takes about 26
-LEAST_ANLS = 0.1  # with less the float32 model does not answer at all, and nothing can be lost
+LEAST_SCORE = 0.1  # with less the float32 model does not answer at all, and nothing can be lost
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ class Loss:
 
 @dataclass(frozen=True)
 class _Case:
-    """A question. ids: of the prompt. fed: the answer's tokens."""
+    """ids: of the prompt. fed: the answer's tokens."""
 
+    question: Question
     ids: list[int]
     fed: list[int]
 
@@ -87,29 +91,37 @@ def sqnr_db(found: Iterable[np.ndarray], expected: Iterable[np.ndarray]) -> floa
 class Evaluation:
     """Compares encoders and decoders with the bundle's float32 encoder and its decoder.
 
-    questions: at most so many, over all pages alike. scored: compare answers as well, where they are known.
+    questions: at most so many, over all pages alike; those that do not fit the context are named on stderr and passed
+    over. scored: compare answers as well, where they are known. model: of another evaluation of the same bundle.
+    Raises UserError where no question fits.
     """
 
-    def __init__(self, bundle: Bundle, pages: Sequence[Page], questions: int, scored: bool = True):
+    def __init__(
+        self, bundle: Bundle, pages: Sequence[Page], questions: int, scored: bool = True, model: Model | None = None
+    ):
         self._bundle = bundle
-        self._model = Model(bundle, Backends(encoder="onnx", encoder_precision="fp32"))
-        self._reference = self._model.encoder
-        self._pages = _limited(pages, questions)
+        self.model = model or Model(bundle, Backends(encoder="onnx", encoder_precision="fp32"))
+        self._reference = self.model.encoder
+        self._pages: list[Page] = []
         self._embeds: list[np.ndarray] = []
         self._cases: list[list[_Case]] = []
         self._readings: list[_Reading] = []  # of float32
-        for page in tqdm(self._pages, "float32", unit="page", leave=False, disable=None):
+        for page in tqdm(_dealt(pages, questions), "float32", unit="page", leave=False, disable=None):
             rows = self._reference([pixels_of(page, bundle.image)])
-            self._embeds.append(rows)
-            self._cases.append(self._cases_of(page, rows))
-            self._readings.append(self._read(self._cases[-1], rows))
-        known = scored and any(q.answer is not None for page in self._pages for q in page.questions)
+            if cases := self._cases_of(page, rows):
+                self._pages.append(page)
+                self._embeds.append(rows)
+                self._cases.append(cases)
+                self._readings.append(self._read(cases, rows))
+        if not self._pages:
+            raise UserError("no question about the images fits the model's context")
+        known = scored and any(case.question.answer is not None for cases in self._cases for case in cases)
         self.score = self._score() if known else None  # of float32
 
     @property
     def answers(self) -> bool:
-        """Whether points of ANLS can be lost."""
-        return self.score is not None and (self.score.anls or 0) >= LEAST_ANLS
+        """Whether points of ANLS or of grounding can be lost."""
+        return self.score is not None and max(self.score.anls or 0, self.score.iou50 or 0) >= LEAST_SCORE
 
     @property
     def questions(self) -> int:
@@ -132,14 +144,14 @@ class Evaluation:
     def loss(self, encoder: Path | None = None, decoder: Decoder | None = None) -> Loss:
         """With the encoder graph `encoder`, and `decoder`, in place of float32 and the bundle's; None keeps them."""
         embeds = self._embeds if encoder is None else self._encode(encoder)
-        kept, self._model.decoder = self._model.decoder, decoder or self._model.decoder
+        kept, self.model.decoder = self.model.decoder, decoder or self.model.decoder
         try:
             pages = tqdm(self._cases, "asking", unit="page", leave=False, disable=None)
             readings = [self._read(cases, rows) for cases, rows in zip(pages, embeds, strict=True)]
             differing = sum(np.sum(a.next != b.next) for a, b in zip(readings, self._readings, strict=True))
             score = self._score(embeds) if self.answers else None
         finally:
-            self._model.decoder = kept
+            self.model.decoder = kept
         return Loss(
             None if encoder is None else sqnr_db(embeds, self._embeds),
             float(100 * differing / self.tokens),
@@ -154,23 +166,26 @@ class Evaluation:
         return [encoder([pixels_of(page, self._bundle.image)]) for page in pages]
 
     def _cases_of(self, page: Page, embeds: np.ndarray) -> list[_Case]:
-        tokenizer, template = self._model.tokenizer, self._bundle.prompt
-        prompts = [first_turn(template, question.prompt, 1) for question in page.questions]
-        ids = [tokenizer.encode_prompt(prompt, [len(embeds)]) for prompt in prompts]
+        tokenizer, template = self.model.tokenizer, self._bundle.prompt
         cases = []
-        for question, prompt, start in zip(page.questions, prompts, ids, strict=True):
-            if question.answer is None:
-                cases.append(_Case(start, self._answer(start, embeds)))
+        for question in page.questions:
+            prompt = first_turn(template, question.prompt, 1)
+            ids = tokenizer.encode_prompt(prompt, [len(embeds)])
+            if len(ids) + ANSWER_TOKENS > self.model.decoder.capacity:
+                print(f"skipped: {page.file}: a question of {len(ids)} tokens with its image", file=sys.stderr)
+            elif question.answer is None:
+                cases.append(_Case(question, ids, self._answer(ids, embeds)))
             else:
-                whole = tokenizer.encode_prompt(prompt + question.answer, [len(embeds)])
-                cases.append(_Case(start, whole[len(start) :][:ANSWER_TOKENS]))
+                whole = tokenizer.encode_prompt(with_answer(prompt, question.answer), [len(embeds)])
+                fed = whole[len(ids) :] if whole[: len(ids)] == ids else []  # its first token joins the prompt's last
+                cases.append(_Case(question, ids, fed[:ANSWER_TOKENS]))
         return cases
 
     def _answer(self, ids: list[int], embeds: np.ndarray) -> list[int]:
         """The float32 model's own, greedily, without its end."""
-        sequence = self._model.decoder.start(len(ids) + ANSWER_TOKENS)
+        sequence = self.model.decoder.start(len(ids) + ANSWER_TOKENS)
         answer, token = [], sequence.forward_greedy(ids, embeds)
-        while token not in self._model.tokenizer.eos_token_ids and len(answer) < ANSWER_TOKENS:
+        while token not in self.model.tokenizer.eos_token_ids and len(answer) < ANSWER_TOKENS:
             answer.append(token)
             token = sequence.forward_greedy([token])
         return answer
@@ -178,7 +193,7 @@ class Evaluation:
     def _read(self, cases: list[_Case], embeds: np.ndarray) -> _Reading:
         """What comes before the end of the image is the same in all cases and computed once."""
         image_end = max(i for i, token in enumerate(cases[0].ids) if token < 0) + 1
-        sequence = self._model.decoder.start(max(len(case.ids) + len(case.fed) for case in cases))
+        sequence = self.model.decoder.start(max(len(case.ids) + len(case.fed) for case in cases))
         sequence.forward(cases[0].ids[:image_end], embeds)
         likeliest, log_probs = [], []
         for case in cases:
@@ -196,20 +211,25 @@ class Evaluation:
         """Of the answers to the questions whose own is known. embeds: of each page; None takes float32's."""
         texts, boxes = [], []
         pages = tqdm(self._pages, "answering", unit="page", leave=False, disable=None)
-        for page, rows in zip(pages, embeds or self._embeds, strict=True):
-            self._model.encoder = lambda pixels, rows=rows: rows  # it has been encoded
-            about = self._model.about([open_image(page.file)], Options(MAX_NEW_TOKENS))
-            for question in page.questions:
-                if question.answer is None:
-                    continue
-                *_, last = about.ask(question.prompt)
-                wanted, said = read_boxes(question.answer), read_boxes(last.result.text)
-                if wanted:
-                    boxes.append(bool(said) and iou(said[0], wanted[0]) >= 0.5)
-                else:
-                    texts.append(anls(last.result.text, question.answer))
-        self._model.encoder = self._reference
+        try:
+            for page, cases, rows in zip(pages, self._cases, embeds or self._embeds, strict=True):
+                self.model.encoder = lambda pixels, rows=rows: rows  # it has been encoded
+                about = self.model.about([open_image(page.file)], Options(MAX_NEW_TOKENS))
+                for question in (case.question for case in cases if case.question.answer is not None):
+                    *_, last = about.ask(question.prompt)
+                    wanted, said = read_boxes(question.answer), read_boxes(last.result.text)
+                    if wanted:
+                        boxes.append(bool(said) and iou(said[0], wanted[0]) >= 0.5)
+                    else:
+                        texts.append(anls(last.result.text, question.answer))
+        finally:
+            self.model.encoder = self._reference
         return Score(*(statistics.fmean(values) if values else None for values in (texts, boxes)))
+
+
+def with_answer(prompt: str, answer: str) -> str:
+    """A rendered prompt with the answer after it, as in training: a space between words, none after a line's end."""
+    return prompt + ("" if prompt[-1:].isspace() else " ") + answer
 
 
 def _perplexity(readings: list[_Reading]) -> float | None:
@@ -218,15 +238,14 @@ def _perplexity(readings: list[_Reading]) -> float | None:
 
 
 def _points_lost(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else 100 * (before - after)
+    return None if before is None or before < LEAST_SCORE else 100 * (before - after)
 
 
-def _limited(pages: Sequence[Page], questions: int) -> list[Page]:
-    """The pages with at most `questions` questions in all: of each the first few, the same number but for the rest."""
-    share, left, limited = max(questions // max(len(pages), 1), 1), questions, []
-    for page in pages:
-        taken = page.questions[: min(share, left)]
-        if taken:
-            limited.append(Page(page.file, taken))
-            left -= len(taken)
-    return limited
+def _dealt(pages: Sequence[Page], questions: int) -> list[Page]:
+    """The pages with at most `questions` questions in all: the first of each, then the second of each, and so on."""
+    dealt: list[list[Question]] = [[] for _ in pages]
+    rounds = range(max((len(page.questions) for page in pages), default=0))
+    turns = ((i, page.questions[k]) for k in rounds for i, page in enumerate(pages) if k < len(page.questions))
+    for i, question in itertools.islice(turns, questions):
+        dealt[i].append(question)
+    return [Page(page.file, tuple(taken)) for page, taken in zip(pages, dealt, strict=True) if taken]

@@ -16,6 +16,7 @@ from runtime.image import ImageRule, open_image, preprocess
 LEAST = 16  # fewer say too little of the ranges that activations take
 HELD_OUT = 12  # at least so many to evaluate on
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE = "<image>"  # where the picture goes in a prompt
 SCALES = (1, 2 / 3, 1 / 2)  # of the bundle's resolution: 1536, 1024, 768
 
 
@@ -60,28 +61,36 @@ def _of_dataset(file: Path) -> list[Page]:
     found: dict[str, list[Question]] = {}
     try:
         text = file.read_text(encoding="utf-8")
-        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
-        for record in records:
+        lines = [line for line in text.split("\n") if line.strip()]
+        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+    except (ValueError, OSError) as error:
+        raise UserError(f"--data {file}: cannot be read as LLaVA's JSON: {error}") from error
+    for i, record in enumerate(records):
+        try:
             names = record.get("image") or []
             names = [names] if isinstance(names, str) else names
+            questions = _questions(record.get("conversations") or []) if len(names) == 1 else []
             for name in names:
-                found.setdefault(name, []).extend(_questions(record) if len(names) == 1 else [])
-    except (ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"--data {file}: cannot be read as LLaVA's JSON: {error}") from error
-    return [Page(file.parent / name, tuple(questions) or QUESTIONS) for name, questions in sorted(found.items())]
+                found.setdefault(str(file.parent / name), []).extend(questions)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            print(f"skipped: record {i} of {file}: {error!r}", file=sys.stderr)
+    return [Page(Path(name), tuple(questions) or QUESTIONS) for name, questions in sorted(found.items())]
 
 
-def _questions(record: dict) -> list[Question]:
-    turns = record.get("conversations") or []
-    pairs = zip(turns[::2], turns[1::2], strict=False)
-    return [Question(asked["value"].replace("<image>", "").strip(), said["value"].strip()) for asked, said in pairs]
+def _questions(turns: list[dict]) -> list[Question]:
+    """Raises ValueError where turns are not a human's and the model's in alternation."""
+    roles = [turn["from"] for turn in turns]
+    if roles != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError(f"the turns are {', '.join(map(str, roles))}")
+    values = [turn["value"].replace(IMAGE, "").strip() for turn in turns]
+    return [Question(asked, said or None) for asked, said in zip(values[::2], values[1::2], strict=True)]
 
 
 def split(pages: list[Page], samples: int, questions: int) -> tuple[list[Page], list[Page]]:
     """(at most `samples` pages to calibrate on, others with about `questions` questions to evaluate on).
 
     Both are spread evenly over `pages`; the first does not depend on `questions`. What does not open is named on stderr
-    and passed over. Where fewer than `LEAST` would be left to calibrate on, all calibrate and none is held out.
+    and passed over. Where fewer than `LEAST` would be left to calibrate on, none is held out.
     Raises UserError where fewer than `LEAST` to calibrate on open.
     """
     enough = len(pages) >= LEAST + HELD_OUT

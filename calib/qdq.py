@@ -12,19 +12,14 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
-from calib.activations import INPUT, LARGEST_INT8, QUANTISED
+from calib.activations import INPUT, KINDS, LARGEST, QUANTISED
 from runtime.session import open_session
-
-PRECISIONS = ("int8", "fp8")
-LARGEST = {"int8": float(LARGEST_INT8), "fp8": 448.0}  # fp8: E4M3
-KINDS = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def quantise(
         data = {name: TensorData(lowest=np.float32(-most), highest=np.float32(most)) for name, most in ranges.items()}
         save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache)
         quantize_static(
-            str(source),
+            onnx.load(str(source)),  # of a path it writes a second file beside it
             str(target),
             None,
             quant_format=QuantFormat.QDQ,
@@ -140,7 +135,8 @@ def _correct_biases(graph: onnx.GraphProto, original: onnx.GraphProto, means: di
     """Add to the bias after each quantised convolution and product what rounding took from the mean of its result, in
     place (the bias correction of arXiv 1906.04721, with what the activations lose as well).
 
-    What a convolution pads with counts as if it were the mean too: the share of a map's border is small.
+    What a convolution pads with counts as if it were the mean too, so that a wide kernel on a small map is corrected by
+    a little too much.
     """
     plain = {tensor.name: tensor for tensor in original.initializer}
     values = {tensor.name: tensor for tensor in graph.initializer}
@@ -248,7 +244,7 @@ def _to_fp8(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
     values = {tensor.name: tensor for tensor in graph.initializer}
     originals = {tensor.name: tensor for tensor in source.graph.initializer}
     done: set[str] = set()
-    zero = numpy_helper.from_array(np.zeros((), ml_dtypes.float8_e4m3fn), "fp8/zero")
+    zero = numpy_helper.from_array(np.zeros((), KINDS["fp8"]), "fp8/zero")
     for node in graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -260,11 +256,11 @@ def _to_fp8(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
         if weights is not None:
             original = numpy_helper.to_array(originals[weights.name.removesuffix("_quantized")])
             scaled = original / _along(numpy_helper.to_array(scale), _axis(node), original.ndim)
-            weights.CopyFrom(numpy_helper.from_array(scaled.astype(ml_dtypes.float8_e4m3fn), weights.name))
+            weights.CopyFrom(numpy_helper.from_array(scaled.astype(KINDS["fp8"]), weights.name))
         if scale_is_vector := bool(values[node.input[1]].dims):
             name = f"{node.input[1]}/zero"
             if name not in values:
-                zeros = np.zeros(tuple(values[node.input[1]].dims), ml_dtypes.float8_e4m3fn)
+                zeros = np.zeros(tuple(values[node.input[1]].dims), KINDS["fp8"])
                 values[name] = numpy_helper.from_array(zeros, name)
                 graph.initializer.append(values[name])
         node.input[2] = name if scale_is_vector else zero.name

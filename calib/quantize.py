@@ -13,6 +13,7 @@ calib/ in the new bundle says what is lost against float32.
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,13 +25,13 @@ import onnx
 from tqdm import tqdm
 
 from calib import decoder
-from calib.activations import METHODS, Activations
+from calib.activations import KINDS, METHODS, Activations
 from calib.evaluation import Evaluation, Loss
 from calib.images import HELD_OUT, LEAST, Page, calibration_pixels, find_pages, split, spread
-from calib.qdq import PRECISIONS, Calibrated, measure_means
+from calib.qdq import Calibrated, measure_means
 from calib.report import write_decoder_report, write_encoder_report
 from calib.sensitivity import depthwise_of, groups_of, measure, search, sensitivities
-from runtime.bundle import MANIFEST, Bundle, open_bundle, write_bundle
+from runtime.bundle import MANIFEST, Bundle, check_place, open_bundle, write_bundle
 from runtime.decoder import Decoder
 from runtime.errors import UserError
 
@@ -39,7 +40,7 @@ REPORT = "calib"  # folder in the bundle
 FINAL_QUESTIONS = 1000  # that the loss is measured on once layers are chosen, where there are so many
 QUESTIONS_PER_PAGE = 8  # in a search: an image is dear, a question about it is not
 MEAN_IMAGES = 16  # that biases are corrected by
-METHOD_OF = {"int8": "mse", "fp8": "minmax"}  # a floating point format rounds small values as well as large ones
+METHOD_OF = {"int8": "mse", "fp8": "minmax"}  # floating point rounds small values as well as large ones
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Options:
     cache: Path | None = None
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise UserError(f"unknown --precision {self.precision!r}, expected {' or '.join(PRECISIONS)}")
+        if self.precision not in KINDS:
+            raise UserError(f"unknown --precision {self.precision!r}, expected {' or '.join(KINDS)}")
         if self.method not in (None, *METHODS):
             raise UserError(f"unknown --method {self.method!r}, expected one of {', '.join(METHODS)}")
         if self.samples < LEAST:
@@ -114,19 +115,21 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
 
     def fill(folder: Path) -> dict[str, Any]:
         nonlocal evaluation, loss
-        sections = copy_bundle(bundle, folder, lambda name: name.startswith(f"{REPORT}/encoder."))
+        outdated = (f"{REPORT}/encoder-{precision}.", *([f"{REPORT}/decoder."] if precision == "int8" else []))
+        sections = copy_bundle(bundle, folder, lambda name: name.startswith(outdated))
         file = folder / "encoder" / f"{precision}.onnx"
         calibrated.write(file, spared)
         if precision == "int8":
             sections["encoder"] |= {"file": f"encoder/{precision}.onnx", "precision": precision}
-        if options.budget is not None and held_out and sum(len(page.questions) for page in pages) > options.questions:
-            evaluation = Evaluation(bundle, pages, FINAL_QUESTIONS, scored=evaluation.answers)
+        if held_out and final_questions > options.questions:
+            scored = evaluation.answers
+            evaluation = Evaluation(bundle, pages, final_questions, scored, evaluation.model)
             loss = evaluation.loss(file)
         about = {
             "precision": precision,
             "method": options.method or METHOD_OF[precision],
             "budget": options.budget,
-            "budget_of": "points of ANLS" if steps[-1].loss.anls is not None else "% of next tokens that differ",
+            "budget_of": "points of ANLS" if loss.anls is not None else "% of next tokens that differ",
             "calibration_images": len(calibration),
             "held_out": bool(held_out),
             **measured_on(evaluation),
@@ -203,9 +206,10 @@ def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
 
 
 def measured_on(evaluation: Evaluation) -> dict[str, Any]:
-    """What a report says of its questions, and of float32."""
+    """What a report says of its questions, and of what is compared with."""
     score = evaluation.score
     return {
+        "decoder_compared_with": evaluation.model.bundle.decoder.precision,
         "questions": evaluation.questions,
         "next_tokens": evaluation.tokens,
         "float32": {"perplexity": evaluation.perplexity} | ({} if score is None else vars(score)),
@@ -219,10 +223,11 @@ def doubts(evaluation: Evaluation) -> list[str]:
 
 
 def check(bundle: Bundle, out: Path) -> None:
-    """Raises UserError where there is no float32 encoder to compare with, and where the new bundle would replace the
-    one that it is made of."""
+    """Raises UserError where there is no float32 encoder to compare with, and where something other than a bundle, or
+    the one that the new one is made of, is at `out`."""
     if SOURCE not in bundle.files:
         raise UserError(f"{bundle.folder} has no {SOURCE}; export it with --precision fp32")
+    check_place(out)
     if out.resolve() == bundle.folder.resolve():
         raise UserError(f"--out {out} is the bundle itself, whose engines would be lost; choose another")
 
@@ -238,7 +243,7 @@ def calibrate(bundle: Bundle, pages: list[Page], out: Path, options: Options) ->
     activations = Activations(source, cache)
     feeds = calibration_pixels(pages, bundle.image)
     activations.collect(tqdm(feeds, "calibrating", len(pages), unit="image", disable=None))
-    ranges, warnings = activations.ranges(options.method or METHOD_OF[options.precision])
+    ranges, warnings = activations.ranges(options.method or METHOD_OF[options.precision], options.precision)
     feeds = calibration_pixels(spread(pages, MEAN_IMAGES), bundle.image)
     feeds = tqdm(feeds, "correcting biases", min(len(pages), MEAN_IMAGES), unit="image", disable=None)
     means = measure_means(source, ranges, options.precision, feeds)
@@ -252,8 +257,8 @@ def kept_ranges(out: Path, options: Options) -> Path:
 
 def for_search(pages: list[Page], questions: int) -> list[Page]:
     """Fewer pages, with several questions each where they have them."""
-    per_page = min(QUESTIONS_PER_PAGE, max(len(page.questions) for page in pages))
-    return spread(pages, max(questions // per_page, 1))
+    mean = sum(len(page.questions) for page in pages) / len(pages)
+    return spread(pages, math.ceil(questions / min(QUESTIONS_PER_PAGE, mean)))
 
 
 def manifest_of(bundle: Bundle) -> dict:
@@ -304,7 +309,8 @@ def main() -> int:
     for warning in outcome.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     size = sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")) / 1e6
-    use = "; for engines, ONNX Runtime goes on with float32" if options.precision == "fp8" else ""
+    others = f"; for engines, ONNX Runtime goes on with {bundle.encoder.precision}"
+    use = others if options.precision == "fp8" else ""
     print(f"{args.out}: {args.part} {options.precision}, {size:.1f} MB{use}")
     if args.part == "encoder":
         print(f"in higher precision: {', '.join(outcome.left) or 'nothing'}")

@@ -18,7 +18,7 @@ COLUMNS = {
 
 
 def write_encoder_report(folder: Path, about: dict, alone: dict[str, Loss], steps: list[Step], loss: Loss) -> None:
-    """encoder.json and encoder.md; encoder.png where there are sensitivities.
+    """encoder-PRECISION.json and .md; .png where there are sensitivities.
 
     about: how it was made. alone: the loss by group, each quantised alone; empty where none was asked for. steps: of
     the search, the last of which holds. loss: the final one.
@@ -29,9 +29,10 @@ def write_encoder_report(folder: Path, about: dict, alone: dict[str, Loss], step
         "left_in_higher_precision": list(steps[-1].left),
         "loss": _rounded(loss),
     }
-    _write(folder, "encoder", content, _markdown(content))
+    name = f"encoder-{content['precision']}"
+    _write(folder, name, content, _markdown(content))
     if alone:
-        _plot(alone, steps[-1].left, folder / "encoder.png")
+        _plot(alone, steps[-1].left, folder / f"{name}.png")
 
 
 def write_decoder_report(folder: Path, about: dict, rows: dict[str, Loss]) -> None:

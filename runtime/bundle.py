@@ -107,8 +107,7 @@ def write_bundle(
     A bundle already at `out` is replaced at the very end. Raises UserError if something else is there.
     """
     out = Path(os.path.abspath(out))
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
-        raise UserError(f"{out} exists and is no bundle; it is left as it is, choose another --out")
+    check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + PARTIAL))
     try:
@@ -128,6 +127,12 @@ def write_bundle(
         _swap_in(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_place(out: Path) -> None:
+    """Raises UserError where something other than a bundle is at `out`, as `write_bundle` would after the work."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise UserError(f"{out} exists and is no bundle; it is left as it is, choose another --out")
 
 
 def _swap_in(partial: Path, out: Path) -> None:

@@ -79,6 +79,24 @@ def test_mse_is_the_least_squared_error_of_all_thresholds():
     assert found < 30
 
 
+def test_mse_of_fp8_keeps_what_int8_would_clip():
+    """Floating point has as many levels for small values as for large ones."""
+    values = np.concatenate([np.random.default_rng(1).normal(0, 1, 200_000), [12.0]]).astype(np.float32)
+    histogram = Histogram()
+    histogram.add(values)
+    assert histogram.threshold("mse", "fp8") > 1.5 * histogram.threshold("mse", "int8")
+
+
+def test_what_the_graph_gives_must_be_finite_too(tiny_encoder, tmp_path):
+    model = onnx.load(tiny_encoder)
+    (last,) = (node for node in model.graph.node if "image_embeds" in node.output)
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name in last.input)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) * np.float32(np.nan), bias.name))
+    onnx.save(model, tmp_path / "broken.onnx")
+    with pytest.raises(UserError, match="image_embeds is not finite"):
+        collected(tmp_path / "broken.onnx", feeds())
+
+
 def test_percentile_leaves_that_share_outside():
     values = np.random.default_rng(2).normal(0, 1, 200_000).astype(np.float32)
     histogram = Histogram()

@@ -78,7 +78,8 @@ def test_next_tokens_and_perplexity_are_those_of_the_pytorch_model(bundle, confo
             for question in page.questions:
                 prompt = first_turn(bundle.prompt, question.prompt, 1)
                 start = tokenizer.encode_prompt(prompt, [len(embeds)])
-                whole = tokenizer.encode_prompt(prompt + question.answer, [len(embeds)])[: len(start) + 16]
+                answered = f"{prompt}{'' if prompt.endswith(chr(10)) else ' '}{question.answer}"
+                whole = tokenizer.encode_prompt(answered, [len(embeds)])[: len(start) + 16]
                 table = model.decoder.get_input_embeddings()
                 rows = [embeds[-1 - i] if i < 0 else table.weight[i] for i in whole]
                 logits = model.decoder(inputs_embeds=torch.stack(rows)[None]).logits[0].double()
@@ -123,7 +124,7 @@ def test_points_of_anls_are_lost_where_answers_are_known(bundle, pictures, monke
     assert evaluation.score == Score(1.0, 0.0)
     assert evaluation.answers
     same = evaluation.loss(bundle.path("encoder/fp32.onnx"))
-    assert (same.anls, same.grounding, same.budgeted) == (0.0, 0.0, 0.0)
+    assert (same.anls, same.grounding, same.budgeted) == (0.0, None, 0.0), "no box is known to float32 either"
     other = evaluation.loss(changed(bundle, tmp_path, "Neg"))
     assert other.anls > 10
     assert other.budgeted == other.anls
@@ -132,7 +133,7 @@ def test_points_of_anls_are_lost_where_answers_are_known(bundle, pictures, monke
 
 def test_a_model_that_does_not_answer_is_measured_by_next_tokens(bundle, dataset, tmp_path):
     evaluation = Evaluation(bundle, find_pages(dataset)[:3], 6)
-    assert evaluation.score.anls < calib.evaluation.LEAST_ANLS
+    assert evaluation.score.anls < calib.evaluation.LEAST_SCORE
     assert not evaluation.answers
     loss = evaluation.loss(changed(bundle, tmp_path, "Neg"))
     assert loss.anls is None
@@ -183,6 +184,63 @@ def test_a_dataset_names_its_images_and_questions(pictures, tmp_path):
         assert pages[0].questions == (Question("What?", "It."), Question("Where?", "[0.1,0.2,0.3,0.4]"))
         assert len(pages[3].questions) == 3
         assert pages[17].questions == QUESTIONS, "what is asked about several images is no question about one"
+
+
+def test_a_record_that_cannot_be_used_is_named_and_passed_over(tmp_path, capsys):
+    said = {"from": "human", "value": "What?\u2028"}, {"from": "gpt", "value": ""}
+    records = [{"id": str(i), "image": f"{i:02}.png", "conversations": said} for i in range(16)]
+    odd = [
+        {"image": [None], "conversations": said},
+        {"image": "a.png", "conversations": [{"from": "human", "value": None}, said[1]]},
+        {"image": "b.png", "conversations": [{"from": "system", "value": "Be brief."}, *said]},
+        {"image": "c.png", "conversations": [{"from": "human"}, said[1]]},
+        "no record",
+    ]
+    lines = [json.dumps(record, ensure_ascii=False) for record in [*records, *odd]]
+    (tmp_path / "data.json").write_text("\n".join(lines) + "\n  \n")
+    pages = find_pages(tmp_path / "data.json")
+    assert [page.file.name for page in pages] == [f"{i:02}.png" for i in range(16)]
+    assert pages[0].questions == (Question("What?", None),), "an empty answer is not known"
+    shown = capsys.readouterr().err
+    assert all(f"record {i} of" in shown for i in range(16, 21))
+
+
+def test_questions_are_dealt_over_all_pages(bundle, pictures):
+    files = [page.file for page in find_pages(pictures)[:3]]
+    pages = [
+        Page(file, tuple(Question(f"What {i}?") for i in range(n))) for file, n in zip(files, (1, 4, 2), strict=True)
+    ]
+    for limit, expected in ((7, 7), (100, 7), (5, 5), (2, 2)):
+        evaluation = Evaluation(bundle, pages, limit)
+        assert evaluation.questions == expected
+    first = Evaluation(bundle, pages, 4)
+    assert [[case.question.prompt for case in cases] for cases in first._cases] == [
+        ["What 0?"],
+        ["What 0?", "What 1?"],
+        ["What 0?"],
+    ]
+
+
+def test_a_question_that_does_not_fit_the_context_is_passed_over(bundle, pictures, capsys):
+    file = find_pages(pictures)[0].file
+    long = Question("what " * bundle.decoder.context_length, "It.")
+    evaluation = Evaluation(bundle, [Page(file, (Question("What?", "It."), long))], 2)
+    assert evaluation.questions == 1
+    assert file.name in capsys.readouterr().err
+    with pytest.raises(UserError, match="fits the model's context"):
+        Evaluation(bundle, [Page(file, (long,))], 1)
+
+
+def test_grounding_counts_where_it_is_all_that_is_known(bundle, pictures, monkeypatch):
+    pages = [Page(page.file, (Question("Where?", "[0.1,0.1,0.5,0.5]"),)) for page in find_pages(pictures)[:2]]
+    monkeypatch.setattr("calib.evaluation.iou", lambda said, wanted: 1.0)
+    monkeypatch.setattr("calib.evaluation.read_boxes", lambda text: [(0, 0, 1, 1)])
+    evaluation = Evaluation(bundle, pages, 2)
+    assert evaluation.score == Score(None, 1.0)
+    assert evaluation.answers
+    loss = evaluation.loss(bundle.path("encoder/fp32.onnx"))
+    assert (loss.anls, loss.grounding) == (None, 0.0)
+    assert loss.budgeted == loss.differing
 
 
 def test_a_picture_that_does_not_open_is_named_and_passed_over(pictures, tmp_path, capsys):

@@ -205,8 +205,9 @@ def test_images_come_at_several_sizes_and_ratios(conformance_bundle, pictures):
 def test_the_bundle_answers_and_keeps_the_rest(conformance_bundle, int8, pictures, tmp_path):
     before, after = open_bundle(conformance_bundle), open_bundle(int8)
     assert (after.encoder.file, after.encoder.precision) == ("encoder/int8.onnx", "int8")
+    assert {path.name for path in (conformance_bundle / "encoder").iterdir()} == {"fp32.onnx"}, "nothing is left there"
     assert [path.name for path in int8.parent.iterdir()] == ["int8"], "ranges are kept no longer than they are needed"
-    assert set(after.files) == {*before.files, "encoder/int8.onnx", "calib/encoder.json", "calib/encoder.md"}
+    assert set(after.files) == {*before.files, "encoder/int8.onnx", "calib/encoder-int8.json", "calib/encoder-int8.md"}
     for name in before.files:
         assert file_sha256(after.path(name)) == file_sha256(before.path(name))
     expected = runtime.load(conformance_bundle, backends=Backends(encoder="onnx"))
@@ -236,7 +237,7 @@ def test_fp8_is_for_engines_and_float32_stays(conformance_bundle, pictures, tmp_
         tmp_path / "ranges.npz",
     )
     assert done.returncode == 0, done.stderr
-    assert "ONNX Runtime goes on with float32" in done.stdout
+    assert "ONNX Runtime goes on with fp32" in done.stdout
     assert (tmp_path / "ranges.npz").is_file()
     bundle = open_bundle(tmp_path / "b")
     assert (bundle.encoder.file, bundle.encoder_file("fp8")) == ("encoder/fp32.onnx", "encoder/fp8.onnx")
@@ -288,6 +289,8 @@ def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             quantise_bundle(bundle, tmp_path / "out", data, Options())
+    with pytest.raises(UserError, match="is no bundle"):
+        quantise_bundle(bundle, few, pictures, Options())
     with pytest.raises(UserError, match="the bundle itself"):
         quantise_bundle(bundle, bundle.folder, pictures, Options())
     arguments = ("--bundle", conformance_bundle, "--data", pictures, "--out", tmp_path / "out")

@@ -137,7 +137,7 @@ def test_the_report_says_what_was_measured(conformance_bundle, pictures, tmp_pat
         Image.fromarray(pixels).save(folder / f"{i:02}.png")
     out = tmp_path / "int8"
     outcome = quantise_bundle(open_bundle(conformance_bundle), out, folder, Options(budget=0.5, questions=8))
-    report = json.loads((out / "calib" / "encoder.json").read_text())
+    report = json.loads((out / "calib" / "encoder-int8.json").read_text())
     assert report["held_out"] is True
     assert report["budget_of"] == "% of next tokens that differ"
     assert (report["calibration_images"], report["questions"]) == (18, 24)
@@ -152,9 +152,9 @@ def test_the_report_says_what_was_measured(conformance_bundle, pictures, tmp_pat
     within = [step for step in report["steps"] if step["differing"] <= 0.5]
     assert within, "leaving every group loses nothing"
     assert len(outcome.left) == min(len(step["left"]) for step in within)
-    markdown = (out / "calib" / "encoder.md").read_text()
+    markdown = (out / "calib" / "encoder-int8.md").read_text()
     assert all(name in markdown for name in groups)
-    assert Image.open(out / "calib" / "encoder.png").size[0] > 500
+    assert Image.open(out / "calib" / "encoder-int8.png").size[0] > 500
     quantised = onnx.load(bundle.path("encoder/int8.onnx")).graph
     makers = {name: node.op_type for node in quantised.node for name in node.output}
     spared = {n.name for n in quantised.node if n.op_type in QUANTISED and makers.get(n.input[1]) != "DequantizeLinear"}
