@@ -1,22 +1,22 @@
 """What quantisation costs and brings, beside other quantisers, on the demo model.
 
-    python -m benchmarks.calibration quantisers|speed|decoders|goals ... [--modelopt PYTHON]
+    python -m benchmarks.calibration quantisers|speed|decoders ... [--modelopt PYTHON] [--also NAME=FILE]
 
 quantisers: INT8 encoders of several quantisers from the same images, what they lose, and how fast they are.
-speed: encoders in each precision and runtime, at 1536.
-decoders: decoders of 4 and 8 bits, with perplexity of the answers and of plain English text.
-goals: encoder and decoder as `calib.quantize` makes them, on 1,000 questions.
+speed: encoders in each precision and runtime, at 1536; it and `decoders` take the encoder that `quantisers` leaves.
+decoders: decoders of 4 and 8 bits, with perplexity of the answers and of plain English text, and AWQ's together with the
+INT8 encoder.
 
 The demo model after its alignment (it sees text, but does not answer yet) on drawn documents of the test split, whose
 known answers are fed token by token. Things are timed in rounds through all of them, so that a slow minute of the
 machine falls on all; medians are recorded. --modelopt: the interpreter of an environment with `nvidia-modelopt[onnx]`,
-which wants other versions of onnx and onnxruntime.
+which wants other versions of onnx and onnxruntime. --also: further encoder graphs to measure, as one made with --budget.
 """
 
 import argparse
 import itertools
-import json
 import pydoc_data.topics
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,10 +46,10 @@ from runtime.tokenizer import Tokenizer
 
 CARRIED = "train/runs/convllava-smol/align.safetensors"
 BUNDLE, DATA = BUILD / "bundle" / "align", BUILD / "data" / "calibration"
-PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 96, 9, 1536
+INT8 = BUILD / "bundle" / "align-int8.onnx"  # this project's encoder, for the parts after the first
+PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 64, 9, 1536
 PROMPTS = 16  # that the decoder is calibrated on
-BUDGET = 3.0  # % of next tokens
-STEPS, WINDOW, WINDOWS = 48, 512, 3  # decoded tokens that are timed; of text: tokens of a window, windows
+STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
 MODELOPT = """
 import sys, numpy
 from modelopt.onnx.quantization import quantize
@@ -63,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="+", choices=list(PARTS))
     parser.add_argument("--modelopt", type=Path, metavar="PYTHON", help="interpreter that has nvidia-modelopt[onnx]")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FILE", help="further encoder graphs to measure")
     args = parser.parse_args()
     prepare()
     for what in dict.fromkeys(args.what):
@@ -93,6 +94,9 @@ def quantisers(args: argparse.Namespace) -> None:
     evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS, scored=False)
     with tempfile.TemporaryDirectory() as folder:
         made = list(encoders(bundle, calibration, Path(folder), args.modelopt))
+        shutil.copyfile(made[0][1], INT8)
+        for name, _, file in (text.partition("=") for text in args.also):
+            made.append(({"quantiser": name, "seconds": ""}, Path(file)))
         speeds = time_in_turn({row["quantiser"]: OnnxEncoder(file, bundle.encoder.stride) for row, file in made})
         for row, file in made:
             loss = evaluation.loss(file)
@@ -160,20 +164,16 @@ def nncf_encoder(source: Path, feeds: list[tuple[str, np.ndarray]], target: Path
 def speed(args: argparse.Namespace) -> None:
     bundle = open_bundle(BUNDLE)
     source, stride = bundle.path(SOURCE), bundle.encoder.stride
-    with tempfile.TemporaryDirectory() as folder:
-        int8 = Path(folder, "int8")
-        run("calib.quantize", "--bundle", BUNDLE, "--data", DATA, "--questions", 1, "--samples", 16, "--out", int8)
-        file = int8 / "encoder" / "int8.onnx"
-        speeds = time_in_turn(
-            {
-                ("ONNX Runtime", "fp32"): OnnxEncoder(source, stride),
-                ("ONNX Runtime", "int8"): OnnxEncoder(file, stride),
-                ("OpenVINO", "fp32"): OpenVinoEncoder(source, stride),
-                ("OpenVINO", "bf16"): OpenVinoEncoder(source, stride, precision="bf16"),
-                ("OpenVINO", "int8"): OpenVinoEncoder(file, stride, precision="int8"),
-                ("OpenVINO", "int8, the rest in bf16"): OpenVinoEncoder(file, stride, precision="bf16"),
-            }
-        )
+    speeds = time_in_turn(
+        {
+            ("ONNX Runtime", "fp32"): OnnxEncoder(source, stride),
+            ("ONNX Runtime", "int8"): OnnxEncoder(INT8, stride),
+            ("OpenVINO", "fp32"): OpenVinoEncoder(source, stride),
+            ("OpenVINO", "bf16"): OpenVinoEncoder(source, stride, precision="bf16"),
+            ("OpenVINO", "int8"): OpenVinoEncoder(INT8, stride, precision="int8"),
+            ("OpenVINO", "int8, the rest in bf16"): OpenVinoEncoder(INT8, stride, precision="bf16"),
+        }
+    )
     rows = [{"runtime": key[0], "precision": key[1], "encode_ms": ms} for key, ms in speeds.items()]
     record.write("encoder_speed", rows)
 
@@ -222,6 +222,9 @@ def decoders(args: argparse.Namespace) -> None:
                 }
             )
             print(rows[-1], flush=True)
+        loss = evaluation.loss(INT8, opened["int4", "awq"])
+        both = {"sqnr_db": round(loss.sqnr_db, 1), "differing": round(loss.differing, 1)}
+        print("with the INT8 encoder:", both, flush=True)
         for row, rate in zip(rows, rates_in_turn(list(opened.values())), strict=True):
             row["decode_tokens_per_s"] = rate
         record.write(
@@ -266,38 +269,7 @@ def rates_in_turn(decoders: list[Decoder]) -> list[float]:
     return [round(statistics.median(taken[1:]), 1) for taken in samples]
 
 
-def goals(args: argparse.Namespace) -> None:
-    """Bundles made by the commands a user would type; the figures are their reports'."""
-    data = ("--data", DATA / "documents.json", "--questions")
-    int8, int4 = BUNDLE.with_name("align-int8"), BUNDLE.with_name("align-int8-int4")
-    if not _made_as_wanted(int8):
-        run("calib.quantize", "--bundle", BUNDLE, *data, QUESTIONS, "--budget", BUDGET, "--out", int8)
-    decoder = ("--part", "decoder", "--method", "awq", "--precision", "int4")
-    run("calib.quantize", *decoder, "--bundle", int8, *data, 1000, "--out", int4)
-    encoder = json.loads((int8 / "calib" / "encoder-int8.json").read_text(encoding="utf-8"))
-    both = json.loads((int4 / "calib" / "decoder.json").read_text(encoding="utf-8"))
-    searched = {len(step["left"]): step for step in encoder["steps"]}
-    rows = [
-        {"what": "INT8 encoder, all but depthwise, on the search's questions", **searched[min(searched)]},
-        {"what": f"INT8 encoder, --budget {BUDGET:g}", **encoder["loss"]},
-        *({"what": f"int4 decoder, {row['measured']}", **row} for row in both["losses"]),
-    ]
-    keys = ("what", "sqnr_db", "differing", "perplexity")
-    rows = [{key: "" if row[key] is None else row[key] for key in keys} for row in rows]
-    more = {"left_in_higher_precision": encoder["left_in_higher_precision"], "encoder": encoder, "decoder": both}
-    record.write("calibration_goals", rows, more=more)
-
-
-def _made_as_wanted(int8: Path) -> bool:
-    """From the same float32 encoder with the same budget: the search takes most of an hour."""
-    if not (int8 / MANIFEST).is_file():
-        return False
-    made, source = open_bundle(int8), open_bundle(BUNDLE)
-    report = json.loads((int8 / "calib" / "encoder-int8.json").read_text(encoding="utf-8"))
-    return made.sha256(SOURCE) == source.sha256(SOURCE) and report["budget"] == BUDGET
-
-
-PARTS = {"quantisers": quantisers, "speed": speed, "decoders": decoders, "goals": goals}
+PARTS = {"quantisers": quantisers, "speed": speed, "decoders": decoders}
 
 if __name__ == "__main__":
     main()

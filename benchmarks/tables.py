@@ -32,12 +32,6 @@ COLUMNS = {
         ("encode_ms", "encode 1536x1536, ms"),
         ("seconds", "quantise, s"),
     ],
-    "calibration_goals": [
-        ("what", ""),
-        ("sqnr_db", "SQNR of the image embeds, dB"),
-        ("differing", "next tokens that differ, %"),
-        ("perplexity", "perplexity of the answers"),
-    ],
     "chain": [
         ("decoder", "decoder"),
         ("visual_tokens", "visual tokens"),
