@@ -4,13 +4,14 @@
 
 quantisers: INT8 encoders of several quantisers from the same images, what they lose, and how fast they are.
 speed: encoders in each precision and runtime, at 1536; it and `decoders` take the encoder that `quantisers` leaves.
-decoders: decoders of 4 and 8 bits, with perplexity of the answers and of plain English text, and AWQ's together with the
-INT8 encoder.
+decoders: decoders of 4 and 8 bits, with perplexity of the answers and of plain English text, and AWQ's together with
+the INT8 encoder.
 
 The demo model after its alignment (it sees text, but does not answer yet) on drawn documents of the test split, whose
 known answers are fed token by token. Things are timed in rounds through all of them, so that a slow minute of the
 machine falls on all; medians are recorded. --modelopt: the interpreter of an environment with `nvidia-modelopt[onnx]`,
-which wants other versions of onnx and onnxruntime. --also: further encoder graphs to measure, as one made with --budget.
+which wants other versions of onnx and onnxruntime. --also: further encoder graphs to measure, such as one made with
+--budget.
 """
 
 import argparse
