@@ -48,7 +48,7 @@ from runtime.tokenizer import Tokenizer
 CARRIED = "train/runs/convllava-smol/align.safetensors"
 BUNDLE, DATA = BUILD / "bundle" / "align", BUILD / "data" / "calibration"
 INT8 = BUILD / "bundle" / "align-int8.onnx"  # this project's encoder, for the parts after the first
-PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 64, 9, 1536
+PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 48, 9, 1536
 PROMPTS = 16  # that the decoder is calibrated on
 STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
 MODELOPT = """
