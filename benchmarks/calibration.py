@@ -147,7 +147,8 @@ def encoders(bundle: Bundle, calibration: list[Page], folder: Path, modelopt: Pa
     if modelopt is not None:
         squares = np.stack([pixels_of(page, bundle.image) for page in spread(calibration, 16)])
         np.save(folder / "squares.npy", squares)
-        command = [modelopt, "-c", MODELOPT, source, folder / "squares.npy"]
+        shutil.copyfile(source, folder / "source.onnx")  # it writes to the file that it is given
+        command = [modelopt, "-c", MODELOPT, folder / "source.onnx", folder / "squares.npy"]
         yield timed(
             "Model Optimizer, 16 images of one size",
             lambda file: subprocess.run([*map(str, [*command, file])], check=True),
