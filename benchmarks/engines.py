@@ -50,9 +50,9 @@ def engines(folder: Path) -> Iterator[tuple[str, Source, Options]]:
     """(model, where it comes from, what to build) of each engine; sources are made when their turn comes."""
     run("export.bundle", "--portable-decoder", "--out", folder / "fp32")
     run("train.data.documents", "--out", folder / "pages", "--pages", PAGES, "--preset", "page-1536")
-    for precision in ("int8", "fp8"):
-        quantised = ("--precision", precision, "--out", folder / precision)
-        run("calib.quantize", "--bundle", folder / "fp32", "--data", folder / "pages", *quantised)
+    for precision, more in (("int8", ["--depthwise"]), ("fp8", [])):
+        arguments = ("--bundle", folder / "fp32", "--data", folder / "pages", "--precision", precision, *more)
+        run("calib.quantize", *arguments, "--questions", 1, "--out", folder / precision)
     for precision, bundle in (("fp16", "fp32"), ("int8", "int8"), ("fp8", "fp8")):
         for target in ("sm89", "sm120"):
             options = Options("encoder", precision, target=target)

@@ -29,7 +29,6 @@ COLUMNS = {
         ("quantiser", "quantiser"),
         ("sqnr_db", "SQNR of the image embeds, dB"),
         ("differing", "next tokens that differ, %"),
-        ("encode_ms", "encode 1536x1536, ms"),
         ("seconds", "quantise, s"),
     ],
     "chain": [
@@ -124,7 +123,7 @@ def table(name: str) -> str:
 
 
 def _text(value: object) -> str:
-    return f"{value:.1e}" if isinstance(value, float) and abs(value) < 0.01 else str(value)
+    return f"{value:.1e}" if isinstance(value, float) and 0 < abs(value) < 0.01 else str(value)
 
 
 def fill(text: str) -> str:
