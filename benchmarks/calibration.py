@@ -229,9 +229,8 @@ def decoders(args: argparse.Namespace) -> None:
         print("with the INT8 encoder:", both, flush=True)
         for row, rate in zip(rows, rates_in_turn(list(opened.values())), strict=True):
             row["decode_tokens_per_s"] = rate
-        record.write(
-            "decoder_weights", rows, more={"questions": evaluation.questions, "next_tokens": evaluation.tokens}
-        )
+        asked = {"questions": evaluation.questions, "next_tokens": evaluation.tokens}
+        record.write("decoder_weights", rows, more=asked | {"int4_awq_with_int8_encoder": both})
 
 
 def _quantised(source: Path, precision: str, method: str, feeds: list, file: Path) -> Path:

@@ -155,8 +155,8 @@ def _correct_biases(graph: onnx.GraphProto, original: onnx.GraphProto, means: di
             continue
         pair = makers[node.input[0]]  # DequantizeLinear of QuantizeLinear
         mean = means[makers[pair.input[0]].input[0]]
-        scale, axis = numpy_helper.to_array(values[weights.input[1]]), _axis(weights)
-        rounded = _dequantised(numpy_helper.to_array(values[weights.input[0]]), scale, axis)
+        scale, levels = (numpy_helper.to_array(values[weights.input[i]]).astype(np.float64) for i in (1, 0))
+        rounded = levels * _along(scale, _axis(weights), levels.ndim)
         exact = numpy_helper.to_array(plain[weights_of[node.name]])
         lost = _mean_result(node, exact, mean.plain) - _mean_result(node, rounded, mean.rounded)
         bias = numpy_helper.to_array(values[adds.input[place]])
@@ -184,10 +184,6 @@ def is_depthwise(node: onnx.NodeProto) -> bool:
 def _axis(node: onnx.NodeProto) -> int:
     """Of a QuantizeLinear's or DequantizeLinear's scales."""
     return next((a.i for a in node.attribute if a.name == "axis"), 1)
-
-
-def _dequantised(values: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
-    return values.astype(np.float64) * _along(scale, axis, values.ndim)
 
 
 def _along(scale: np.ndarray, axis: int, ndim: int) -> np.ndarray:

@@ -105,10 +105,10 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
     graph = onnx.load(str(source), load_external_data=False).graph
     groups = groups_of(graph)
     always = () if options.depthwise else depthwise_of(graph, groups)
-    alone = {} if options.budget is None else sensitivities(calibrated, groups, evaluation)
     if options.budget is None:
-        steps = [measure(calibrated, groups, always, evaluation)]
+        alone, steps = {}, [measure(calibrated, groups, always, evaluation)]
     else:
+        alone = sensitivities(calibrated, groups, evaluation)
         steps = search(calibrated, groups, always, alone, evaluation, options.budget)
     left, loss = steps[-1].left, steps[-1].loss
     spared = [node for group in groups if group.name in left for node in group.nodes]
@@ -193,7 +193,7 @@ def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
         about = {
             "precision": options.precision,
             "method": options.method,
-            "calibration_prompts": options.samples if options.method == "awq" else 0,
+            "calibration_prompts": min(options.samples, len(calibration)) if options.method == "awq" else 0,
             "bytes": sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")),
             "held_out": bool(held_out),
             **measured_on(evaluation),

@@ -80,7 +80,7 @@ def test_one_group_alone_is_quantised(conformance_bundle, pictures, tmp_path):
     assert alone[chosen.name].sqnr_db == pytest.approx(sqnr(found, expected), abs=0.2)
     calibrated.write(tmp_path / "all.onnx")
     least = min(loss.sqnr_db for loss in alone.values())
-    assert evaluation.sqnr_db(tmp_path / "all.onnx") < least + 0.5, "all together is no better than the worst"
+    assert evaluation.loss(tmp_path / "all.onnx").sqnr_db < least + 0.5, "all together is no better than the worst"
 
 
 class Priced:
