@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.bundle import Bundle
 from runtime.decoder import Decoder
-from runtime.device import Cuda, present_gpu
+from runtime.device import Cuda, int8_sums_saturate, present_gpu
 from runtime.encoder import OPENVINO_PRECISIONS, OnnxEncoder, OpenVinoEncoder
 from runtime.engines import FLAVOURS, choose_engine
 from runtime.errors import UserError
@@ -135,6 +135,11 @@ def _graph(bundle: Bundle, precision: str | None) -> tuple[str, str]:
 def _openvino_encoder(bundle: Bundle, wanted: Backends) -> tuple[Any, Chosen]:
     asked = wanted.encoder_precision
     file, precision = _graph(bundle, None if asked == "bf16" else asked)
+    if precision == "int8" and int8_sums_saturate():
+        raise UserError(
+            "--encoder openvino: this processor has no VNNI, and OpenVINO's INT8 sums are wrong without it; "
+            "--encoder onnx computes them right, --encoder-precision fp32 takes the float32 graph"
+        )
     if asked == "bf16":
         precision = asked
     if precision not in OPENVINO_PRECISIONS:

@@ -7,14 +7,24 @@ host unless `to_numpy` asks for it. The CUDA side uses NVIDIA's cuda-bindings; n
 
 import ctypes
 import math
+import platform
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtime.errors import UserError
+
+
+def int8_sums_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor adds products of bytes in 16 bits, as x86 does without VNNI: sums above 32,767 are cut off
+    unless a library takes care. cpuinfo: Linux's description of the processor."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return not {"avx512_vnni", "avx_vnni"} & set(cpuinfo.read_text().split())
 
 
 class Cpu:
