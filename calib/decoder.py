@@ -1,24 +1,19 @@
-"""A decoder's weights in 4 or 8 bits, blocks of 32 with a scale each, symmetric. Activations are float32; ONNX Runtime
-rounds them to 8 bits for each product.
+"""A decoder's weights in 4 or 8 bits.
 
-rtn: each weight is rounded to the nearest (ONNX Runtime's quantiser).
-awq: weights are scaled first by how large the activations are that they meet, and the scales fitted to what the layer
-then gives (AWQ, arXiv 2306.00978, and NNCF's scale estimation), on prompts with images.
-
-The head takes 8 bits in either case, since what is lost there is lost in every token, and with it the token embeddings
-where they are the same matrix; where they have their own, it stays in float32.
+rtn, q4_1: rounded by themselves, see `calib.blocks`.
+awq: 4 bits around zero; weights are scaled first by how large the activations are that they meet, and the scales fitted
+to what the layer then gives (AWQ, arXiv 2306.00978, and NNCF's scale estimation), on prompts with images.
 """
 
-import logging
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+from calib.blocks import BLOCK, quantise_weights
+from calib.blocks import METHODS as BLOCK_METHODS
 from calib.evaluation import with_answer
 from calib.images import Page, pixels_of
 from runtime.bundle import Bundle, DecoderPart
@@ -28,10 +23,9 @@ from runtime.errors import UserError
 from runtime.prompt import first_turn
 from runtime.tokenizer import Tokenizer
 
-METHODS = ("rtn", "awq")
 BITS = {"int4": 4, "int8": 8}
-BLOCK = 32
-INT8_COMPUTE = 4  # MatMulNBits' accuracy level: activations are rounded to 8 bits on the fly
+METHODS = {**BLOCK_METHODS, "awq": (4,)}  # and the bits it is for
+DEFAULTS = {"int4": "q4_1", "int8": "rtn"}
 
 
 def check_options(precision: str, method: str) -> None:
@@ -39,9 +33,9 @@ def check_options(precision: str, method: str) -> None:
     if precision not in BITS:
         raise UserError(f"unknown --precision {precision!r} of a decoder, expected {' or '.join(BITS)}")
     if method not in METHODS:
-        raise UserError(f"unknown --method {method!r} of a decoder, expected {' or '.join(METHODS)}")
-    if method == "awq" and precision != "int4":
-        raise UserError("--method awq is for int4; in 8 bits rounding to the nearest loses nothing to win back")
+        raise UserError(f"unknown --method {method!r} of a decoder, expected {', '.join(METHODS)}")
+    if BITS[precision] not in METHODS[method]:
+        raise UserError(f"--method {method} is for int4; in 8 bits rounding to the nearest loses nothing to win back")
 
 
 def quantise_decoder(
@@ -49,86 +43,43 @@ def quantise_decoder(
 ) -> None:
     """Write the fused float32 graph `source` with rounded weights to `target` (weights to `target`.data).
 
-    feeds: what awq is calibrated on, as `prompts` makes it. Raises UserError as `check_options`.
+    feeds: what awq is calibrated on, as `prompts` makes it. Raises UserError as `check_options` and `quantise_weights`.
     """
     check_options(precision, method)
-    model = onnx.load(str(source))
-    head = next(node for node in model.graph.node if "logits" in node.output)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    products = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    body = [name for name in products if name != head.name]
-    matrix = head.input[1]
-    model = _rounded(model, 8, but=body)
-    _share_head(model.graph, matrix)
-    model = _awq(model, list(feeds)) if method == "awq" else _rounded(model, BITS[precision])
-    target.parent.mkdir(parents=True, exist_ok=True)
     for file in target.parent.glob(f"{target.name}*"):
         file.unlink()
+    if method != "awq":
+        quantise_weights(source, target, BITS[precision], method)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        head = Path(folder, "decoder.onnx")
+        quantise_weights(source, head, None)
+        model = _awq(head, list(feeds))
+    target.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, str(target), save_as_external_data=True, location=f"{target.name}.data")
 
 
-def _rounded(model: onnx.ModelProto, bits: int, but: Collection[str] = ()) -> onnx.ModelProto:
-    """Every product with weights but those named becomes a MatMulNBits."""
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=INT8_COMPUTE, bits=bits)
-    quantiser = MatMulNBitsQuantizer(model, bits=bits, nodes_to_exclude=list(but), algo_config=config)
-    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)  # it tells of every node
-    quantiser.process()
-    return quantiser.model.model
-
-
-def _share_head(graph: onnx.GraphProto, matrix: str) -> None:
-    """Where token embeddings are the transposed `matrix` that the head had, look them up in its rounded one instead, in
-    place. Embeddings that are a matrix of their own stay as they are."""
-    tables = {node.output[0]: node for node in graph.node if node.op_type == "Transpose" and node.input[0] == matrix}
-    embedding = next((node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables), None)
-    head = next(node for node in graph.node if "logits" in node.output)
-    values = {tensor.name: tensor for tensor in graph.initializer}
-    vocab, blocks, size = values[head.input[1]].dims
-    if embedding is None or blocks * size != values[matrix].dims[0]:
-        return
-    table = tables[embedding.input[0]]
-    graph.initializer.append(numpy_helper.from_array(np.array([vocab, blocks * size]), "embed_tokens/shape"))
-    table.CopyFrom(helper.make_node("Reshape", [head.input[1], "embed_tokens/shape"], ["embed_tokens/rows"]))
-    embedding.CopyFrom(
-        helper.make_node(
-            "GatherBlockQuantized",
-            ["embed_tokens/rows", embedding.input[1], head.input[2]],
-            list(embedding.output),
-            name=embedding.name,
-            domain="com.microsoft",
-            bits=8,
-            block_size=size,
-            gather_axis=0,
-            quantize_axis=1,
-        )
-    )
-    graph.initializer.remove(values[matrix])
-
-
-def _awq(model: onnx.ModelProto, feeds: list[dict[str, np.ndarray]]) -> onnx.ModelProto:
-    """By way of external weights: a large model does not fit one protobuf."""
+def _awq(file: Path, feeds: list[dict[str, np.ndarray]]) -> onnx.ModelProto:
+    """The graph at `file` with its remaining matrices rounded."""
     import nncf
     from nncf.onnx.quantization.backend_parameters import BackendParameters
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder, "decoder.onnx"))
-        onnx.save(model, file, save_as_external_data=True, location="decoder.data")
-        compressed = nncf.compress_weights(
-            onnx.load(file, load_external_data=False),
-            mode=nncf.CompressWeightsMode.INT4_SYM,
-            group_size=BLOCK,
-            ratio=1.0,
-            all_layers=True,
-            ignored_scope=nncf.IgnoredScope(types=["Gather", "GatherBlockQuantized"], validate=False),
-            dataset=nncf.Dataset(feeds),
-            subset_size=len(feeds),
-            awq=True,
-            scale_estimation=True,
-            advanced_parameters=nncf.AdvancedCompressionParameters(
-                backend_params={BackendParameters.EXTERNAL_DATA_DIR: folder}
-            ),
-        )
-        onnx.load_external_data_for_model(compressed, folder)
+    compressed = nncf.compress_weights(
+        onnx.load(str(file), load_external_data=False),
+        mode=nncf.CompressWeightsMode.INT4_SYM,
+        group_size=BLOCK,
+        ratio=1.0,
+        all_layers=True,
+        ignored_scope=nncf.IgnoredScope(types=["Gather", "GatherBlockQuantized"], validate=False),
+        dataset=nncf.Dataset(feeds),
+        subset_size=len(feeds),
+        awq=True,
+        scale_estimation=True,
+        advanced_parameters=nncf.AdvancedCompressionParameters(
+            backend_params={BackendParameters.EXTERNAL_DATA_DIR: str(file.parent)}
+        ),
+    )
+    onnx.load_external_data_for_model(compressed, str(file.parent))
     return compressed
 
 

@@ -3,7 +3,7 @@
     python -m calib.quantize --bundle DIR --data FOLDER|dataset.json --out DIR [--precision int8|fp8]
                              [--method mse|minmax|entropy|percentile] [--samples N] [--budget B]
     python -m calib.quantize --part decoder --bundle DIR --data FOLDER|dataset.json --out DIR [--precision int4|int8]
-                             [--method rtn|awq]
+                             [--method q4_1|rtn|awq]
 
 The encoder gets explicit Q/DQ nodes (`calib.qdq`), for ONNX Runtime, OpenVINO and TensorRT alike; the float32 graph
 stays in the bundle beside it. With --budget the layers that lose most are left in higher precision
@@ -147,16 +147,16 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """precision: int4 or int8. method: rtn or awq, see `calib.decoder`. samples: prompts that awq is calibrated on.
-    questions: that losses are measured on. Raises UserError for a value that cannot be."""
+    """precision: int4 or int8. method: see `calib.decoder`; None takes the precision's own. samples: prompts that awq
+    is calibrated on. questions: that losses are measured on. Raises UserError for a value that cannot be."""
 
     precision: str = "int4"
-    method: str = "rtn"
+    method: str | None = None
     samples: int = 16
     questions: int = 200
 
     def __post_init__(self):
-        decoder.check_options(self.precision, self.method)
+        decoder.check_options(self.precision, self.method or decoder.DEFAULTS.get(self.precision))
         for name in ("samples", "questions"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
@@ -176,13 +176,14 @@ def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
     pages = held_out or spread(calibration, HELD_OUT)
     evaluation = Evaluation(bundle, for_search(pages, options.questions), options.questions)
     feeds = decoder.prompts(bundle, bundle.path(SOURCE), spread(calibration, options.samples))
+    method = options.method or decoder.DEFAULTS[options.precision]
     result = []
 
     def fill(folder: Path) -> dict[str, Any]:
         report = f"{REPORT}/decoder."
         sections = copy_bundle(bundle, folder, lambda name: name.startswith((part.file, report)))
         file = folder / part.file
-        decoder.quantise_decoder(bundle.path(part.file), file, options.precision, options.method, feeds)
+        decoder.quantise_decoder(bundle.path(part.file), file, options.precision, method, feeds)
         sections["decoder"] |= {"precision": options.precision}
         opened = Decoder(file, part)
         rows = {"decoder alone": evaluation.loss(decoder=opened)}
@@ -192,8 +193,8 @@ def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
         result.extend(rows.values())
         about = {
             "precision": options.precision,
-            "method": options.method,
-            "calibration_prompts": min(options.samples, len(calibration)) if options.method == "awq" else 0,
+            "method": method,
+            "calibration_prompts": min(options.samples, len(calibration)) if method == "awq" else 0,
             "bytes": sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")),
             "held_out": bool(held_out),
             **measured_on(evaluation),
@@ -283,7 +284,8 @@ def main() -> int:
     parser.add_argument("--precision", help="encoder: int8 (default) or fp8; decoder: int4 (default) or int8")
     parser.add_argument(
         "--method",
-        help="encoder: mse (int8's default), minmax (fp8's), entropy, percentile; decoder: rtn (default), awq",
+        help="encoder: mse (int8's default), minmax (fp8's), entropy, percentile; "
+        "decoder: q4_1 (int4's default), rtn (int8's), awq",
     )
     parser.add_argument("--samples", type=int, metavar="N", help="images to calibrate on; default: 64, decoder 16")
     parser.add_argument("--questions", type=int, metavar="N", help="to measure losses on; default: 200")

@@ -8,7 +8,7 @@ portable: our own graph of ONNX's standard operators (`export.llama`), which Ten
 nodes that overflow FP16 stay in FP32 (`export.half`). Its cache is updated in place too, and has a fixed capacity.
 
 Both start from token ids only. Neither can begin with an image, so `merge_image_embeds` adds an input: image_embeds
-[N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 are weight-only, symmetric, in blocks of 32.
+[N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 round the weights alone (`calib.blocks`).
 """
 
 import argparse
@@ -30,6 +30,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from calib.blocks import quantise_weights
 from export.cli import BUILD, Difference, ParityError, compare, name_of, open_checkpoint, report, run
 from export.half import half_graph
 from export.llama import SMALL, llama_graph
@@ -45,14 +46,13 @@ LEAST_CAPACITY = 32  # what `check_decoder` asks of a graph
 GRAPHS = ("fused", "portable")
 # precision -> builder's execution provider. fp16 is written for CUDA, the provider that computes in it; on a CPU ONNX
 # Runtime runs the same graph by way of float32.
-PRECISIONS = {"fp32": "cpu", "fp16": "cuda", "int8": "cpu", "int4": "cpu"}
+PROVIDERS = {"fp32": "cpu", "fp16": "cuda"}
+# precision -> bits and method of `calib.blocks`, which rounds the weights of the float32 graph
+BLOCKS = {"int8": (8, "rtn"), "int4": (4, "q4_1")}
+PRECISIONS = (*PROVIDERS, *BLOCKS)
 # Relative error of the logits against PyTorch in float32. Weight-only quantisation has no fixed error: these bounds
 # catch a broken graph, and accuracy is for a task's questions to tell.
 BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1, "int4": 0.8}
-# The builder's options beside the common ones. int8: its shared embedding is written under the wrong name, and its
-# other algorithms fall back to 4 bits. int4: the k-quant search with an 8-bit head, the best of those it has
-# (benchmarks/LOG.md).
-BUILDER_OPTIONS = {"int8": ["shared_embeddings=false"], "int4": ["algo_config=k_quant_last"]}
 
 
 def export_decoder(
@@ -73,11 +73,14 @@ def export_decoder(
         if graph == "fused":
             source = Path(scratch, "llama")
             write_llama(checkpoint, source)
-            quietly(_build_fused, source, built.parent, precision)
+            quietly(_build_fused, source, built.parent, "fp32" if precision in BLOCKS else precision)
             model = onnx.load(str(built), load_external_data=False)
             merge_image_embeds(model)
             add_next_token(model)
             onnx.save(model, str(built))
+            if precision in BLOCKS:
+                whole, built = built, Path(scratch, "blocks", built.name)
+                quantise_weights(whole, built, *BLOCKS[precision])
         else:
             capacity = checkpoint.llama_config.max_position_embeddings if capacity is None else capacity
             if capacity < LEAST_CAPACITY:
@@ -223,9 +226,9 @@ def _build_fused(source: Path, out: Path, precision: str) -> None:
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
     except ImportError as error:
         raise UserError(f"--graph fused needs onnxruntime-genai, whose import failed: {error}") from error
-    provider, cache = PRECISIONS[precision], source.parent / "cache"
+    provider, cache = PROVIDERS[precision], source.parent / "cache"
     paths = ("llama", str(source), str(out), precision, provider, str(cache))
-    options = parse_extra_options(*paths, ["prune_lm_head=true", *BUILDER_OPTIONS.get(precision, [])])
+    options = parse_extra_options(*paths, ["prune_lm_head=true"])
     create_model(*paths, **options)
 
 

@@ -9,7 +9,8 @@ import pytest
 from onnx import numpy_helper
 
 import runtime
-from calib.decoder import BLOCK, prompts, quantise_decoder
+from calib.blocks import BLOCK
+from calib.decoder import prompts, quantise_decoder
 from calib.images import find_pages
 from calib.quantize import DecoderOptions, Options, quantise_bundle, quantise_decoder_bundle
 from runtime.bundle import open_bundle
@@ -90,7 +91,7 @@ def test_weights_are_the_nearest_of_sixteen_levels(source, rounded):
         attributes = {a.name: a.i for a in node.attribute}
         assert attributes["block_size"] == BLOCK
         assert len(node.input) < 4 or not node.input[3], "symmetric: no zero points"
-        weights = plain[next(m for name, m in matrices.items() if node.name.startswith(f"{name}_"))].T
+        weights = plain[matrices[node.name]].T
         packed, scales = values[node.input[1]], values[node.input[2]].reshape(weights.shape[0], -1, 1)
         bits = attributes["bits"]
         seen[bits] += 1

@@ -1,0 +1,106 @@
+"""Weights in blocks: ONNX Runtime's own quantiser as the reference, GGUF's Q4_1 kept exactly, and what both compute."""
+
+import gguf
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+from calib.blocks import BLOCK, nearest, quantise_weights, with_offsets
+from runtime.errors import UserError
+from runtime.session import open_session
+
+
+def decoder_of(body: np.ndarray, head: np.ndarray, file) -> None:
+    """x -> body -> head -> logits, as much of a decoder as there is to round."""
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "body"], ["hidden"], name="body"),
+            helper.make_node("MatMul", ["hidden", "head"], ["logits"], name="head"),
+        ],
+        "g",
+        [info("x", 1, [1, "s", body.shape[0]])],
+        [info("logits", 1, [1, "s", head.shape[1]]), info("hidden", 1, [1, "s", body.shape[1]])],
+        [numpy_helper.from_array(body, "body"), numpy_helper.from_array(head, "head")],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), file)
+
+
+@pytest.fixture
+def matrix():
+    """[K, N]; K is no multiple of the block."""
+    return np.random.default_rng(0).standard_normal((80, 48)).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_to_the_nearest_is_onnx_runtimes(matrix, tmp_path, bits):
+    decoder_of(matrix, matrix[:48], tmp_path / "plain.onnx")
+    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=bits)
+    quantiser = MatMulNBitsQuantizer(onnx.load(tmp_path / "plain.onnx"), bits=bits, algo_config=config)
+    quantiser.process()
+    expected = {t.name: numpy_helper.to_array(t) for t in quantiser.model.model.graph.initializer}
+    found = nearest(matrix, bits).tensors()
+    np.testing.assert_array_equal(found["scales"].ravel(), expected["body_scales"].ravel())
+    levels, theirs = found[f"Q{bits}"], expected[f"body_Q{bits}"]
+    assert levels.shape == theirs.shape
+    whole = levels[:, :2], theirs[:, :2]  # theirs has other padding in the last block
+    np.testing.assert_array_equal(*whole)
+
+
+def test_q4_1_is_kept_exactly(matrix):
+    """Weights that GGUF's reference implementation stored as Q4_1 come out of the blocks as they are."""
+    stored = gguf.quants.quantize(matrix.T[:, :64].copy(), gguf.GGMLQuantizationType.Q4_1)
+    weights = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType.Q4_1).T  # [64, 48]
+    blocks = with_offsets(weights)
+    restored = (blocks.levels.astype(np.float64) - blocks.zeros[..., None]) * blocks.scales[..., None]
+    restored = restored.reshape(len(restored), -1)  # [48, 64 and a block for the offsets]
+    means = restored[:, 64 : 64 + 64 // BLOCK]
+    rebuilt = restored[:, :64] + np.repeat(means / BLOCK, BLOCK, 1)
+    step = blocks.scales[:, :2].repeat(BLOCK, 1)
+    assert np.abs(rebuilt - weights.T).max() <= 0.04 * step.max(), "a twenty-fifth of a step, where others err by half"
+    assert not restored[:, 66:].any()
+
+
+@pytest.mark.parametrize(("bits", "method", "bound"), [(4, "q4_1", 0.02), (4, "rtn", 0.2), (8, "rtn", 0.02)])
+def test_products_are_the_rounded_weights(tmp_path, bits, method, bound):
+    """Inputs with a mean, as activations have; against the product in float64. Weights are on a grid of Q4_1."""
+    random = np.random.default_rng(1)
+    levels = random.integers(0, 16, (64, 40)).astype(np.float32)
+    levels[::BLOCK], levels[1::BLOCK] = 0, 15
+    weights = (levels - 6.4) * 0.03
+    decoder_of(weights, np.eye(40, dtype=np.float32), tmp_path / "plain.onnx")
+    quantise_weights(tmp_path / "plain.onnx", tmp_path / "rounded.onnx", bits, method)
+    inputs = (random.standard_normal((1, 7, 64)) + 0.7).astype(np.float32)
+    hidden, logits = open_session(tmp_path / "rounded.onnx", 1).run(["hidden", "logits"], {"x": inputs})
+    expected = inputs.astype(np.float64) @ weights
+    error = np.linalg.norm(hidden - expected) / np.linalg.norm(expected)
+    assert error < bound
+    assert (error > 0.02) == ((bits, method) == (4, "rtn")), "rounded inputs cost less, and rtn alone loses the grid"
+    assert np.linalg.norm(logits - hidden) < 0.02 * np.linalg.norm(hidden), "the head has 8 bits"
+
+
+def test_weights_are_read_and_written_beside_the_graph(tmp_path):
+    random = np.random.default_rng(2)
+    decoder_of(random.standard_normal((64, 96), np.float32), random.standard_normal((96, 320), np.float32),
+               tmp_path / "m.onnx")  # fmt: skip
+    model = onnx.load(tmp_path / "m.onnx")
+    onnx.save(model, tmp_path / "apart.onnx", save_as_external_data=True, location="apart.data", size_threshold=0)
+    (tmp_path / "out").mkdir()
+    for name in ("m.onnx", "apart.onnx"):
+        quantise_weights(tmp_path / name, tmp_path / "out" / name, 4, "q4_1")
+    whole, apart = (onnx.load(tmp_path / "out" / name).graph for name in ("m.onnx", "apart.onnx"))
+    assert [t.name for t in whole.initializer] == [t.name for t in apart.initializer]
+    for one, other in zip(whole.initializer, apart.initializer, strict=True):
+        np.testing.assert_array_equal(numpy_helper.to_array(one), numpy_helper.to_array(other))
+    assert "body" not in {tensor.name for tensor in whole.initializer}, "float32 has gone"
+
+
+def test_what_cannot_be_rounded_so(tmp_path, matrix):
+    decoder_of(matrix, matrix[:48], tmp_path / "m.onnx")
+    with pytest.raises(UserError, match=r"body has 80 inputs, expected a multiple of 32"):
+        quantise_weights(tmp_path / "m.onnx", tmp_path / "r.onnx", 4, "q4_1")
+    with pytest.raises(UserError, match=r"q4_1 is for int4, not int8"):
+        quantise_weights(tmp_path / "m.onnx", tmp_path / "r.onnx", 8, "q4_1")
