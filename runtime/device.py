@@ -175,6 +175,22 @@ def to_numpy(array: Array) -> np.ndarray:
     return array.device.download(array) if isinstance(array, CudaArray) else np.asarray(array)
 
 
+def concatenate(arrays: list[Array]) -> Array:
+    """One or more arrays of one device along the first axis; a single one is not copied."""
+    first = arrays[0]
+    if len(arrays) == 1:
+        return first
+    if not isinstance(first, CudaArray):
+        return np.concatenate(arrays)
+    device = first.device
+    whole = device.zeros((sum(len(array) for array in arrays), *first.shape[1:]), first.dtype)
+    begin = 0
+    for array in arrays:
+        device.copy(whole[begin : begin + len(array)], array)
+        begin += len(array)
+    return whole
+
+
 def pointer(array: Array) -> int:
     """Address of the first element."""
     return array.pointer if isinstance(array, CudaArray) else array.ctypes.data

@@ -21,8 +21,9 @@ from PIL import Image
 from runtime import prompt as prompts
 from runtime.backends import Backends, open_parts
 from runtime.bundle import Bundle, open_bundle
+from runtime.cache import DEFAULT_BYTES, EmbedsCache, digest
 from runtime.decoder import Sequence as DecoderSequence
-from runtime.device import Array, to_numpy
+from runtime.device import Array, concatenate, to_numpy
 from runtime.errors import UserError
 from runtime.image import open_image, preprocess, target_size
 from runtime.sampling import Sampling, next_token
@@ -107,10 +108,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """The images of a turn: float32 [3, H, W] each, and their embeds [sum of T, D] on the encoder's device."""
+    """The images of a turn: the visual tokens of each, and their embeds [sum of T, D] on the encoder's device.
+    pixel_values: float32 [3, H, W] of those that were encoded now."""
 
-    pixel_values: list[np.ndarray]
+    tokens: list[int]
     embeds: Array | None
+    pixel_values: list[np.ndarray]
     preprocess_ms: float
     encode_ms: float
 
@@ -118,9 +121,10 @@ class _Pictures:
 class Model:
     """A loaded bundle. Make it with `runtime.load`."""
 
-    def __init__(self, bundle: Bundle, backends: Backends | None = None):
+    def __init__(self, bundle: Bundle, backends: Backends | None = None, cache_bytes: int = DEFAULT_BYTES):
         begin = time.perf_counter()
         self.bundle = bundle
+        self.cache = EmbedsCache(cache_bytes)
         self.tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
         parts = open_parts(bundle, backends or Backends())
         self.encoder, self.decoder = parts.encoder, parts.decoder
@@ -170,7 +174,7 @@ class Conversation:
         begin = time.perf_counter()
         if isinstance(images, str | bytes | PathLike | Image.Image):
             images = [images]
-        ids, limit, pictures = self._inputs(prompt, images)
+        ids, limit, pictures = self._inputs(prompt, images, trace)
         sequence = self._sequence or self._start(len(ids) + limit)
         yield from self._answer(sequence, ids, limit, pictures, trace, begin)
 
@@ -222,22 +226,41 @@ class Conversation:
         capacity = single_turn_length if self._single_turn else self._model.decoder.capacity
         return self._model.decoder.start(capacity)
 
-    def _inputs(self, prompt: str, images: Sequence[ImageSource]) -> tuple[list[int], int, "_Pictures"]:
+    def _inputs(
+        self, prompt: str, images: Sequence[ImageSource], trace: Trace | None = None
+    ) -> tuple[list[int], int, "_Pictures"]:
         """(prompt ids, below 0 for each image embed; how many new tokens may come; the images).
 
         Whether all of it fits the context is settled before anything large is computed.
         """
-        model, options, rule = self._model, self._options, self._model.bundle.image
+        rule, (resolution, aspect) = self._model.bundle.image, (self._options.resolution, self._options.aspect)
         begin = time.perf_counter()
         pictures = [open_image(source) for source in images]
-        sizes = [target_size(*picture.size, rule, options.resolution, options.aspect) for picture in pictures]
-        ids = self._prompt_ids(prompt, [height // rule.multiple * (width // rule.multiple) for height, width in sizes])
+        sizes = [target_size(*picture.size, rule, resolution, aspect) for picture in pictures]
+        tokens = [height // rule.multiple * (width // rule.multiple) for height, width in sizes]
+        ids = self._prompt_ids(prompt, tokens)
         limit = self._limit(ids)
-        pixel_values = [preprocess(picture, rule, options.resolution, options.aspect) for picture in pictures]
+        encoder, cache = self._model.encoder, self._model.cache if trace is None else EmbedsCache(0)
+        keys = [
+            (
+                encoder,
+                resolution,
+                aspect,
+                digest(picture),
+                number if trace else 0,
+            )  # every image is traced, equal or not
+            for number, picture in enumerate(pictures)
+        ]
+        known = {key: cache.get(key) for key in keys}
+        missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if known[key] is None}
+        pixel_values = [preprocess(picture, rule, resolution, aspect) for picture in missing.values()]
         preprocess_ms = _ms_since(begin)
         begin = time.perf_counter()
-        embeds = model.encoder(pixel_values) if pixel_values else None
-        return ids, limit, _Pictures(pixel_values, embeds, preprocess_ms, _ms_since(begin))
+        for key, pixels in zip(missing, pixel_values, strict=True):
+            known[key] = encoder([pixels])
+            cache.put(key, known[key])
+        embeds = concatenate([known[key] for key in keys]) if keys else None
+        return ids, limit, _Pictures(tokens, embeds, pixel_values, preprocess_ms, _ms_since(begin))
 
     def _prompt_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
         template, tokenizer = self._model.bundle.prompt, self._model.tokenizer
@@ -308,7 +331,6 @@ class Questions(Conversation):
         super().__init__(model, options)
         self._images = [images] if isinstance(images, str | bytes | PathLike | Image.Image) else list(images)
         self._seen: _Pictures | None = None  # once they are encoded
-        self._image_tokens: list[int] = []  # visual tokens of each image
         self._held: list[int] = []  # ids of the last prompt, which the KV cache still begins with
 
     def ask(self, prompt: str, trace: Trace | None = None) -> Iterator[Piece]:
@@ -317,13 +339,12 @@ class Questions(Conversation):
         if self._sequence is None:
             ids, limit, pictures = self._inputs(prompt, self._images)
             sequence, kept = self._start(), 0
-            self._seen = replace(pictures, preprocess_ms=0.0, encode_ms=0.0)  # what they cost the next questions
-            area = self._model.bundle.image.multiple**2
-            self._image_tokens = [pixels[0].size // area for pixels in pictures.pixel_values]
+            # what they cost the next questions
+            self._seen = replace(pictures, pixel_values=[], preprocess_ms=0.0, encode_ms=0.0)
         else:
             sequence, pictures = self._sequence, self._seen
-            text = prompts.first_turn(self._model.bundle.prompt, prompt, len(self._image_tokens), self._options.system)
-            ids = self._model.tokenizer.encode_prompt(text, self._image_tokens)
+            text = prompts.first_turn(self._model.bundle.prompt, prompt, len(pictures.tokens), self._options.system)
+            ids = self._model.tokenizer.encode_prompt(text, pictures.tokens)
             # The last id is fed in any case, for its logits. A prefill that failed left the cache shorter than its ids.
             kept = _common_length(self._held[: sequence.cache.length], ids[:-1])
             sequence.rewind(kept)
@@ -340,15 +361,21 @@ def _common_length(one: list[int], other: list[int]) -> int:
     return min(len(one), len(other))
 
 
-def load(bundle: str | PathLike | None = None, threads: int | None = None, backends: Backends | None = None) -> Model:
+def load(
+    bundle: str | PathLike | None = None,
+    threads: int | None = None,
+    backends: Backends | None = None,
+    cache_bytes: int = DEFAULT_BYTES,
+) -> Model:
     """Open a bundle and load its parts.
 
     bundle: the folder; None takes the demo model's and makes it first if need be. threads: of one operator; None takes
     one a physical core. backends: what runs the parts, in place of `threads`; None: ONNX Runtime on the CPU, or a
-    TensorRT engine where one fits.
+    TensorRT engine where one fits. cache_bytes: of image embeds that are kept, so that a picture seen before is not
+    encoded again; 0 keeps none.
     Raises UserError for a bundle that is missing, damaged or of another format, and for a backend that cannot be had.
     """
-    return Model(open_bundle(bundle), backends or Backends(threads=threads))
+    return Model(open_bundle(bundle), backends or Backends(threads=threads), cache_bytes)
 
 
 def _ms_since(begin: float) -> float:

@@ -73,12 +73,14 @@ def _recorded(device: Cuda, work: Callable[[], None], what: Path) -> CudaGraph |
 
 @dataclass
 class _Recorded:
-    """Buffers of one image size and the CUDA graph over them; graph None: it could not be recorded."""
+    """Buffers of one image size and the CUDA graph over them; graph None: it could not be recorded. used: an image may
+    still be on its way out of `staging`."""
 
     staging: np.ndarray  # pinned, [1, 3, H, W]
     pixels: CudaArray
     embeds: CudaArray  # [1, T, D]
     graph: CudaGraph | None = None
+    used: bool = False
 
 
 class EngineEncoder:
@@ -101,13 +103,13 @@ class EngineEncoder:
         for image in images:
             self._check_size(image)
         total = sum(tokens_of(image, self._stride) for image in images)
-        embeds, begin, used = self.device.zeros((total, self._hidden), self._embeds_dtype), 0, set()
+        embeds, begin = self.device.zeros((total, self._hidden), self._embeds_dtype), 0
         for image in images:
             end = begin + tokens_of(image, self._stride)
-            if image.shape in used:
-                self.device.synchronize()  # the image before may still be on its way out of the same staging memory
-            used.add(image.shape)
             recorded = self._recorded.get(image.shape) or self._record(image.shape, end - begin)
+            if recorded.used:
+                self.device.synchronize()
+            recorded.used = True
             np.copyto(recorded.staging[0], image, casting="same_kind")
             self.device.upload(recorded.pixels, recorded.staging)
             if recorded.graph is not None:

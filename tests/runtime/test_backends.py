@@ -140,6 +140,25 @@ def test_an_engine_answers_as_onnx_runtime_does(bundle, reference, picture, monk
     assert 1e-6 < relative_error(embeds_of(model, [picture]), embeds_of(reference, [picture])) < 5e-3
 
 
+def test_embeds_on_a_gpu_are_kept_and_joined_there(bundle, reference, monkeypatch):
+    random = np.random.default_rng(2)
+    pictures = [Image.fromarray(random.integers(0, 256, (90, 130, 3), np.uint8)) for _ in range(2)]
+    cudart = simulated_gpu.install(monkeypatch)
+    put_engine(bundle)
+    model = runtime.load(bundle, backends=Backends(encoder="tensorrt"))
+
+    def ids(model, images) -> list[int]:
+        *_, last = model.generate(images, "What?", runtime.Options(max_new_tokens=5))
+        return last.result.token_ids
+
+    apart = [ids(model, [picture]) for picture in pictures]
+    replays, uploaded = cudart.replays, cudart.copied[1]
+    assert ids(model, pictures) == ids(reference, pictures)
+    assert cudart.replays == replays
+    assert cudart.copied[1] == uploaded, "no pixels went to the GPU"
+    assert [ids(model, [picture]) for picture in pictures] == apart == [ids(reference, [p]) for p in pictures]
+
+
 def test_each_size_is_recorded_once_and_replayed(bundle, reference, monkeypatch):
     cudart = simulated_gpu.install(monkeypatch)
     put_engine(bundle)
