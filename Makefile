@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | tables        (PYTHON=python3.12 chooses the interpreter of a new .venv)
+# make setup | demo | test | lint | tables | peers        (PYTHON=python3.12 chooses the interpreter of a new .venv)
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,10 @@ RUN := $(VENV)/bin/python
 # another build of them.
 EXTRAS := cpu,export,train,calib,openvino,rtx,serve,benchmarks,dev
 
-.PHONY: setup demo test lint tables
+PEERS := build/peers
+LLAMA_CPP := llama-cpp-python==0.3.36
+
+.PHONY: setup demo test lint tables peers
 
 setup: $(VENV)/.installed
 
@@ -35,3 +38,11 @@ lint: setup
 
 tables: setup
 	$(RUN) -m benchmarks.tables
+
+# What benchmarks compare with and cannot share an environment. llama.cpp is compiled, for the processor at hand: minutes
+peers: setup $(PEERS)/llama.cpp/.installed
+
+$(PEERS)/llama.cpp/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(LLAMA_CPP)
+	touch $@

@@ -1,11 +1,14 @@
 """What quantisation costs and brings, beside other quantisers, on the demo model.
 
-    python -m benchmarks.calibration quantisers|speed|decoders ... [--modelopt PYTHON] [--also NAME=FILE]
+    python -m benchmarks.calibration quantisers|speed|decoders|final ... [--modelopt PYTHON] [--also NAME=FILE]
 
 quantisers: INT8 encoders of several quantisers from the same images, what they lose, and how fast they are.
-speed: encoders in each precision and runtime, at 1536; it and `decoders` take the encoder that `quantisers` leaves.
+speed: encoders in each precision and runtime, at 1536; it and `decoders` take the encoder that `quantisers` leaves, so
+run that before.
 decoders: decoders of 4 and 8 bits, with perplexity of the answers and of plain English text, and the one of 4 bits by
 q4_1 together with the INT8 encoder.
+final: the bundle that a user would make with --budget: what it loses on the questions of the search, and on 1,000 (an
+hour and a half; a bundle that is there already is taken as it is).
 
 The demo model after its alignment (it sees text, but does not answer yet) on drawn documents of the test split, whose
 known answers are fed token by token. Things are timed in rounds through all of them, so that a slow minute of the
@@ -16,6 +19,7 @@ which wants other versions of onnx and onnxruntime. --also: further encoder grap
 
 import argparse
 import itertools
+import json
 import pydoc_data.topics
 import shutil
 import statistics
@@ -36,7 +40,7 @@ from calib.decoder import prompts, quantise_decoder
 from calib.evaluation import Evaluation
 from calib.images import Page, calibration_pixels, find_pages, pixels_of, split, spread
 from calib.qdq import Calibrated, measure_means
-from calib.quantize import MEAN_IMAGES, SOURCE, for_search
+from calib.quantize import MEAN_IMAGES, REPORT, SOURCE, for_search
 from calib.sensitivity import depthwise_of, groups_of
 from export.cli import BUILD
 from runtime.bundle import MANIFEST, Bundle, open_bundle
@@ -48,6 +52,7 @@ CARRIED = "train/runs/convllava-smol/align.safetensors"
 BUNDLE, DATA = BUILD / "bundle" / "align", BUILD / "data" / "calibration"
 INT8 = BUILD / "bundle" / "align-int8.onnx"  # this project's encoder, for the parts after the first
 PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 48, 9, 1536
+SEARCHED, BUDGET = 64, 3  # of the bundle that a user would make
 PROMPTS = 16  # that the decoder is calibrated on
 STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
 MODELOPT = """
@@ -196,7 +201,8 @@ def decoders(args: argparse.Namespace) -> None:
     source, part = bundle.path(bundle.decoder.file), bundle.decoder
     calibration, held_out = pages()
     evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS, scored=False)
-    text = english(Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer))
+    tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
+    text = np.array(english(tokenizer, WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
     rows, opened = [], {}
     with tempfile.TemporaryDirectory() as folder:
         feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS)))
@@ -230,16 +236,34 @@ def decoders(args: argparse.Namespace) -> None:
         record.write("decoder_weights", rows, more=asked | {"int4_with_int8_encoder": both})
 
 
+def final(args: argparse.Namespace) -> None:
+    out = BUNDLE.with_name("align-int8")
+    if not (out / MANIFEST).is_file():
+        data = DATA / "documents.json"
+        options = ("--questions", SEARCHED, "--budget", BUDGET, "--cache", BUILD / "align-int8.npz")
+        run("calib.quantize", "--bundle", BUNDLE, "--data", data, *options, "--out", out)
+    report = json.loads((out / REPORT / "encoder-int8.json").read_text())
+    measured = {
+        "questions of the search": (SEARCHED, report["steps"][-1]),
+        "all, those among them": (report["questions"], report["loss"]),
+    }
+    rows = [
+        {"questions": questions, "measured": what} | {key: loss[key] for key in ("sqnr_db", "differing", "perplexity")}
+        for what, (questions, loss) in measured.items()
+    ]
+    keys = ("budget", "float32", "calibration_images", "next_tokens", "left_in_higher_precision", "steps", "alone")
+    record.write("quantised", rows, more={key: report[key] for key in keys})
+
+
 def _quantised(source: Path, precision: str, method: str, feeds: list, file: Path) -> Path:
     quantise_decoder(source, file, precision, method, feeds)
     return file
 
 
-def english(tokenizer: Tokenizer) -> np.ndarray:
-    """int [WINDOWS, WINDOW] of the language reference that comes with Python."""
+def english(tokenizer: Tokenizer, count: int) -> list[int]:
+    """So many ids of the language reference that comes with Python."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    ids = tokenizer.encode_prompt(text[: 12 * WINDOWS * WINDOW], [])
-    return np.array(ids[: WINDOWS * WINDOW]).reshape(WINDOWS, WINDOW)
+    return tokenizer.encode_prompt(text[: 12 * count], [])[:count]
 
 
 def perplexity(decoder: Decoder, text: np.ndarray) -> float:
@@ -267,7 +291,7 @@ def rates_in_turn(decoders: list[Decoder]) -> list[float]:
     return [round(statistics.median(taken[1:]), 1) for taken in samples]
 
 
-PARTS = {"quantisers": quantisers, "speed": speed, "decoders": decoders}
+PARTS = {"quantisers": quantisers, "speed": speed, "decoders": decoders, "final": final}
 
 if __name__ == "__main__":
     main()

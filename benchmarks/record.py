@@ -24,6 +24,7 @@ PACKAGES = (
     "torch",
     "transformers",
 )
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 def write(name: str, rows: list[dict], file: Path | None = None, more: dict | None = None) -> Path:
@@ -38,7 +39,12 @@ def write(name: str, rows: list[dict], file: Path | None = None, more: dict | No
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
+        "machine": {
+            "processor": _cpuinfo("model name") or platform.processor(),
+            "instructions": [name for name in INSTRUCTIONS if name in _cpuinfo("flags").split()],
+            "cores": os.cpu_count(),
+            "memory_gib": _memory_gib(),
+        },
         "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
         **(more or {}),
         "rows": rows,
@@ -55,11 +61,12 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _processor() -> str:
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first processor; "" where it does not."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
+        if line.startswith(key):
             return line.partition(":")[2].strip()
-    return platform.processor()
+    return ""
 
 
 def _memory_gib() -> int:

@@ -42,6 +42,21 @@ COLUMNS = {
         ("load_ms", "load, ms"),
         ("peak_memory_mib", "peak memory, MiB"),
     ],
+    "decode": [
+        ("work", "work"),
+        ("peer", "peer"),
+        ("precision", "weights"),
+        ("context", "positions"),
+        ("metric", "in"),
+        ("ours", "ours"),
+        ("theirs", "theirs"),
+        ("ratio", "times as fast"),
+        ("same", "same ids, of 32"),
+        ("limit", "the machine's limit"),
+        ("reached", "our share of it"),
+        ("peak_mib", "our memory, MiB"),
+        ("peer_peak_mib", "theirs, MiB"),
+    ],
     "decoder_graphs": [
         ("graph", "graph"),
         ("precision", "precision"),
@@ -105,6 +120,13 @@ COLUMNS = {
         ("peak_memory_gib", "peak memory, GiB"),
         ("files_gb", "files, GB"),
     ],
+    "quantised": [
+        ("measured", "`--budget 3` on"),
+        ("questions", "questions"),
+        ("sqnr_db", "SQNR of the image embeds, dB"),
+        ("differing", "next tokens that differ, %"),
+        ("perplexity", "perplexity of the answers"),
+    ],
 }
 
 
@@ -114,8 +136,9 @@ def table(name: str) -> str:
     keys, titles = zip(*COLUMNS[name], strict=True)
     lines = [titles, ["---"] * len(titles), *([_text(row[key]) for key in keys] for row in content["rows"])]
     machine, versions = content["machine"], content["versions"]
+    instructions = f" ({', '.join(found)})" if (found := machine.get("instructions")) else ""
     source = (
-        f"`{content['command']}`, {content['date']}, {machine['processor']}, {machine['cores']} cores, "
+        f"`{content['command']}`, {content['date']}, {machine['processor']}{instructions}, {machine['cores']} cores, "
         f"onnxruntime {versions['onnxruntime']}, torch {versions['torch']}; "
         f"[results file](benchmarks/results/{name}.json)"
     )

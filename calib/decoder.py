@@ -46,8 +46,6 @@ def quantise_decoder(
     feeds: what awq is calibrated on, as `prompts` makes it. Raises UserError as `check_options` and `quantise_weights`.
     """
     check_options(precision, method)
-    for file in target.parent.glob(f"{target.name}*"):
-        file.unlink()
     if method != "awq":
         quantise_weights(source, target, BITS[precision], method)
         return
@@ -56,6 +54,7 @@ def quantise_decoder(
         quantise_weights(source, head, None)
         model = _awq(head, list(feeds))
     target.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{target}.data").unlink(missing_ok=True)  # onnx appends to a file that is there
     onnx.save(model, str(target), save_as_external_data=True, location=f"{target.name}.data")
 
 

@@ -100,7 +100,7 @@ class Evaluation:
         self, bundle: Bundle, pages: Sequence[Page], questions: int, scored: bool = True, model: Model | None = None
     ):
         self._bundle = bundle
-        self.model = model or Model(bundle, Backends(encoder="onnx", encoder_precision="fp32"))
+        self.model = model or Model(bundle, Backends(encoder="onnx", encoder_precision="fp32"), cache_bytes=0)
         self._reference = self.model.encoder
         self._pages: list[Page] = []
         self._embeds: list[np.ndarray] = []

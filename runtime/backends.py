@@ -137,8 +137,8 @@ def _openvino_encoder(bundle: Bundle, wanted: Backends) -> tuple[Any, Chosen]:
     file, precision = _graph(bundle, None if asked == "bf16" else asked)
     if precision == "int8" and int8_sums_saturate():
         raise UserError(
-            "--encoder openvino: this processor has no VNNI, and OpenVINO's INT8 sums are wrong without it; "
-            "--encoder onnx computes them right, --encoder-precision fp32 takes the float32 graph"
+            f"--encoder openvino: {file} is INT8, this processor has no VNNI, and without it OpenVINO's INT8 sums are "
+            "wrong; --encoder onnx computes them right, --encoder-precision fp32 takes the float32 graph"
         )
     if asked == "bf16":
         precision = asked

@@ -98,7 +98,8 @@ class Piece:
 
 @dataclass
 class Trace:
-    """Intermediate values of a turn, for comparison. pixel_values: float32 [3, H, W] of each image; image_embeds:
+    """Intermediate values of a turn, for comparison. pixel_values: float32 [3, H, W] of each image that the turn
+    encodes, which a traced one does with all that are new to it; image_embeds:
     [sum of T, D]; first_logits: float32 [V], the first new token was chosen from."""
 
     pixel_values: list[np.ndarray] = field(default_factory=list)
@@ -240,17 +241,9 @@ class Conversation:
         tokens = [height // rule.multiple * (width // rule.multiple) for height, width in sizes]
         ids = self._prompt_ids(prompt, tokens)
         limit = self._limit(ids)
-        encoder, cache = self._model.encoder, self._model.cache if trace is None else EmbedsCache(0)
-        keys = [
-            (
-                encoder,
-                resolution,
-                aspect,
-                digest(picture),
-                number if trace else 0,
-            )  # every image is traced, equal or not
-            for number, picture in enumerate(pictures)
-        ]
+        encoder, cache = self._model.encoder, EmbedsCache(0) if trace is not None else self._model.cache
+        names = [digest(picture) for picture in pictures] if cache.max_bytes else range(len(pictures))
+        keys = [(encoder, resolution or rule.resolution, aspect or rule.aspect, name) for name in names]
         known = {key: cache.get(key) for key in keys}
         missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if known[key] is None}
         pixel_values = [preprocess(picture, rule, resolution, aspect) for picture in missing.values()]
@@ -337,7 +330,7 @@ class Questions(Conversation):
         """As `Model.generate` with the images: the same tokens. The Result's prompt_tokens are those prefilled anew."""
         begin = time.perf_counter()
         if self._sequence is None:
-            ids, limit, pictures = self._inputs(prompt, self._images)
+            ids, limit, pictures = self._inputs(prompt, self._images, trace)
             sequence, kept = self._start(), 0
             # what they cost the next questions
             self._seen = replace(pictures, pixel_values=[], preprocess_ms=0.0, encode_ms=0.0)

@@ -1,0 +1,123 @@
+"""The decode benchmark: peers in processes of their own do the same work and find the same ids."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks import decode
+from benchmarks.peers.decoders import PEERS
+from export.cli import open_checkpoint
+from runtime.bundle import open_bundle
+from runtime.decoder import Decoder
+from tests.conftest import run_module
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def spec(conformance, conformance_bundle):
+    ids = np.random.default_rng(0).integers(3, 400, 64).tolist()
+    return {
+        "bundle": str(conformance_bundle),
+        "checkpoint": str(conformance / "checkpoint"),
+        "threads": 1,
+        "capacity": 64,
+        "ids": ids,
+        "hidden": 128,
+    }
+
+
+@pytest.fixture(scope="module")
+def greedy(spec):
+    """The first ids after 20 of the spec's, by the runtime in this process."""
+    bundle = open_bundle(spec["bundle"])
+    sequence = Decoder(bundle.path(bundle.decoder.file), bundle.decoder).start(64)
+    token, found = sequence.forward_greedy(spec["ids"][:20]), []
+    for _ in range(STEPS):
+        token = sequence.forward_greedy([token])
+        found.append(token)
+    return found
+
+
+@pytest.mark.parametrize("name", ["ours", "transformers", "transformers-static", "optimum"])
+def test_a_peer_decodes_greedily_after_any_context(spec, greedy, name, tmp_path, conformance):
+    checkpoint = open_checkpoint(str(conformance / "checkpoint"))
+    worker = decode.Running(name, sys.executable, spec | {"folders": decode.folders(checkpoint, tmp_path, [name])})
+    for context in (20, 30, 20):  # as prefilled, longer, and gone back
+        found = worker.ask("decode", context=context, steps=STEPS)
+        assert found["seconds"] > 0
+        assert len(found["ids"]) == STEPS
+        assert (found["ids"] == greedy) == (context == 20)
+    assert worker.ask("prefill", tokens=16)["seconds"] > 0
+    assert worker.ask("decode", context=20, steps=STEPS)["ids"] == greedy, "embeds are forgotten"
+    assert 50 < worker.ask("prefill", tokens=16)["mib"] < 4000
+    worker.close()
+
+
+def test_a_worker_that_cannot_start_is_an_error(spec):
+    with pytest.raises(RuntimeError, match=r"ours ended with 1: (.*\n)*.*nowhere"):
+        decode.Running("ours", sys.executable, spec | {"bundle": "nowhere"})
+
+
+def test_every_peer_has_a_decoder_of_its_weights():
+    assert {decode.precision_of(name) for name in PEERS if name != "ours"} == {"fp32", "int4"}
+    assert decode.same([1, 2, 3], [1, 2, 4]) == 2
+    assert decode.same([1, 2], [1, 2]) == 2
+
+
+class Fake:
+    """Takes known seconds: `slow` ones in the first round, which warms up."""
+
+    def __init__(self, seconds: float, ids: list[int]):
+        self.load_s, self._seconds, self._ids, self.turns = 0.5, seconds, ids, 0
+
+    def ask(self, work: str, **arguments) -> dict:
+        self.turns += 1
+        rounds = 3
+        slow = 100 if (self.turns - 1) % (rounds + 1) == 0 else 1
+        return {"seconds": self._seconds * slow, "mib": 7} | ({"ids": self._ids} if work == "decode" else {})
+
+
+def test_a_ratio_above_one_means_that_ours_is_faster():
+    ours = {"fp32": Fake(2.0, [1, 2, 3]), "int4": Fake(0.5, [1, 2, 4])}
+    theirs = {"transformers": Fake(4.0, [1, 2, 3]), "llama.cpp": Fake(0.4, [1, 9, 4])}
+    args = SimpleNamespace(tokens=[64], contexts=[128], rounds=3)
+    rows = {(row["work"], row["peer"]): row for row in decode.measured(ours, theirs, args)}
+    prefill = rows["prefill", "transformers"]
+    assert (prefill["ours"], prefill["theirs"], prefill["ratio"], prefill["metric"]) == (2000, 4000, 2, "ms")
+    slower = rows["decode", "llama.cpp"]
+    assert (slower["ours"], slower["theirs"], slower["ratio"]) == (decode.STEPS / 0.5, decode.STEPS / 0.4, 0.8)
+    assert (slower["precision"], slower["same"], rows["decode", "transformers"]["same"]) == ("int4", 1, 3)
+
+
+def test_limits_are_bytes_and_operations(conformance):
+    """By hand for the conformance decoder."""
+    checkpoint = open_checkpoint(str(conformance / "checkpoint"))
+    c = checkpoint.llama_config
+    limits = {"read_gb_per_s": 10.0, "matmul_gflop_per_s": 50.0}
+    row = {"work": "decode", "precision": "fp32", "context": 100, "ours": 1000.0}
+    cache = 100 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * 2 * 4
+    found = decode.limit_of(row, 1_000_000, checkpoint, limits)
+    assert found["limit"] == pytest.approx(1e10 / (1_000_000 + cache), rel=1e-3)
+    assert found["reached"] == pytest.approx(1000 / found["limit"], rel=1e-2)
+    weights = sum(
+        np.prod(shape)
+        for shape in (
+            (c.hidden_size, c.num_attention_heads * 32),
+            (c.hidden_size, 2 * c.num_key_value_heads * 32),
+            (c.num_attention_heads * 32, c.hidden_size),
+            (3 * c.hidden_size, c.intermediate_size),
+        )
+    )
+    operations = 2 * 100 * c.num_hidden_layers * (weights + 100 * c.num_attention_heads * 32)
+    operations += 2 * c.hidden_size * c.vocab_size
+    found = decode.limit_of(row | {"work": "prefill", "ours": 5.0}, 1, checkpoint, limits)
+    assert found["limit"] == pytest.approx(operations / 50e9 * 1e3, abs=0.06)
+
+
+def test_the_command_line_names_the_peers():
+    done = run_module("benchmarks.decode", "--peers", "vllm")
+    assert done.returncode == 2
+    assert "llama.cpp" in done.stderr
