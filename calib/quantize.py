@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from calib.evaluation import Evaluation, Loss
 from calib.images import HELD_OUT, LEAST, Page, calibration_pixels, find_pages, split, spread
 from calib.qdq import Calibrated, measure_means
 from calib.report import write_decoder_report, write_encoder_report
-from calib.sensitivity import depthwise_of, groups_of, measure, search, sensitivities
+from calib.sensitivity import depthwise_of, groups_of, measure, search, sensitivities, settle
 from runtime.bundle import MANIFEST, Bundle, check_place, open_bundle, write_bundle
 from runtime.decoder import Decoder
 from runtime.errors import UserError
@@ -107,24 +108,27 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
     always = () if options.depthwise else depthwise_of(graph, groups)
     if options.budget is None:
         alone, steps = {}, [measure(calibrated, groups, always, evaluation)]
+        loss = steps[-1].loss
     else:
-        alone = sensitivities(calibrated, groups, evaluation)
-        steps = search(calibrated, groups, always, alone, evaluation, options.budget)
-    left, loss = steps[-1].left, steps[-1].loss
+        alone, known = sensitivities(calibrated, groups, evaluation), {}
+        find = partial(search, calibrated, groups, always, alone, evaluation, known=known)
+        if held_out and final_questions > options.questions:
+            evaluation = Evaluation(bundle, pages, final_questions, evaluation.answers, evaluation.model)
+            whole = partial(measure, calibrated, groups, evaluation=evaluation)
+            steps, loss = settle(find, lambda step: whole(left=step.left).loss, options.budget)
+        else:
+            steps = find(options.budget)
+            loss = steps[-1].loss
+    left = steps[-1].left
     spared = [node for group in groups if group.name in left for node in group.nodes]
 
     def fill(folder: Path) -> dict[str, Any]:
-        nonlocal evaluation, loss
         outdated = (f"{REPORT}/encoder-{precision}.", *([f"{REPORT}/decoder."] if precision == "int8" else []))
         sections = copy_bundle(bundle, folder, lambda name: name.startswith(outdated))
         file = folder / "encoder" / f"{precision}.onnx"
         calibrated.write(file, spared)
         if precision == "int8":
             sections["encoder"] |= {"file": f"encoder/{precision}.onnx", "precision": precision}
-        if held_out and final_questions > options.questions:
-            scored = evaluation.answers
-            evaluation = Evaluation(bundle, pages, final_questions, scored, evaluation.model)
-            loss = evaluation.loss(file)
         about = {
             "precision": precision,
             "method": options.method or METHOD_OF[precision],

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from tqdm import tqdm
 from calib.activations import QUANTISED
 from calib.evaluation import Evaluation, Loss
 from calib.qdq import Calibrated, is_depthwise
+
+ROUNDS = 4  # of searching for less, where the result exceeds the budget on more questions
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,27 @@ def search(
     alone: dict[str, Loss],
     evaluation: Evaluation,
     budget: float,
+    known: dict[frozenset[str], Step] | None = None,
 ) -> list[Step]:
     """The fewest groups to leave in higher precision so that `Loss.budgeted` is at most `budget`.
 
     First the least number of groups, those of lowest SQNR alone before the others, is found by bisection; then each of
     them is quantised again, least harmful first, where the budget allows.
 
-    always: names of groups that are left in any case. alone: as `sensitivities` gives it. Returns every step that was
-    tried; the last one holds. Its loss is above the budget only where leaving every group is.
+    always: names of groups that are left in any case. alone: as `sensitivities` gives it. known: steps by their groups,
+    which are not measured again; filled. Returns every step that was tried; the last one holds. Its loss is above the
+    budget only where leaving every group is.
     """
+    known = {} if known is None else known
     others = [group.name for group in groups if group.name not in always]
     worst_first = sorted(others, key=lambda name: alone[name].sqnr_db)
     tried: list[Step] = []
 
     def leave(names: Collection[str]) -> Step:
-        tried.append(measure(calibrated, groups, {*always, *names}, evaluation))
+        left = frozenset({*always, *names})
+        if left not in known:
+            known[left] = measure(calibrated, groups, left, evaluation)
+        tried.append(known[left])
         return tried[-1]
 
     steps: dict[int, Step] = {}  # by how many of the worst are left
@@ -119,3 +127,26 @@ def search(
         if step.loss.budgeted <= budget:
             best = step
     return tried if tried[-1] == best else [*tried, best]
+
+
+def settle(
+    find: Callable[[float], list[Step]], loss_of: Callable[[Step], Loss], budget: float
+) -> tuple[list[Step], Loss]:
+    """A search whose result holds on more questions than it asked: for less than the budget, by as much as the result
+    before exceeded it there, at most ROUNDS times.
+
+    find: searches for a budget, as `search`. loss_of: what a step costs on all questions. Returns (every step that was
+    tried, the loss of the last one), which is above the budget where no round brought it below.
+    """
+    allowed, steps = budget, find(budget)
+    loss = loss_of(steps[-1])
+    for _ in range(ROUNDS - 1):
+        if loss.budgeted <= budget:
+            break
+        allowed *= budget / loss.budgeted
+        more = find(allowed)
+        changed = more[-1].left != steps[-1].left
+        steps += more
+        if changed:
+            loss = loss_of(more[-1])
+    return steps, loss

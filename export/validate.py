@@ -17,6 +17,7 @@ from export.cli import ParityError
 from runtime.device import Cuda, present_gpu
 from runtime.engines import Engine, read_report, write_report
 from runtime.errors import UserError
+from runtime.session import open_session
 from runtime.trt import DTYPES, EngineDecoder
 
 DECODER_PROMPT, DECODER_STEPS = 64, 8
@@ -94,11 +95,11 @@ def polygraphy_runners(engine: Path, report: dict, source_file: Path) -> tuple[A
     if report["flavour"] == "rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read once, when polygraphy is imported
     from polygraphy.backend.common import BytesFromPath
-    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+    from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
     found = TrtRunner(EngineFromBytes(BytesFromPath(str(engine))))
-    return found, OnnxrtRunner(SessionFromOnnx(str(source_file), providers=["CPUExecutionProvider"]))
+    return found, OnnxrtRunner(lambda: open_session(source_file, None))
 
 
 def _outputs(found: Any, reference: Any, feeds: dict[str, np.ndarray], report: dict) -> tuple[np.ndarray, np.ndarray]:

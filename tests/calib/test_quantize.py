@@ -21,6 +21,7 @@ from runtime.backends import Backends
 from runtime.bundle import file_sha256, open_bundle
 from runtime.device import int8_sums_saturate
 from runtime.errors import UserError
+from runtime.session import open_session
 from tests.conftest import run_module
 from tests.export.test_encoder import tiny
 from tests.runtime.test_infer import assert_one_line_error
@@ -133,8 +134,7 @@ def test_every_method_stays_near_float32(conformance_bundle, pictures, tmp_path,
     quantise(source, tmp_path / "int8.onnx", ranges_of(source, feeds_of(bundle, pictures), method), "int8")
     pixels, _ = held_out(bundle.image, tmp_path)
     (found,), (expected,) = (
-        onnxruntime.InferenceSession(file).run(None, {"pixel_values": pixels})
-        for file in (tmp_path / "int8.onnx", source)
+        open_session(file, None).run(None, {"pixel_values": pixels}) for file in (tmp_path / "int8.onnx", source)
     )
     assert 15 < sqnr(found, expected) < 60
 
@@ -176,7 +176,7 @@ def test_biases_take_up_the_mean_error(tmp_path, precision):
     outputs = {}
     for name, corrected in (("plain", None), ("corrected", means)):
         quantise(source, tmp_path / f"{name}-q.onnx", ranges, precision, means=corrected)
-        outputs[name] = onnxruntime.InferenceSession(tmp_path / f"{name}-q.onnx")
+        outputs[name] = open_session(tmp_path / f"{name}-q.onnx", None)
     errors = {}
     for name, quantised in outputs.items():
         images = [{"pixel_values": pixels} for _, pixels in feeds]
@@ -273,7 +273,7 @@ def test_large_weights_lie_beside_the_graph(pictures, conformance_bundle, tmp_pa
     means = measure_means(tmp_path / "fp32.onnx", ranges, "int8", feeds[:2])
     quantise(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", ranges, "int8", (), means)
     assert (tmp_path / "int8.onnx.data").stat().st_size > 1000
-    onnxruntime.InferenceSession(tmp_path / "int8.onnx")
+    open_session(tmp_path / "int8.onnx", None)
 
 
 def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):

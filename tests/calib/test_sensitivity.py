@@ -1,10 +1,10 @@
 """Which layers pay for quantisation, and the search for the fewest to spare."""
 
 import json
+from functools import partial
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from PIL import Image
 
@@ -13,10 +13,11 @@ from calib.evaluation import Evaluation, Loss
 from calib.images import find_pages
 from calib.qdq import Calibrated
 from calib.quantize import Options, quantise_bundle
-from calib.sensitivity import Group, depthwise_of, groups_of, search, sensitivities
+from calib.sensitivity import Group, depthwise_of, groups_of, search, sensitivities, settle
 from export.encoder import export_encoder
 from runtime.bundle import open_bundle
 from runtime.image import open_image, preprocess
+from runtime.session import open_session
 from tests.calib.test_quantize import feeds_of, ranges_of, sqnr
 from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
 
@@ -74,7 +75,7 @@ def test_one_group_alone_is_quantised(conformance_bundle, pictures, tmp_path):
     assert len([node for node in graph.node if node.op_type == "QuantizeLinear"]) <= len(rounded)
     images = [preprocess(open_image(page.file), bundle.image)[None] for page in pages]
     found, expected = (
-        np.concatenate([onnxruntime.InferenceSession(file).run(None, {"pixel_values": x})[0].ravel() for x in images])
+        np.concatenate([open_session(file, None).run(None, {"pixel_values": x})[0].ravel() for x in images])
         for file in (tmp_path / "one.onnx", source)
     )
     assert alone[chosen.name].sqnr_db == pytest.approx(sqnr(found, expected), abs=0.2)
@@ -126,6 +127,26 @@ def test_the_fewest_groups_that_meet_the_budget_are_left(budget, always, left):
         assert steps[-1].left == left
         assert steps[-1].loss.budgeted <= budget
     assert steps[0].left == always
+
+
+def test_a_budget_holds_on_more_questions_than_the_search_asked():
+    """Which show twice the loss. Costs as above; 6 points allow 5 on few questions, but not 10 on all."""
+    groups = [Group(name, (f"{name}1", f"{name}2")) for name in "abcd"]
+    alone = {name: Loss(sqnr, 0.0, None) for name, sqnr in {"a": 40.0, "b": 20.0, "c": 10.0, "d": 30.0}.items()}
+    priced, known = Priced({"a": 2, "b": 5, "c": 0, "d": 3}, groups), {}
+    asked = []
+
+    def doubled(step) -> Loss:
+        asked.append(step.left)
+        return Loss(0.0, 99.0, None, anls=2 * step.loss.anls)
+
+    find = partial(search, priced, groups, (), alone, priced, known=known)
+    steps, loss = settle(find, doubled, 6)
+    assert (steps[-1].left, loss.budgeted) == (("b", "d"), 4)
+    assert asked == [("b",), ("b", "d")], "every result is asked about once"
+    assert len(known) < len(steps), "no set is measured twice"
+    steps, loss = settle(find, lambda step: Loss(0.0, 99.0, None, anls=7), 6)
+    assert loss.budgeted == 7, "what cannot be met is said"
 
 
 def test_the_report_says_what_was_measured(conformance_bundle, pictures, tmp_path):
