@@ -95,12 +95,9 @@ def _pairs(levels: np.ndarray) -> np.ndarray:
 def quantise_weights(source: Path, target: Path, bits: int | None, method: str = "rtn") -> None:
     """Write the fused float graph `source` with rounded weights to `target` (and `target`.data).
 
-    bits: 4 or 8; None rounds the head alone. method: a key of `METHODS`.
-    Raises UserError for a method that is not for these bits, and for q4_1 where a matrix has a number of inputs that
-    BLOCK does not divide.
+    bits: None rounds the head alone. method: a key of `METHODS` that is for these bits.
+    Raises UserError for q4_1 where a matrix has a number of inputs that BLOCK does not divide.
     """
-    if bits is not None and bits not in METHODS[method]:
-        raise UserError(f"--method {method} is for {' and '.join(f'int{b}' for b in METHODS[method])}, not int{bits}")
     model = onnx.load(str(source), load_external_data=False)
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}

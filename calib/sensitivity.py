@@ -13,7 +13,7 @@ from calib.activations import QUANTISED
 from calib.evaluation import Evaluation, Loss
 from calib.qdq import Calibrated, is_depthwise
 
-ROUNDS = 4  # of searching for less, where the result exceeds the budget on more questions
+ROUNDS = 4  # searches, each for less, where the result exceeds the budget on more questions
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def settle(
     find: Callable[[float], list[Step]], loss_of: Callable[[Step], Loss], budget: float
 ) -> tuple[list[Step], Loss]:
     """A search whose result holds on more questions than it asked: for less than the budget, by as much as the result
-    before exceeded it there, at most ROUNDS times.
+    before exceeded it there, ROUNDS searches at most.
 
     find: searches for a budget, as `search`. loss_of: what a step costs on all questions. Returns (every step that was
     tried, the loss of the last one), which is above the budget where no round brought it below.

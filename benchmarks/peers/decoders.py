@@ -3,12 +3,13 @@ before its class is made, since each may live in an environment of its own."""
 
 import ctypes
 import json
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 
 
-class Peer:
+class Peer(ABC):
     """One sequence on one library.
 
     Each keeps what it was fed; `prefill` takes ids [S] or embeds [S, D] float32 after it, `step` one id, and both
@@ -17,17 +18,20 @@ class Peer:
 
     embeds = True  # whether `prefill` takes embeds, or ids alone
 
+    @abstractmethod
     def __init__(self, spec: dict[str, Any]):
-        raise NotImplementedError
+        """spec: what `benchmarks.decode` hands to every worker."""
 
+    @abstractmethod
     def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
-        raise NotImplementedError
+        """Feed either; returns the likeliest next id."""
 
     def step(self, token: int) -> int:
         return self.prefill([token])
 
+    @abstractmethod
     def rewind(self, length: int) -> None:
-        raise NotImplementedError
+        """Forget all but the first `length` positions."""
 
     def reserve(self, positions: int) -> None:
         """Forget everything; the next work takes so many positions."""
@@ -158,6 +162,8 @@ class TransformersStatic(Transformers):
 class Optimum(Peer):
     """optimum-onnx's ORTModelForCausalLM, exported by it in float32."""
 
+    embeds = False
+
     def __init__(self, spec: dict[str, Any]):
         import onnxruntime
         import torch
@@ -170,8 +176,6 @@ class Optimum(Peer):
             spec["folders"]["optimum"], use_io_binding=False, session_options=options
         )
         self._past, self._length = None, 0
-
-    embeds = False
 
     def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
         torch = self._torch

@@ -8,6 +8,7 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 from calib.blocks import BLOCK, nearest, quantise_weights, with_offsets
+from calib.decoder import quantise_decoder
 from runtime.errors import UserError
 from runtime.session import open_session
 
@@ -114,5 +115,6 @@ def test_what_cannot_be_rounded_so(tmp_path, matrix):
     decoder_of(matrix, matrix[:48], tmp_path / "m.onnx")
     with pytest.raises(UserError, match=r"body has 80 inputs.* 32.*int8.*rtn"):
         quantise_weights(tmp_path / "m.onnx", tmp_path / "r.onnx", 4, "q4_1")
-    with pytest.raises(UserError, match=r"q4_1 is for int4, not int8"):
-        quantise_weights(tmp_path / "m.onnx", tmp_path / "r.onnx", 8, "q4_1")
+    with pytest.raises(UserError, match=r"q4_1 is for int4"):
+        quantise_decoder(tmp_path / "m.onnx", tmp_path / "r.onnx", "int8", "q4_1")
+    assert not (tmp_path / "r.onnx").exists()
