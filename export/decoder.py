@@ -35,7 +35,7 @@ from export.cli import BUILD, Difference, ParityError, compare, name_of, open_ch
 from export.half import half_graph
 from export.llama import SMALL, llama_graph
 from runtime.bundle import DecoderPart
-from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, Sequence
+from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, Sequence, allocate
 from runtime.device import Cpu
 from runtime.errors import UserError
 from runtime.session import bind_input, bind_output, input_dtype, open_session
@@ -307,7 +307,8 @@ class PortableSequence(Sequence):
         shapes = {value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._dtype, self._device = np.dtype(input_dtype(self._session, "image_embeds")), Cpu()
         layers = sum(name.startswith("past_key_values") for name in shapes) // 2
-        cache = KVCache(layers, (1, *shapes["past_key_values.0.key"][1:]), self._dtype, self._device)
+        shape = (1, *shapes["past_key_values.0.key"][1:])
+        cache = KVCache(allocate(layers, shape, self._dtype, self._device))
         logits = self._device.zeros((1, 1, shapes["logits"][2]), self._dtype)
         super().__init__(cache, logits, self._device.zeros((1, 1, 1), np.int64))
         self._no_images = np.empty((0, shapes["image_embeds"][1]), self._dtype)

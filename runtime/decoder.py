@@ -18,18 +18,26 @@ KINDS = ("key", "value")
 NEXT_TOKEN = "next_token"  # the graph's output [1, 1, 1] int64: the likeliest
 
 
+Layers = list[tuple[Array, Array]]  # keys and values of each layer, [rows, kv_heads, capacity, head_dim]
+
+
+def allocate(layers: int, shape: tuple[int, int, int, int], dtype: Any, device: Device) -> Layers:
+    """Zeros. On the CPU the memory is asked for once and touched by the system page by page, so an unused tail costs
+    address space alone."""
+    return [(device.zeros(shape, dtype), device.zeros(shape, dtype)) for _ in range(layers)]
+
+
 class KVCache:
-    """Keys and values of one sequence: [1, kv_heads, capacity, head_dim] for each layer, on `device`.
+    """Keys and values of one sequence, [1, kv_heads, capacity, head_dim] in each layer.
 
     The graph's `past` and `present` are bound to the same memory, so attention writes the new positions in place and
-    nothing is copied from step to step. On the CPU the memory is asked for once and touched by the system page by page,
-    so an unused tail costs address space alone.
+    nothing is copied from step to step.
     """
 
-    def __init__(self, layers: int, shape: tuple[int, int, int, int], dtype: Any, device: Device):
-        self.capacity = shape[2]
+    def __init__(self, layers: Layers):
+        self.layers = layers
+        self.capacity = layers[0][0].shape[2]
         self.length = 0  # positions filled
-        self.layers = [(device.zeros(shape, dtype), device.zeros(shape, dtype)) for _ in range(layers)]
 
     def tensors(self, name: str) -> dict[str, Array]:
         """The arrays by the names that graphs give them. name: `past_key_values` or `present`."""
@@ -67,6 +75,8 @@ class Decoder:
         self.embeds_dtype = np.dtype(input_dtype(self.session, "image_embeds"))
         hidden = next(value.shape[1] for value in self.session.get_inputs() if value.name == "image_embeds")
         self.no_images = self.device.zeros((0, hidden), self.embeds_dtype)
+        # graphs of bundles from before there was this output leave it to the logits
+        self.tells_likeliest = any(value.name == NEXT_TOKEN for value in self.session.get_outputs())
 
     @property
     def capacity(self) -> int:
@@ -77,7 +87,7 @@ class Decoder:
         """A new sequence with room for `capacity` positions."""
         part = self.part
         shape = (1, part.kv_heads, capacity, part.head_dim)
-        return OnnxSequence(self, KVCache(part.layers, shape, part.kv_dtype, self.device))
+        return OnnxSequence(self, KVCache(allocate(part.layers, shape, part.kv_dtype, self.device)))
 
 
 class Sequence(ABC):
@@ -105,7 +115,7 @@ class Sequence(ABC):
     def forward_greedy(self, ids: list[int], image_embeds: Array | None = None) -> int:
         """As `forward`, but returns the likeliest next token, all that leaves the device."""
         self._run(ids, image_embeds)
-        if self._likeliest is None:  # a bundle written before the graphs had this output
+        if self._likeliest is None:
             return int(to_numpy(self._logits)[0, 0].argmax())
         return int(to_numpy(self._likeliest)[0, 0, 0])
 
@@ -119,8 +129,7 @@ class OnnxSequence(Sequence):
 
     def __init__(self, decoder: Decoder, cache: KVCache):
         device, part = decoder.device, decoder.part
-        tells = any(value.name == NEXT_TOKEN for value in decoder.session.get_outputs())
-        likeliest = device.zeros((1, 1, 1), np.int64) if tells else None
+        likeliest = device.zeros((1, 1, 1), np.int64) if decoder.tells_likeliest else None
         super().__init__(cache, device.zeros((1, 1, part.vocab_size), part.kv_dtype), likeliest)
         self._decoder = decoder
         self._mask = device.take(np.ones((cache.capacity,)), np.int64)
@@ -129,7 +138,7 @@ class OnnxSequence(Sequence):
         for name, array in cache.tensors("past_key_values").items():
             bind_input(self._binding, name, array, device)
         outputs = {**cache.tensors("present"), "logits": self._logits}
-        for name, array in (outputs | ({NEXT_TOKEN: likeliest} if tells else {})).items():
+        for name, array in (outputs | ({NEXT_TOKEN: likeliest} if decoder.tells_likeliest else {})).items():
             bind_output(self._binding, name, array, device)
 
     def _run(self, ids: list[int], image_embeds: Array | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.decoder import NEXT_TOKEN, KVCache, Sequence
+from runtime.decoder import NEXT_TOKEN, KVCache, Sequence, allocate
 from runtime.device import Array, Cuda, CudaArray, CudaGraph
 from runtime.encoder import tokens_of
 from runtime.engines import FLAVOURS, Engine
@@ -169,7 +169,8 @@ class EngineDecoder:
         """A new sequence with room for `capacity` positions. Raises UserError where the engine was built for fewer."""
         if capacity > self.capacity:
             raise UserError(f"{self.runner.file}: built for {self.capacity} positions, {capacity} are wanted")
-        return EngineSequence(self, KVCache(self._layers, self._cache_shape, self._cache_dtype, self.device))
+        layers = allocate(self._layers, self._cache_shape, self._cache_dtype, self.device)
+        return EngineSequence(self, KVCache(layers))
 
 
 class EngineSequence(Sequence):

@@ -1,0 +1,91 @@
+"""Several sequences decoded together: one run of the graph takes a token of each."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, OnnxSequence, allocate
+from runtime.device import to_numpy
+from runtime.session import bind_input, bind_output, run_options
+
+
+class Slots:
+    """Room for `count` sequences of at most `capacity` positions each, in one KV cache.
+
+    Each slot is a sequence of its own, which is prefilled, rewound and stepped alone as any other. `step` advances the
+    first so many of them at once, whatever their lengths are; `move` closes the gap where one among them has ended.
+    """
+
+    def __init__(self, decoder: Decoder, count: int, capacity: int):
+        device, part = decoder.device, decoder.part
+        self._decoder = decoder
+        self._layers = allocate(
+            part.layers, (count, part.kv_heads, capacity, part.head_dim), part.kv_dtype, decoder.device
+        )
+        self._slots = [OnnxSequence(decoder, self._rows(i, i + 1)) for i in range(count)]
+        self._logits = device.zeros((count, 1, part.vocab_size), part.kv_dtype)
+        self._likeliest = device.zeros((count, 1, 1), np.int64)
+        self._bindings = {}  # by how many slots take part
+        self._options = run_options(device)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, index: int) -> OnnxSequence:
+        return self._slots[index]
+
+    def __iter__(self) -> Iterator[OnnxSequence]:
+        return iter(self._slots)
+
+    def step(self, tokens: list[int]) -> list[int]:
+        """Feed token i to slot i; returns the likeliest next token of each.
+
+        Raises ValueError where there are more tokens than slots, or one of them is full; nothing is fed then.
+        """
+        count = len(tokens)
+        if not 0 < count <= len(self):
+            raise ValueError(f"{count} tokens for {len(self)} slots")
+        taking = self._slots[:count]
+        totals = [slot.cache.room_for(1) for slot in taking]
+        device, decoder = self._decoder.device, self._decoder
+        binding = self._bindings.get(count) or self._bind(count)
+        mask = np.arange(max(totals)) < np.array(totals)[:, None]  # a row's sum is its length; the width is the longest
+        ids, mask = device.take(np.array(tokens)[:, None], np.int64), device.take(mask, np.int64)
+        bind_input(binding, "input_ids", ids, device)
+        bind_input(binding, "attention_mask", mask, device)
+        decoder.session.run_with_iobinding(binding, self._options)
+        for slot, total in zip(taking, totals, strict=True):
+            slot.cache.length = total
+        if not decoder.tells_likeliest:
+            return self.logits(count).argmax(axis=1).tolist()
+        return to_numpy(self._likeliest[:count]).ravel().tolist()
+
+    def logits(self, count: int) -> np.ndarray:
+        """[count, V] float32 of the first `count` slots in the last `step`; valid until the next."""
+        return to_numpy(self._logits[:count])[:, 0].astype(np.float32, copy=False)
+
+    def move(self, source: int, target: int) -> None:
+        """Slot `target` becomes what slot `source` was, which is empty then."""
+        length = self[source].cache.length
+        for array in (array for pair in self._layers for array in pair):
+            if isinstance(array, np.ndarray):
+                array[target, :, :length] = array[source, :, :length]
+            else:
+                self._decoder.device.copy(array[target : target + 1], array[source : source + 1])
+        self[target].cache.length = length
+        self[source].rewind(0)
+
+    def _rows(self, begin: int, end: int) -> KVCache:
+        return KVCache([(key[begin:end], value[begin:end]) for key, value in self._layers])
+
+    def _bind(self, count: int):
+        decoder, device, cache = self._decoder, self._decoder.device, self._rows(0, count)
+        binding = self._bindings[count] = decoder.session.io_binding()
+        for name, array in (cache.tensors("past_key_values") | {"image_embeds": decoder.no_images}).items():
+            bind_input(binding, name, array, device)
+        outputs = cache.tensors("present") | {"logits": self._logits[:count]}
+        if decoder.tells_likeliest:
+            outputs[NEXT_TOKEN] = self._likeliest[:count]
+        for name, array in outputs.items():
+            bind_output(binding, name, array, device)
+        return binding

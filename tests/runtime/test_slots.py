@@ -1,0 +1,90 @@
+"""Sequences that are decoded together find what each finds alone, whoever comes and goes beside them."""
+
+import numpy as np
+import pytest
+
+import runtime
+from runtime.slots import Slots
+
+PROMPTS = ([1, 20, 30, 40, 50], [1, 9], [1, *range(60, 90)], [1, 7, -1, -2, 8])
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def decoder(conformance_bundle):
+    return runtime.load(conformance_bundle).decoder
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).standard_normal((2, 128)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def alone(decoder, images):
+    """The first ids after each prompt, and the logits after the last of them, of a sequence of its own."""
+    found = []
+    for prompt in PROMPTS:
+        sequence = decoder.start(64)
+        ids = [sequence.forward_greedy(prompt, images)]
+        while len(ids) < STEPS:
+            ids.append(sequence.forward_greedy(ids[-1:]))
+        found.append((ids, sequence.forward(ids[-1:]).copy()))
+    return found
+
+
+def test_rows_of_different_lengths_are_decoded_as_alone(decoder, images, alone):
+    slots = Slots(decoder, len(PROMPTS), 64)
+    ids = [[slot.forward_greedy(prompt, images)] for slot, prompt in zip(slots, PROMPTS, strict=True)]
+    for step in range(STEPS):
+        following = slots.step([row[-1] for row in ids])
+        if step < STEPS - 1:
+            for row, token in zip(ids, following, strict=True):
+                row.append(token)
+    assert ids == [expected for expected, _ in alone]
+    logits = slots.logits(len(PROMPTS))
+    for found, (_, expected) in zip(logits, alone, strict=True):
+        assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert following == logits.argmax(axis=1).tolist()
+    assert [slot.cache.length for slot in slots] == [len(prompt) + STEPS for prompt in PROMPTS]
+
+
+def test_sequences_join_and_leave_between_steps(decoder, images, alone):
+    """Three slots for four prompts: the second leaves early, the third takes its place, the fourth comes in late."""
+    slots = Slots(decoder, 3, 64)
+    ids = {name: [slots[name].forward_greedy(PROMPTS[name], images)] for name in range(3)}
+    running = [0, 1, 2]  # who is in which slot
+
+    def step(times):
+        for _ in range(times):
+            for name, token in zip(running, slots.step([ids[name][-1] for name in running]), strict=True):
+                ids[name].append(token)
+
+    step(3)
+    slots.move(2, 1)
+    running = [0, 2]
+    assert slots[2].cache.length == 0
+    step(2)
+    ids[3] = [slots[2].forward_greedy(PROMPTS[3], images)]  # beside slots that are under way
+    running = [0, 2, 3]
+    step(6)
+    for name, found in ids.items():
+        assert found == alone[name][0][: len(found)], name
+    assert [len(found) for found in ids.values()] == [12, 4, 12, 7]
+
+
+def test_a_full_slot_stops_all_and_nothing_is_fed(decoder):
+    slots = Slots(decoder, 2, 8)
+    slots[0].forward([1, 2, 3])
+    slots[1].forward([1, 2, 3, 4, 5, 6, 7, 8])
+    with pytest.raises(ValueError, match="9 positions do not fit a KV cache of 8"):
+        slots.step([4, 9])
+    assert [slot.cache.length for slot in slots] == [3, 8]
+    slots.step([4])
+    assert slots[0].cache.length == 4
+
+
+@pytest.mark.parametrize("tokens", [[], [1, 2, 3]])
+def test_as_many_tokens_as_there_are_slots_at_most(decoder, tokens):
+    with pytest.raises(ValueError, match=f"{len(tokens)} tokens for 2 slots"):
+        Slots(decoder, 2, 8).step(tokens)
