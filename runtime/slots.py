@@ -64,8 +64,8 @@ class Slots:
         """[count, V] float32 of the first `count` slots in the last `step`; valid until the next."""
         return to_numpy(self._logits[:count])[:, 0].astype(np.float32, copy=False)
 
-    def move(self, source: int, target: int) -> None:
-        """Slot `target` becomes what slot `source` was, which is empty then."""
+    def copy(self, source: int, target: int) -> None:
+        """Slot `target` becomes what slot `source` is, up to its length."""
         length = self[source].cache.length
         for array in (array for pair in self._layers for array in pair):
             if isinstance(array, np.ndarray):
@@ -73,6 +73,10 @@ class Slots:
             else:
                 self._decoder.device.copy(array[target : target + 1], array[source : source + 1])
         self[target].cache.length = length
+
+    def move(self, source: int, target: int) -> None:
+        """Slot `target` becomes what slot `source` was, which is empty then."""
+        self.copy(source, target)
         self[source].rewind(0)
 
     def _rows(self, begin: int, end: int) -> KVCache:

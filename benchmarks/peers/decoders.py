@@ -3,6 +3,7 @@ before its class is made, since each may live in an environment of its own."""
 
 import ctypes
 import json
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -17,6 +18,7 @@ class Peer(ABC):
     """
 
     embeds = True  # whether `prefill` takes embeds, or ids alone
+    batches = False  # whether it has `fork` and `step_rows`
 
     @abstractmethod
     def __init__(self, spec: dict[str, Any]):
@@ -33,32 +35,107 @@ class Peer(ABC):
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` positions."""
 
-    def reserve(self, positions: int) -> None:
-        """Forget everything; the next work takes so many positions."""
+    def reserve(self, positions: int, rows: int = 1) -> None:
+        """Forget everything; the next work takes so many positions, in so many sequences."""
         self.rewind(0)
+
+    def fork(self, rows: int) -> None:
+        """The sequence becomes `rows` of them, until `reserve`."""
+        raise NotImplementedError
+
+    def step_rows(self, tokens: list[int]) -> list[int]:
+        """One id for each of the rows; returns the likeliest next of each."""
+        raise NotImplementedError
+
+
+class Work:
+    """The pieces of work. spec: also ids, of the text that all peers are given, and hidden, the width of embeds."""
+
+    def __init__(self, name: str, spec: dict[str, Any]):
+        self._peer: Peer = PEERS[name](spec)
+        self._ids, self._held = spec["ids"], 0
+        self._embeds = np.random.default_rng(0).standard_normal((spec["capacity"], spec["hidden"]), np.float32) * 0.1
+
+    def prefill(self, tokens: int) -> dict:
+        """Seconds from `tokens` embeds (ids, where the library cannot begin with embeds) to the likeliest next id."""
+        self._peer.reserve(tokens + 1)
+        self._held = 0
+        given = (None, self._embeds[:tokens]) if self._peer.embeds else (self._ids[:tokens],)
+        begin = time.perf_counter()
+        self._peer.prefill(*given)
+        return {"seconds": time.perf_counter() - begin}
+
+    def decode(self, context: int, steps: int, batch: int = 1) -> dict:
+        """Seconds of `steps` greedy steps after the first `context` ids, 2 or more, and the ids found.
+
+        batch: sequences, that all begin alike; the ids are those of the last one.
+        """
+        if batch > 1:
+            return self._decode_rows(context, steps, batch)
+        if self._held < context - 1:
+            self._peer.reserve(context + steps + 1)
+            self._peer.prefill(self._ids[: context - 1])
+        self._peer.rewind(context - 1)
+        self._held = context - 1
+        token = self._peer.prefill(self._ids[context - 1 : context])
+        found = []
+        begin = time.perf_counter()
+        for _ in range(steps):
+            token = self._peer.step(token)
+            found.append(token)
+        return {"seconds": time.perf_counter() - begin, "ids": found}
+
+    def _decode_rows(self, context: int, steps: int, batch: int) -> dict:
+        self._held = 0
+        self._peer.reserve(context + steps + 1, batch)
+        self._peer.prefill(self._ids[: context - 1])
+        self._peer.fork(batch)
+        tokens = self._peer.step_rows([self._ids[context - 1]] * batch)
+        found = []
+        begin = time.perf_counter()
+        for _ in range(steps):
+            tokens = self._peer.step_rows(tokens)
+            found.append(tokens[-1])
+        return {"seconds": time.perf_counter() - begin, "ids": found}
 
 
 class Ours(Peer):
-    """The bundle's decoder through `runtime.decoder`."""
+    """The bundle's decoder through `runtime.decoder` and `runtime.slots`."""
+
+    batches = True
 
     def __init__(self, spec: dict[str, Any]):
         from runtime.bundle import open_bundle
         from runtime.decoder import Decoder
 
         bundle = open_bundle(spec["bundle"])
-        decoder = Decoder(bundle.path(bundle.decoder.file), bundle.decoder, spec["threads"])
-        self._sequence = decoder.start(spec["capacity"])
+        self._decoder = Decoder(bundle.path(bundle.decoder.file), bundle.decoder, spec["threads"])
+        self.reserve(spec["capacity"])
+
+    def reserve(self, positions: int, rows: int = 1) -> None:
+        from runtime.slots import Slots
+
+        self._slots = Slots(self._decoder, rows, positions)
 
     def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
         ids = list(range(-1, -1 - len(embeds), -1)) if ids is None else ids
-        return self._sequence.forward_greedy(ids, embeds)
+        return self._slots[0].forward_greedy(ids, embeds)
 
     def rewind(self, length: int) -> None:
-        self._sequence.rewind(length)
+        self._slots[0].rewind(length)
+
+    def fork(self, rows: int) -> None:
+        for row in range(1, rows):
+            self._slots.copy(0, row)
+
+    def step_rows(self, tokens: list[int]) -> list[int]:
+        return self._slots.step(tokens)
 
 
 class LlamaCpp(Peer):
     """llama.cpp through the functions that llama-cpp-python declares, without that package's own loop."""
+
+    batches = True
 
     def __init__(self, spec: dict[str, Any]):
         import llama_cpp
@@ -69,32 +146,57 @@ class LlamaCpp(Peer):
         self._model = llama_cpp.llama_model_load_from_file(spec["gguf"].encode(), parameters)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot open {spec['gguf']}")
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx = options.n_batch = spec["capacity"]
-        options.n_threads = options.n_threads_batch = spec["threads"]
-        self._context = llama_cpp.llama_init_from_model(self._model, options)
+        self._threads, self._context = spec["threads"], None
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
+        self.reserve(spec["capacity"])
+
+    def reserve(self, positions: int, rows: int = 1) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+        options = self._lib.llama_context_default_params()
+        each = -(-positions // 256) * 256  # of a sequence; llama.cpp rounds to its own steps
+        options.n_ctx, options.n_batch, options.n_seq_max = each * rows, each, rows
+        options.n_threads = options.n_threads_batch = self._threads
+        self._context = self._lib.llama_init_from_model(self._model, options)
         self._length = 0
 
     def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
         count = len(embeds) if ids is None else len(ids)
+        self._decode(ids, embeds, [self._length + i for i in range(count)], [0] * count, [False] * (count - 1) + [True])
+        self._length += count
+        return self._likeliest(-1)
+
+    def fork(self, rows: int) -> None:
+        memory = self._lib.llama_get_memory(self._context)
+        for row in range(1, rows):
+            self._lib.llama_memory_seq_cp(memory, 0, row, -1, -1)
+
+    def step_rows(self, tokens: list[int]) -> list[int]:
+        count = len(tokens)
+        self._decode(tokens, None, [self._length] * count, list(range(count)), [True] * count)
+        self._length += 1
+        return [self._likeliest(row) for row in range(count)]
+
+    def _decode(self, ids, embeds, positions: list[int], rows: list[int], wanted: list[bool]) -> None:
+        count = len(positions)
         batch = self._lib.llama_batch_init(count, 0 if embeds is None else embeds.shape[1], 1)
         batch.n_tokens = count
         for i in range(count):
             if embeds is None:
                 batch.token[i] = ids[i]
-            batch.pos[i] = self._length + i
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = i == count - 1
+            batch.pos[i] = positions[i]
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, rows[i]
+            batch.logits[i] = wanted[i]
         if embeds is not None:
             ctypes.memmove(batch.embd, np.ascontiguousarray(embeds, np.float32).ctypes.data, embeds.nbytes)
         code = self._lib.llama_decode(self._context, batch)
         self._lib.llama_batch_free(batch)
         if code:
             raise RuntimeError(f"llama_decode failed with {code}")
-        self._length += count
-        logits = self._lib.llama_get_logits_ith(self._context, -1)
+
+    def _likeliest(self, index: int) -> int:
+        logits = self._lib.llama_get_logits_ith(self._context, index)
         return int(np.ctypeslib.as_array(logits, (self._vocab_size,)).argmax())
 
     def rewind(self, length: int) -> None:
@@ -104,6 +206,8 @@ class LlamaCpp(Peer):
 
 class Transformers(Peer):
     """transformers' Llama in float32 with its usual cache."""
+
+    batches = True
 
     def __init__(self, spec: dict[str, Any]):
         import torch
@@ -121,17 +225,25 @@ class Transformers(Peer):
         ).eval()
         self.reserve(spec["capacity"])
 
-    def reserve(self, positions: int) -> None:
+    def reserve(self, positions: int, rows: int = 1) -> None:
         from transformers import DynamicCache
 
         self._cache, self._length = DynamicCache(config=self._model.config), 0
 
     def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
+        if embeds is None:
+            return self._forward(input_ids=self._torch.tensor([ids]))[0]
+        return self._forward(inputs_embeds=self._torch.from_numpy(embeds)[None])[0]
+
+    def fork(self, rows: int) -> None:
+        self._cache.batch_repeat_interleave(rows)
+
+    def step_rows(self, tokens: list[int]) -> list[int]:
+        return self._forward(input_ids=self._torch.tensor(tokens)[:, None])
+
+    def _forward(self, **given) -> list[int]:
         torch = self._torch
-        given = (
-            {"input_ids": torch.tensor([ids])} if embeds is None else {"inputs_embeds": torch.from_numpy(embeds)[None]}
-        )
-        count = len(embeds) if ids is None else len(ids)
+        count = next(iter(given.values())).shape[1]
         with torch.inference_mode():
             logits = self._model(
                 **given,
@@ -140,7 +252,7 @@ class Transformers(Peer):
                 logits_to_keep=1,
             ).logits
         self._length += count
-        return int(logits[0, -1].argmax())
+        return logits[:, -1].argmax(-1).tolist()
 
     def rewind(self, length: int) -> None:
         self._cache.crop(length)
@@ -150,7 +262,9 @@ class Transformers(Peer):
 class TransformersStatic(Transformers):
     """The same with a cache of fixed size, as large as the work; not compiled."""
 
-    def reserve(self, positions: int) -> None:
+    batches = False
+
+    def reserve(self, positions: int, rows: int = 1) -> None:
         from transformers import StaticCache
 
         self._cache, self._length = StaticCache(config=self._model.config, max_cache_len=positions), 0

@@ -1,6 +1,5 @@
 """The decode benchmark: peers in processes of their own do the same work and find the same ids."""
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 from benchmarks import decode
 from benchmarks.peers.decoders import PEERS
+from benchmarks.peers.turns import Running
 from export.cli import open_checkpoint
 from runtime.bundle import open_bundle
 from runtime.decoder import Decoder
@@ -44,7 +44,7 @@ def greedy(spec):
 @pytest.mark.parametrize("name", ["ours", "transformers", "transformers-static", "optimum"])
 def test_a_peer_decodes_greedily_after_any_context(spec, greedy, name, tmp_path, conformance):
     checkpoint = open_checkpoint(str(conformance / "checkpoint"))
-    worker = decode.Running(name, sys.executable, spec | {"folders": decode.folders(checkpoint, tmp_path, [name])})
+    worker = Running("decoders", name, spec | {"folders": decode.folders(checkpoint, tmp_path, [name])})
     for context in (20, 30, 20):  # as prefilled, longer, and gone back
         found = worker.ask("decode", context=context, steps=STEPS)
         assert found["seconds"] > 0
@@ -53,12 +53,15 @@ def test_a_peer_decodes_greedily_after_any_context(spec, greedy, name, tmp_path,
     assert worker.ask("prefill", tokens=16)["seconds"] > 0
     assert worker.ask("decode", context=20, steps=STEPS)["ids"] == greedy, "embeds are forgotten"
     assert 50 < worker.ask("prefill", tokens=16)["mib"] < 4000
+    if PEERS[name].batches:
+        assert worker.ask("decode", context=20, steps=STEPS, batch=3)["ids"] == greedy
+        assert worker.ask("decode", context=20, steps=STEPS)["ids"] == greedy
     worker.close()
 
 
 def test_a_worker_that_cannot_start_is_an_error(spec):
     with pytest.raises(RuntimeError, match=r"ours ended with 1: (.*\n)*.*nowhere"):
-        decode.Running("ours", sys.executable, spec | {"bundle": "nowhere"})
+        Running("decoders", "ours", spec | {"bundle": "nowhere"})
 
 
 def test_every_peer_has_a_decoder_of_its_weights():
@@ -82,14 +85,16 @@ class Fake:
 
 def test_a_ratio_above_one_means_that_ours_is_faster():
     ours = {"fp32": Fake(2.0, [1, 2, 3]), "int4": Fake(0.5, [1, 2, 4])}
-    theirs = {"transformers": Fake(4.0, [1, 2, 3]), "llama.cpp": Fake(0.4, [1, 9, 4])}
-    args = SimpleNamespace(tokens=[64], contexts=[128], rounds=3)
-    rows = {(row["work"], row["peer"]): row for row in decode.measured(ours, theirs, args)}
-    prefill = rows["prefill", "transformers"]
+    theirs = {"transformers": Fake(4.0, [1, 2, 3]), "llama.cpp": Fake(0.4, [1, 9, 4]), "optimum": Fake(1, [1, 2, 3])}
+    args = SimpleNamespace(tokens=[64], contexts=[128], batches=[8], rounds=3)
+    rows = {(row["work"], row["batch"], row["peer"]): row for row in decode.measured(ours, theirs, args)}
+    prefill = rows["prefill", 1, "transformers"]
     assert (prefill["ours"], prefill["theirs"], prefill["ratio"], prefill["metric"]) == (2000, 4000, 2, "ms")
-    slower = rows["decode", "llama.cpp"]
+    slower = rows["decode", 1, "llama.cpp"]
     assert (slower["ours"], slower["theirs"], slower["ratio"]) == (decode.STEPS / 0.5, decode.STEPS / 0.4, 0.8)
-    assert (slower["precision"], slower["same"], rows["decode", "transformers"]["same"]) == ("int4", 1, 3)
+    assert (slower["precision"], slower["same"], rows["decode", 1, "transformers"]["same"]) == ("int4", 1, 3)
+    assert rows["decode", 8, "llama.cpp"]["ours"] == 8 * decode.STEPS / 0.5
+    assert ("decode", 8, "optimum") not in rows, "it has no batches here"
 
 
 def test_limits_are_bytes_and_operations(conformance):
@@ -97,7 +102,7 @@ def test_limits_are_bytes_and_operations(conformance):
     checkpoint = open_checkpoint(str(conformance / "checkpoint"))
     c = checkpoint.llama_config
     limits = {"read_gb_per_s": 10.0, "matmul_gflop_per_s": 50.0}
-    row = {"work": "decode", "precision": "fp32", "context": 100, "ours": 1000.0}
+    row = {"work": "decode", "precision": "fp32", "batch": 1, "context": 100, "ours": 1000.0}
     cache = 100 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * 2 * 4
     found = decode.limit_of(row, 1_000_000, checkpoint, limits)
     assert found["limit"] == pytest.approx(1e10 / (1_000_000 + cache), rel=1e-3)

@@ -1,0 +1,93 @@
+"""Libraries in processes of their own, taking turns at the same work, so that a slow minute of the machine falls on all
+of them."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from export.cli import BUILD
+
+ROOT = Path(__file__).parents[2]
+LLAMA_CPP = BUILD / "peers" / "llama.cpp" / "bin" / "python"
+INSTALLED = LLAMA_CPP.parents[1] / ".installed"
+
+
+class Running:
+    """A worker process. kind, name: see `benchmarks.peers.worker`. load_s: what it took to open the weights."""
+
+    def __init__(self, kind: str, name: str, spec: dict, python: str | Path = sys.executable):
+        self.name = name
+        command = [str(python), "-m", "benchmarks.peers.worker", kind, name, json.dumps(spec)]
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  libraries chat; shown where one fails
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
+        self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        self.load_s = self._answer()["load_s"]
+
+    def ask(self, work: str, **arguments) -> dict:
+        self._process.stdin.write(json.dumps({"work": work, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            self._said.seek(0)
+            raise RuntimeError(f"{self.name} ended with {status}: {''.join(self._said.readlines()[-5:])}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._said.close()
+
+
+def with_llama_cpp(kind: str, name: str, spec: dict) -> Running | None:
+    """The worker in the environment that `make peers` makes; None, and a word on stderr, where it is not there."""
+    if INSTALLED.is_file():
+        return Running(kind, name, spec, LLAMA_CPP)
+    print(f"{name} is left out: `make peers` installs it", file=sys.stderr)
+    return None
+
+
+def versions_of_peers() -> dict[str, str]:
+    """Of what lives in other environments."""
+    if not INSTALLED.is_file():
+        return {}
+    code = "import importlib.metadata as m; print(m.version('llama-cpp-python'))"
+    found = subprocess.run([LLAMA_CPP, "-c", code], capture_output=True, text=True, check=True)
+    return {"llama-cpp-python": found.stdout.strip()}
+
+
+def in_turn(workers: Mapping[str, Running], rounds: int, work: str, **arguments) -> dict[str, list[dict]]:
+    """Each worker's answers, a round through all of them at a time, without those of a round before to warm up."""
+    samples: dict[str, list[dict]] = {name: [] for name in workers}
+    for _ in range(rounds + 1):
+        for name, worker in workers.items():
+            samples[name].append(worker.ask(work, **arguments))
+    return {name: answers[1:] for name, answers in samples.items()}
+
+
+def compared(own: list[dict], other: list[dict], amount: float | None = None) -> dict:
+    """Columns of a row: medians of both, and how many times as fast ours is, as the median, the least and the most of
+    the ratios round by round.
+
+    own, other: answers with `seconds` and `mib`. amount: of what was done, for rates a second; None: milliseconds.
+    """
+    seconds = [[answer["seconds"] for answer in answers] for answers in (own, other)]
+    medians = [statistics.median(taken) for taken in seconds]
+    ours, theirs = (amount / m for m in medians) if amount else (1000 * m for m in medians)
+    ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)]
+    return {
+        "ours": round(ours, 2),
+        "theirs": round(theirs, 2),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_least": round(min(ratios), 2),
+        "ratio_most": round(max(ratios), 2),
+        "peak_mib": max(answer["mib"] for answer in own),
+        "peer_peak_mib": max(answer["mib"] for answer in other),
+    }
