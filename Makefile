@@ -44,5 +44,5 @@ peers: setup $(PEERS)/llama.cpp/.installed
 
 $(PEERS)/llama.cpp/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(LLAMA_CPP)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(LLAMA_CPP) openvino pillow
 	touch $@

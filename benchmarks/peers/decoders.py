@@ -48,12 +48,11 @@ class Peer(ABC):
         raise NotImplementedError
 
 
-class Work:
+class Decoding:
     """The pieces of work. spec: also ids, of the text that all peers are given, and hidden, the width of embeds."""
 
-    def __init__(self, name: str, spec: dict[str, Any]):
-        self._peer: Peer = PEERS[name](spec)
-        self._ids, self._held = spec["ids"], 0
+    def __init__(self, peer: Peer, spec: dict[str, Any]):
+        self._peer, self._ids, self._held = peer, spec["ids"], 0
         self._embeds = np.random.default_rng(0).standard_normal((spec["capacity"], spec["hidden"]), np.float32) * 0.1
 
     def prefill(self, tokens: int) -> dict:
@@ -235,6 +234,11 @@ class Transformers(Peer):
             return self._forward(input_ids=self._torch.tensor([ids]))[0]
         return self._forward(inputs_embeds=self._torch.from_numpy(embeds)[None])[0]
 
+    @property
+    def embeddings(self) -> np.ndarray:
+        """Of all ids, [V, D]."""
+        return self._model.get_input_embeddings().weight.detach().numpy()
+
     def fork(self, rows: int) -> None:
         self._cache.batch_repeat_interleave(rows)
 
@@ -350,3 +354,7 @@ PEERS = {
     "optimum": Optimum,
     "ort-genai": Genai,
 }
+
+
+def start(name: str, spec: dict[str, Any]) -> Decoding:
+    return Decoding(PEERS[name](spec), spec)

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,15 +18,22 @@ INSTALLED = LLAMA_CPP.parents[1] / ".installed"
 
 
 class Running:
-    """A worker process. kind, name: see `benchmarks.peers.worker`. load_s: what it took to open the weights."""
+    """A worker process. kind, name: see `benchmarks.peers.worker`.
+
+    load_s: what it took to import the library and open the weights. start: seconds from the start of the process until
+    it is ready, and its peak memory until then.
+    """
 
     def __init__(self, kind: str, name: str, spec: dict, python: str | Path = sys.executable):
         self.name = name
         command = [str(python), "-m", "benchmarks.peers.worker", kind, name, json.dumps(spec)]
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  libraries chat; shown where one fails
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
+        begin = time.perf_counter()
         self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
-        self.load_s = self._answer()["load_s"]
+        loaded = self._answer()
+        self.start = {"seconds": time.perf_counter() - begin, "mib": loaded["mib"]}
+        self.load_s = loaded["load_s"]
 
     def ask(self, work: str, **arguments) -> dict:
         self._process.stdin.write(json.dumps({"work": work, **arguments}) + "\n")

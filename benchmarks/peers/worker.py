@@ -2,7 +2,7 @@
 
 python -m benchmarks.peers.worker KIND NAME '{"bundle": ..., ...}'
 
-KIND: a module beside this one, whose `Work(name, spec)` has a method for each piece of work.
+KIND: a module beside this one, whose `start(name, spec)` returns what has a method for each piece of work.
 """
 
 import importlib
@@ -31,8 +31,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not belong among the answers
     begin = time.perf_counter()
-    work = importlib.import_module(f"benchmarks.peers.{kind}").Work(name, json.loads(spec))
-    print(json.dumps({"load_s": time.perf_counter() - begin}), file=answers, flush=True)
+    work = importlib.import_module(f"benchmarks.peers.{kind}").start(name, json.loads(spec))
+    loaded = {"load_s": time.perf_counter() - begin, "mib": peak_mib()}
+    print(json.dumps(loaded), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         time.sleep(PAUSE)
