@@ -1,8 +1,9 @@
-"""Writes README's figures from the results files, between `<!-- table NAME -->` and `<!-- end -->`.
+"""Writes README's figures from the results files, between `<!-- table NAME -->` and `<!-- end -->`, and draws charts.
 
     python -m benchmarks.tables [--check]
 
---check changes nothing and exits with 1 where README says something else than the files.
+--check changes nothing and exits with 1 where README says something else than the files, or a chart was drawn from
+another state of its file.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import charts
 from benchmarks.record import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -46,6 +48,7 @@ COLUMNS = {
         ("work", "work"),
         ("peer", "peer"),
         ("precision", "weights"),
+        ("batch", "sequences"),
         ("context", "positions"),
         ("metric", "in"),
         ("ours", "ours"),
@@ -96,6 +99,18 @@ COLUMNS = {
         ("decode_tokens_per_s", "decode on a CPU, tokens/s"),
         ("relative_error", "error of the logits"),
     ],
+    "encoder": [
+        ("context", "image"),
+        ("peer", "peer"),
+        ("ours", "ours, ms"),
+        ("theirs", "theirs, ms"),
+        ("ratio", "times as fast"),
+        ("error", "difference of the embeds"),
+        ("limit", "the machine's limit, ms"),
+        ("reached", "our share of it"),
+        ("peak_mib", "our memory, MiB"),
+        ("peer_peak_mib", "theirs, MiB"),
+    ],
     "encoder_speed": [
         ("runtime", "runtime"),
         ("precision", "precision"),
@@ -120,6 +135,18 @@ COLUMNS = {
         ("peak_memory_gib", "peak memory, GiB"),
         ("files_gb", "files, GB"),
     ],
+    "first_token": [
+        ("work", "work"),
+        ("image", "the image"),
+        ("peer", "peer"),
+        ("precision", "decoder"),
+        ("ours", "ours, ms"),
+        ("theirs", "theirs, ms"),
+        ("ratio", "times as fast"),
+        ("same", "same token"),
+        ("peak_mib", "our memory, MiB"),
+        ("peer_peak_mib", "theirs, MiB"),
+    ],
     "quantised": [
         ("measured", "`--budget 3` on"),
         ("questions", "questions"),
@@ -128,13 +155,22 @@ COLUMNS = {
         ("perplexity", "perplexity of the answers"),
     ],
 }
+# name -> which rows are shown, where the charts have them all
+SHOWN = {
+    "decode": lambda row: (
+        (row["work"], row["batch"], row["context"])
+        in {("prefill", 1, 640), ("decode", 1, 128), ("decode", 1, 640), ("decode", 1, 4096), ("decode", 8, 256)}
+    ),
+    "encoder": lambda row: row["context"] in ("768x768", "1536x1536"),
+}
 
 
 def table(name: str) -> str:
     """The results file as a Markdown table with its machine and command below."""
     content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     keys, titles = zip(*COLUMNS[name], strict=True)
-    lines = [titles, ["---"] * len(titles), *([_text(row[key]) for key in keys] for row in content["rows"])]
+    rows = filter(SHOWN.get(name), content["rows"])
+    lines = [titles, ["---"] * len(titles), *([_text(row[key]) for key in keys] for row in rows)]
     machine, versions = content["machine"], content["versions"]
     instructions = f" ({', '.join(found)})" if (found := machine.get("instructions")) else ""
     source = (
@@ -164,12 +200,15 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
     check = parser.parse_args().check
     before = README.read_text(encoding="utf-8")
-    after = fill(before)
-    if check and before != after:
-        print("README.md does not say what benchmarks/results/ does; run `make tables`", file=sys.stderr)
+    after, pictures = fill(before), list(charts.outdated())
+    if check and (before != after or pictures):
+        what = ", ".join([*(["README.md"] if before != after else []), *(picture.name for picture in pictures)])
+        print(f"not what benchmarks/results/ says: {what}; run `make tables`", file=sys.stderr)
         return 1
     if not check:
         README.write_text(after, encoding="utf-8")
+        for picture in pictures:
+            charts.draw(picture)
     return 0
 
 

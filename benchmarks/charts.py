@@ -1,0 +1,120 @@
+"""Draws results files as PNG files beside them. Each picture carries the hash of the file it was drawn from."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.record import RESULTS
+
+SOURCE = "Source"  # PNG's own word for where a picture comes from
+
+Line = dict[Any, float]  # x -> y
+
+
+def lines(rows: list[dict], x: str, peer_key: str, our_key: str) -> dict[str, Line]:
+    """What is drawn of rows that each compare ours with a peer: a line for each library and precision."""
+    found: dict[str, Line] = {}
+    for row in rows:
+        found.setdefault(f"ours, {row['precision']}", {})[row[x]] = row[our_key]
+        found.setdefault(f"{row['peer']}, {row['precision']}", {})[row[x]] = row[peer_key]
+    return found
+
+
+def draw_encoder(rows: list[dict], figure: Any) -> None:
+    def pixels(row: dict) -> float:
+        height, width = row["context"].split("x")
+        return int(height) * int(width) / 1e6
+
+    rows = [row | {"megapixels": pixels(row)} for row in rows]
+    _panels(figure, [("megapixels", "megapixels", rows)])
+
+
+def draw_decode(rows: list[dict], figure: Any) -> None:
+    from benchmarks.decode import BATCH_CONTEXT
+
+    prefill = [row for row in rows if row["work"] == "prefill"]
+    decode = [row for row in rows if row["work"] == "decode"]
+    batches = [row for row in decode if row["context"] == BATCH_CONTEXT]
+    contexts = [row for row in decode if row["batch"] == 1 and row["context"] != BATCH_CONTEXT]
+    panels = [("context", "positions prefilled", prefill), ("context", "positions before the step", contexts)]
+    panels.append(("batch", f"sequences after {BATCH_CONTEXT} positions", batches))
+    _panels(figure, [panel for panel in panels if panel[2]])
+
+
+def _panels(figure: Any, panels: list[tuple[str, str, list[dict]]]) -> None:
+    """Speed above, peak memory below. panels: (key of x, its title, rows)."""
+    from matplotlib.ticker import LogFormatter
+
+    axes = figure.subplots(2, len(panels), squeeze=False)
+    colours: dict[str, str] = {}
+    for column, (x, title, shown) in enumerate(panels):
+        for axis, keys in zip(axes[:, column], (("theirs", "ours"), ("peer_peak_mib", "peak_mib")), strict=True):
+            for name, line in lines(shown, x, *keys).items():
+                colour = colours.setdefault(name, f"C{len(colours)}")
+                width = 2.5 if name.startswith("ours") else 1
+                axis.plot(*zip(*sorted(line.items()), strict=True), "o-", color=colour, lw=width, ms=4, label=name)
+            axis.set(xlabel=title, xscale="log", yscale="log")
+            ticks = sorted({row[x] for row in shown})
+            axis.set_xticks(ticks, [f"{tick:.2g}" if isinstance(tick, float) else str(tick) for tick in ticks])
+            axis.xaxis.minorticks_off()
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which(LogFormatter(minor_thresholds=(2, 0.5)))
+            axis.grid(alpha=0.3)
+        axes[0, column].set_ylabel(shown[0]["metric"])
+        axes[1, column].set_ylabel("peak memory, MiB")
+    known = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    figure.legend(known.values(), known.keys(), loc="outside right center", fontsize="small")
+
+
+def draw_first_token(rows: list[dict], figure: Any) -> None:
+    """Bars of the encoder's part and of the rest."""
+    bars: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        if row["work"] == "first_token":
+            what = row["image"] if "ConvNeXt" in row["image"] else f"ours, {row['precision']}, the image {row['image']}"
+            bars[what] = (row["encode_ms"], row["ours"])
+            if not row["peer"].startswith("ours"):
+                bars[f"{row['peer']}, {row['precision']}"] = (row["peer_encode_ms"], row["theirs"])
+    axis = figure.subplots()
+    encode, rest = zip(*((part, max(whole - part, 0)) for part, whole in bars.values()), strict=True)
+    axis.barh(list(bars), encode, label="until the image is encoded")
+    axis.barh(list(bars), rest, left=encode, label="from there to the first token")
+    axis.set(xlabel="ms", xscale="log" if max(encode) > 100 * min(sum(pair) for pair in bars.values()) else "linear")
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend()
+
+
+DRAWN: dict[str, tuple[Callable[[list[dict], Any], None], tuple[float, float]]] = {
+    "decode": (draw_decode, (15, 7)),
+    "encoder": (draw_encoder, (8, 7)),
+    "first_token": (draw_first_token, (10, 4.5)),
+}
+
+
+def outdated() -> Iterator[Path]:
+    """Pictures that are missing or were drawn from another state of their results file."""
+    for name in DRAWN:
+        file, picture = RESULTS / f"{name}.json", RESULTS / f"{name}.png"
+        if file.is_file() and (not picture.is_file() or Image.open(picture).info.get(SOURCE) != _digest(file)):
+            yield picture
+
+
+def draw(picture: Path) -> None:
+    from matplotlib.figure import Figure
+
+    file = picture.with_suffix(".json")
+    function, size = DRAWN[file.stem]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    figure = Figure(size, layout="constrained")
+    function(content["rows"], figure)
+    figure.suptitle(f"{content['machine']['processor']}, {content['machine']['cores']} cores, {content['date']}")
+    figure.savefig(picture, dpi=100, metadata={SOURCE: _digest(file)})
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,75 @@
+"""Charts carry the hash of what they were drawn from, and draw what the rows say."""
+
+import json
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from benchmarks import charts
+
+COMMON = {"precision": "int4", "batch": 1, "peak_mib": 100, "peer_peak_mib": 200}
+DECODE = [
+    COMMON | {"work": work, "peer": peer, "context": context, "metric": metric, "ours": ours, "theirs": theirs}
+    for work, metric, contexts in (("prefill", "ms", (64, 640)), ("decode", "tokens/s", (128, 256, 640)))
+    for context in contexts
+    for peer, ours, theirs in (("llama.cpp", context + 1, context + 2), ("ort-genai", context + 1, context + 3))
+]
+ENCODER = [
+    COMMON | {"peer": "torch", "context": size, "metric": "ms", "ours": ours, "theirs": 2 * ours}
+    for size, ours in (("512x512", 200), ("256x1024", 210), ("1024x1024", 800))
+]
+FIRST = [
+    COMMON | {"work": "load", "image": "", "peer": "torch", "ours": 1, "theirs": 2},
+    COMMON | {"work": "first_token", "image": "new", "peer": "torch", "ours": 500, "theirs": 900}
+    | {"encode_ms": 100, "peer_encode_ms": 300},
+    COMMON | {"work": "first_token", "image": "held", "peer": "ours, the image new", "ours": 50, "theirs": 500}
+    | {"encode_ms": 0, "peer_encode_ms": 100},
+]  # fmt: skip
+ROWS = {"decode": DECODE, "encoder": ENCODER, "first_token": FIRST}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "RESULTS", tmp_path)
+    for name, rows in ROWS.items():
+        content = {"machine": {"processor": "one", "cores": 2}, "date": "2026-01-01", "rows": rows}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_a_chart_is_outdated_once_its_file_changes(results):
+    pictures = list(charts.outdated())
+    assert [picture.name for picture in pictures] == [f"{name}.png" for name in charts.DRAWN]
+    for picture in pictures:
+        charts.draw(picture)
+        assert Image.open(picture).width >= 800
+    assert not list(charts.outdated())
+    file = results / "encoder.json"
+    file.write_text(file.read_text().replace("2026-01-01", "2026-01-02"))
+    assert [picture.name for picture in charts.outdated()] == ["encoder.png"]
+
+
+def test_lines_are_drawn_from_the_rows():
+    figure = Figure()
+    charts.draw_decode(DECODE, figure)
+    prefill, contexts, batches = figure.axes[:3]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in prefill.lines}
+    assert drawn == {"ours, int4": [65, 641], "llama.cpp, int4": [66, 642], "ort-genai, int4": [67, 643]}
+    assert list(contexts.lines[0].get_xdata()) == [128, 640], "256 positions are the batches'"
+    assert [list(line.get_xdata()) for line in batches.lines] == [[1], [1], [1]]
+    assert (prefill.get_ylabel(), contexts.get_ylabel()) == ("ms", "tokens/s")
+
+
+def test_sizes_are_drawn_by_their_pixels():
+    figure = Figure()
+    charts.draw_encoder(ENCODER, figure)
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0.262144, 1.048576]
+
+
+def test_bars_are_the_encoder_and_the_rest():
+    figure = Figure()
+    charts.draw_first_token(FIRST, figure)
+    encode, rest = figure.axes[0].containers
+    assert [bar.get_width() for bar in encode] == [100, 300, 0]
+    assert [bar.get_width() for bar in rest] == [400, 600, 50]
