@@ -26,7 +26,7 @@ from runtime.errors import UserError
 
 BLOCK = 32
 METHODS = {"rtn": (4, 8), "q4_1": (4,)}  # and the bits it is for
-INT8_COMPUTE = 4  # MatMulNBits' accuracy level: activations are rounded to 8 bits on the fly
+FLOAT_COMPUTE, INT8_COMPUTE = 0, 4  # MatMulNBits' accuracy level; in INT8, activations are rounded on the fly
 ALIGNMENT = 64  # bytes, of a tensor in the file of weights
 SMALL = 1024  # bytes of a tensor that stays in the graph's own file
 
@@ -125,6 +125,17 @@ def quantise_weights(source: Path, target: Path, bits: int | None, method: str =
                 graph.initializer.append(_stored(f"{name}/{ending}", array, data))
             if name in used:
                 graph.initializer.append(_stored(name, values, data))
+    onnx.save(model, str(target))
+
+
+def write_prefill(source: Path, target: Path) -> None:
+    """The graph at `source` with products in float32: for prompts on processors that are slow at products of bytes.
+    target: a file beside it; the weights are those of `source`."""
+    model = onnx.load(str(source), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = FLOAT_COMPUTE
     onnx.save(model, str(target))
 
 

@@ -14,7 +14,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from export import encoder as encoder_export
 from export.cli import ParityError, choose_resolution, installed_versions, name_of, open_checkpoint, report, run
-from export.decoder import CAPACITY_HELP, check_decoder, check_options, decoder_part, export_decoder
+from export.decoder import CAPACITY_HELP, check_decoder, check_options, decoder_part, export_decoder, export_prefill
 from export.tokenizer import export_tokenizer
 from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
 from runtime.errors import UserError
@@ -57,6 +57,7 @@ def export_bundle(
         _require(encoder_export.export_checked(model, encoder_file, precision, resolution), "encoder")
         decoder_file = export_decoder(checkpoint, folder / "decoder", decoder_precision)
         _require(report(check_decoder(checkpoint, decoder_file, decoder_precision)), "decoder")
+        prefill_file = export_prefill(decoder_file, decoder_precision)
         if portable:
             portable_precision = decoder_precision if decoder_precision in ("fp32", "fp16") else "fp16"
             portable_file = export_decoder(checkpoint, folder / "decoder", portable_precision, "portable", capacity)
@@ -69,7 +70,11 @@ def export_bundle(
             "encoder": asdict(_encoder_part(checkpoint, precision)),
             "decoder": asdict(
                 decoder_part(
-                    checkpoint, decoder_precision, "decoder/model.onnx", "decoder/portable.onnx" if portable else None
+                    checkpoint,
+                    decoder_precision,
+                    "decoder/model.onnx",
+                    portable_file="decoder/portable.onnx" if portable else None,
+                    prefill_file=prefill_file and f"decoder/{prefill_file.name}",
                 )
             ),
         }

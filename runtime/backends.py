@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from runtime.bundle import Bundle
-from runtime.decoder import Decoder
+from runtime.decoder import open_decoder
 from runtime.device import Cuda, int8_sums_saturate, present_gpu
 from runtime.encoder import OPENVINO_PRECISIONS, OnnxEncoder, OpenVinoEncoder
 from runtime.engines import FLAVOURS, choose_engine
@@ -117,7 +117,7 @@ def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[
 
         engine = _engine(bundle, "decoder", "fp16")
         return EngineDecoder(engine, devices.gpu), _chosen_engine(bundle, engine)
-    decoder = Decoder(bundle.path(part.file), part, wanted.threads, wanted.provider, devices.of_provider)
+    decoder = open_decoder(bundle, wanted.threads, wanted.provider, devices.of_provider)
     return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file)
 
 

@@ -126,10 +126,10 @@ class Released(Chain):
 
     def _open_decoder(self) -> None:
         from runtime.bundle import open_bundle
-        from runtime.decoder import Decoder
+        from runtime.decoder import open_decoder
 
         bundle = open_bundle(self._spec["bundle"])
-        self._decoder = Decoder(bundle.path(bundle.decoder.file), bundle.decoder, self._spec["threads"])
+        self._decoder = open_decoder(bundle, self._spec["threads"])
 
     def encode(self) -> np.ndarray:
         with self._torch.inference_mode():

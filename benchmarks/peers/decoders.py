@@ -105,10 +105,10 @@ class Ours(Peer):
 
     def __init__(self, spec: dict[str, Any]):
         from runtime.bundle import open_bundle
-        from runtime.decoder import Decoder
+        from runtime.decoder import open_decoder
 
         bundle = open_bundle(spec["bundle"])
-        self._decoder = Decoder(bundle.path(bundle.decoder.file), bundle.decoder, spec["threads"])
+        self._decoder = open_decoder(bundle, spec["threads"])
         self.reserve(spec["capacity"])
 
     def reserve(self, positions: int, rows: int = 1) -> None:

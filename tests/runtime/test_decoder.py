@@ -5,6 +5,9 @@ import pytest
 import torch
 
 import runtime
+from runtime import decoder as decoders
+from runtime.bundle import open_bundle
+from tests.conftest import run_module
 from train.model import load_model
 
 
@@ -62,3 +65,40 @@ def test_two_sequences_do_not_disturb_each_other(model):
     first.forward([1, 2, 3])
     second.forward([9, 8, 7, 6])
     assert np.array_equal(first.forward([4]), expected)
+
+
+@pytest.fixture(scope="module")
+def rounded_bundle(conformance, tmp_path_factory):
+    """With a decoder of 8 bits, and the graph for prompts beside it."""
+    out = tmp_path_factory.mktemp("bundles") / "int8"
+    options = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--decoder-precision", "int8", "--out", out)
+    run_module("export.bundle", *options).check_returncode()
+    return open_bundle(out)
+
+
+@pytest.mark.parametrize("slow_bytes", [True, False])
+def test_long_prompts_take_the_graph_for_them_where_bytes_are_slow(rounded_bundle, monkeypatch, slow_bytes):
+    """It differs from the other by what that rounds of the activations, and steps after it find the same ids."""
+    monkeypatch.setattr(decoders, "int8_sums_saturate", lambda: slow_bytes)
+    decoder = decoders.open_decoder(rounded_bundle)
+    assert (decoder.prefill_session is not None) == slow_bytes
+    ids = np.random.default_rng(0).integers(3, 400, decoders.LEAST_PREFILL).tolist()
+    plain = decoders.Decoder(rounded_bundle.path(rounded_bundle.decoder.file), rounded_bundle.decoder)
+    found, expected = decoder.start(256), plain.start(256)
+    logits, plain_logits = found.forward(ids).copy(), expected.forward(ids).copy()
+    assert np.array_equal(logits, plain_logits) == (not slow_bytes)
+    assert np.linalg.norm(logits - plain_logits) <= 0.05 * np.linalg.norm(plain_logits)
+    token = int(plain_logits.argmax())
+    for _ in range(8):
+        following = expected.forward_greedy([token])
+        assert found.forward_greedy([token]) == following
+        token = following
+    found.rewind(0)
+    expected.rewind(0)
+    assert np.array_equal(found.forward(ids[:-1]), expected.forward(ids[:-1])), "too short for it"
+
+
+def test_float_decoders_need_no_graph_for_prompts(model, monkeypatch):
+    monkeypatch.setattr(decoders, "int8_sums_saturate", lambda: True)
+    assert model.bundle.decoder.prefill_file is None
+    assert decoders.open_decoder(model.bundle).prefill_session is None
