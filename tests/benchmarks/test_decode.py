@@ -107,6 +107,10 @@ def test_limits_are_bytes_and_operations(conformance):
     found = decode.limit_of(row, 1_000_000, checkpoint, limits)
     assert found["limit"] == pytest.approx(1e10 / (1_000_000 + cache), rel=1e-3)
     assert found["reached"] == pytest.approx(1000 / found["limit"], rel=1e-2)
+    both = decode.limit_of(row | {"batch": 2}, 1_000_000, checkpoint, limits)["limit"]
+    assert both == pytest.approx(2e10 / (1_000_000 + 2 * cache), rel=1e-3)
+    many = decode.limit_of(row | {"batch": 10_000}, 1_000_000, checkpoint, limits)["limit"]
+    assert many < 10_000 * 1e10 / (1_000_000 + 10_000 * cache), "arithmetic is the limit of many in float32"
     weights = sum(
         np.prod(shape)
         for shape in (
