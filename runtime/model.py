@@ -11,7 +11,7 @@ print(piece.result.timings.ttft_ms)
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from runtime import prompt as prompts
+from runtime.answer import Answer
 from runtime.backends import Backends, open_parts
 from runtime.bundle import Bundle, open_bundle
 from runtime.cache import DEFAULT_BYTES, EmbedsCache, digest
@@ -158,6 +159,30 @@ class Model:
         return Questions(self, images, options)
 
 
+class Picture:
+    """An opened image and how it is to be sized. tokens: visual ones that it will be.
+
+    Raises UserError for what cannot be opened or sized.
+    """
+
+    def __init__(self, model: Model, source: ImageSource, options: Options):
+        self._model = model
+        self._rule, self._sizing = model.bundle.image, (options.resolution, options.aspect)
+        self.image = open_image(source)
+        height, width = target_size(*self.image.size, self._rule, *self._sizing)
+        self.tokens = height // self._rule.multiple * (width // self._rule.multiple)
+
+    def key(self) -> Hashable:
+        """Of its embeds in the model's cache."""
+        resolution, aspect = self._sizing
+        sizing = (resolution or self._rule.resolution, aspect or self._rule.aspect)
+        return self._model.encoder, *sizing, digest(self.image)
+
+    def pixel_values(self) -> np.ndarray:
+        """float32 [3, H, W]."""
+        return preprocess(self.image, self._rule, *self._sizing)
+
+
 class Conversation:
     """Turns that share a KV cache, which has room for the whole context; with single_turn, for one question and its
     answer alone."""
@@ -201,11 +226,12 @@ class Conversation:
         prefill_ms = _ms_since(prefill_begin)
         self._sequence, self._unfed = sequence, []
 
-        def finish(text: str, generated: list[int], reason: str, first_ms: float, decode_s: float) -> Result:
+        def finish(answer: Answer, first_ms: float, decode_s: float) -> Result:
+            generated = answer.token_ids
             rate = (len(generated) - 1) / decode_s if len(generated) > 1 else None
             timings = Timings(pictures.preprocess_ms, pictures.encode_ms, prefill_ms, first_ms, rate)
             visual_tokens = 0 if pictures.embeds is None else len(pictures.embeds)
-            return Result(text, generated, reason, visual_tokens, len(ids), timings)
+            return Result(answer.text, generated, answer.finish_reason, visual_tokens, len(ids), timings)
 
         yield from self._decode(token, limit, begin, random, finish)
 
@@ -234,23 +260,20 @@ class Conversation:
 
         Whether all of it fits the context is settled before anything large is computed.
         """
-        rule, (resolution, aspect) = self._model.bundle.image, (self._options.resolution, self._options.aspect)
         begin = time.perf_counter()
-        pictures = [open_image(source) for source in images]
-        sizes = [target_size(*picture.size, rule, resolution, aspect) for picture in pictures]
-        tokens = [height // rule.multiple * (width // rule.multiple) for height, width in sizes]
+        pictures = [Picture(self._model, source, self._options) for source in images]
+        tokens = [picture.tokens for picture in pictures]
         ids = self._prompt_ids(prompt, tokens)
         limit = self._limit(ids)
-        encoder, cache = self._model.encoder, EmbedsCache(0) if trace is not None else self._model.cache
-        names = [digest(picture) for picture in pictures] if cache.max_bytes else range(len(pictures))
-        keys = [(encoder, resolution or rule.resolution, aspect or rule.aspect, name) for name in names]
+        cache = EmbedsCache(0) if trace is not None else self._model.cache
+        keys = [picture.key() for picture in pictures] if cache.max_bytes else list(range(len(pictures)))
         known = {key: cache.get(key) for key in keys}
         missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if known[key] is None}
-        pixel_values = [preprocess(picture, rule, resolution, aspect) for picture in missing.values()]
+        pixel_values = [picture.pixel_values() for picture in missing.values()]
         preprocess_ms = _ms_since(begin)
         begin = time.perf_counter()
         for key, pixels in zip(missing, pixel_values, strict=True):
-            known[key] = encoder([pixels])
+            known[key] = self._model.encoder([pixels])
             cache.put(key, known[key])
         embeds = concatenate([known[key] for key in keys]) if keys else None
         return ids, limit, _Pictures(tokens, embeds, pixel_values, preprocess_ms, _ms_since(begin))
@@ -280,36 +303,22 @@ class Conversation:
         self, token: int, limit: int, begin: float, random: np.random.Generator, finish: Callable[..., Result]
     ) -> Iterator[Piece]:
         """token: the first one. finish: makes the Result."""
-        options, tokenizer = self._options, self._model.tokenizer
-        detokenizer = tokenizer.detokenizer()
-        stops = prompts.StopStrings((*self._model.bundle.prompt.stop, *options.stop))
-        generated: list[int] = []
-        texts: list[str] = []
-        first_ms, decode_s, reason = 0.0, 0.0, None
-        while reason is None:
+        stop = (*self._model.bundle.prompt.stop, *self._options.stop)
+        answer = Answer(self._model.tokenizer, stop, limit)
+        first_ms, decode_s = 0.0, 0.0
+        while answer.finish_reason is None:
             step = time.perf_counter()  # what the consumer of the pieces takes is not ours
-            if generated:
-                token = self._next(self._sequence, generated[-1:], generated, random)
+            if answer.token_ids:
+                token = self._next(self._sequence, answer.token_ids[-1:], answer.token_ids, random)
                 self._unfed = []
-            generated.append(token)
             elapsed = _ms_since(begin)
-            if len(generated) == 1:
-                first_ms = elapsed
-            else:
+            if answer.token_ids:
                 decode_s += time.perf_counter() - step
-            at_end = token in tokenizer.eos_token_ids
-            text, stopped = stops.push(detokenizer.flush() if at_end else detokenizer.push(token))
-            if at_end or stopped:
-                reason, self._unfed = "stop", []  # the template's end of an answer stands in for what ended it
             else:
-                self._unfed = [token]
-                if len(generated) == limit:
-                    reason = "length"
-                    text += stops.push(detokenizer.flush())[0]
-            if reason:
-                text += stops.flush()
-            texts.append(text)
-            result = finish("".join(texts), generated, reason, first_ms, decode_s) if reason else None
+                first_ms = elapsed
+            text = answer.push(token)
+            self._unfed = answer.unfed
+            result = finish(answer, first_ms, decode_s) if answer.finish_reason else None
             yield Piece(text, token, elapsed, result)
 
 

@@ -13,7 +13,7 @@ class Slots:
     """Room for `count` sequences of at most `capacity` positions each, in one KV cache.
 
     Each slot is a sequence of its own, which is prefilled, rewound and stepped alone as any other. `step` advances the
-    first so many of them at once, whatever their lengths are; `move` closes the gap where one among them has ended.
+    first so many of them at once, whatever their lengths are; `swap` closes the gap where one among them has ended.
     """
 
     def __init__(self, decoder: Decoder, count: int, capacity: int):
@@ -64,9 +64,9 @@ class Slots:
         """[count, V] float32 of the first `count` slots in the last `step`; valid until the next."""
         return to_numpy(self._logits[:count])[:, 0].astype(np.float32, copy=False)
 
-    def copy(self, source: int, target: int) -> None:
-        """Slot `target` becomes what slot `source` is, up to its length."""
-        length = self[source].cache.length
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Slot `target` becomes the first `length` positions of slot `source`; None: all there are."""
+        length = self[source].cache.length if length is None else length
         for array in (array for pair in self._layers for array in pair):
             if isinstance(array, np.ndarray):
                 array[target, :, :length] = array[source, :, :length]
@@ -74,10 +74,21 @@ class Slots:
                 self._decoder.device.copy(array[target : target + 1], array[source : source + 1])
         self[target].cache.length = length
 
-    def move(self, source: int, target: int) -> None:
-        """Slot `target` becomes what slot `source` was, which is empty then."""
-        self.copy(source, target)
-        self[source].rewind(0)
+    def swap(self, one: int, other: int) -> None:
+        """Each of the two slots becomes what the other was."""
+        if one == other:
+            return
+        lengths = [self[one].cache.length, self[other].cache.length]
+        most = max(lengths)
+        for array in (array for pair in self._layers for array in pair):
+            if isinstance(array, np.ndarray):
+                array[[one, other], :, :most] = array[[other, one], :, :most]
+            else:
+                device, first, second = self._decoder.device, array[one : one + 1], array[other : other + 1]
+                held = device.zeros(first.shape, first.dtype)
+                for target, source in ((held, first), (first, second), (second, held)):
+                    device.copy(target, source)
+        self[one].cache.length, self[other].cache.length = reversed(lengths)
 
     def _rows(self, begin: int, end: int) -> KVCache:
         return KVCache([(key[begin:end], value[begin:end]) for key, value in self._layers])

@@ -61,9 +61,10 @@ def test_sequences_join_and_leave_between_steps(decoder, images, alone):
                 ids[name].append(token)
 
     step(3)
-    slots.move(2, 1)
+    slots.swap(2, 1)
     running = [0, 2]
-    assert slots[2].cache.length == 0
+    assert slots[2].cache.length == len(PROMPTS[1]) + 3
+    slots[2].rewind(0)
     step(2)
     ids[3] = [slots[2].forward_greedy(PROMPTS[3], images)]  # beside slots that are under way
     running = [0, 2, 3]
@@ -88,3 +89,18 @@ def test_a_full_slot_stops_all_and_nothing_is_fed(decoder):
 def test_as_many_tokens_as_there_are_slots_at_most(decoder, tokens):
     with pytest.raises(ValueError, match=f"{len(tokens)} tokens for 2 slots"):
         Slots(decoder, 2, 8).step(tokens)
+
+
+def test_a_copy_goes_on_as_what_it_was_copied_from(decoder, images, alone):
+    """Also from a shorter beginning of it, and two that are swapped are each other."""
+    slots = Slots(decoder, 2, 64)
+    slots[0].forward(PROMPTS[2])
+    slots.copy(0, 1, 10)
+    assert slots[1].cache.length == 10
+    first = slots[1].forward_greedy(PROMPTS[2][10:])
+    assert first == alone[2][0][0]
+    slots[0].rewind(0)
+    slots[0].forward(PROMPTS[0])
+    slots.swap(0, 1)
+    assert [slot.cache.length for slot in slots] == [len(PROMPTS[2]), len(PROMPTS[0])]
+    assert slots.step([first, alone[0][0][0]]) == [alone[2][0][1], alone[0][0][1]]

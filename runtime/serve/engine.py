@@ -1,0 +1,421 @@
+"""Answers many requests at once: one thread that prefills and decodes, one beside it that encodes images.
+
+Between two steps of the decode batch requests come and go. A prompt is prefilled in chunks of CHUNK ids, one between
+two steps, and always in the same chunks, so that an answer does not depend on who else is there. An image is encoded
+only while no prompt is being prefilled: on a CPU both use all cores, and the answer that could begin is not to wait for
+an image that comes after it. Images are encoded one at a time, in the order of their requests: on a CPU a batch of them
+takes as long as one after the other, and the first would wait for the last.
+
+A slot keeps its keys and values after its request has gone. A new request takes over what it has in common with any
+slot, image embeds and tokens alike, up to the first position that differs.
+"""
+
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from runtime.answer import Answer
+from runtime.device import Array, concatenate
+from runtime.errors import UserError
+from runtime.model import Model, Options, Picture
+from runtime.sampling import next_token
+from runtime.slots import Slots
+
+CHUNK = 48  # ids; with 4-bit weights and AVX2 alone a quarter of a second
+IDLE = 0.2  # seconds until an idle thread looks around again
+TOP_LOGPROBS = 20
+
+
+class Busy(Exception):
+    """The queue is full, or the server is about to stop."""
+
+
+class Failed(Exception):
+    """A request that cannot be answered any more. reason: `request` (the message says what is wrong with it),
+    `deadline`, `stopping` or `crash`."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural logarithms of the model's probabilities. top: (id, logprob) of the likeliest, most likely first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token of an answer and the text that became certain. finish_reason: on the last one."""
+
+    token_id: int
+    text: str
+    logprob: Logprob | None
+    finish_reason: str | None
+
+
+class Grammar(Protocol):
+    """What restricts the next token, such as `runtime.serve.grammar` has it."""
+
+    def allow(self, logits: np.ndarray) -> np.ndarray:
+        """A copy of logits [V] with minus infinity where a token may not come."""
+
+    def push(self, token: int) -> None:
+        """The token that was chosen."""
+
+
+@dataclass
+class Request:
+    """ids: of the prompt, below 0 for each image embed. pictures: of the images, in their order. limit: of new tokens.
+    logprobs: how many of the likeliest to report, None for none. deadline: of time.monotonic. sink: called with each
+    Token, or once with a Failed, on a thread of the engine; it may not block. cancelled: set by whoever waits no
+    longer."""
+
+    ids: list[int]
+    pictures: list[Picture]
+    limit: int
+    options: Options
+    sink: Callable[["Token | Failed"], None]
+    deadline: float = float("inf")
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    cancelled: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+    cached_tokens: int = 0  # of the prompt, that were taken over from a slot
+
+
+class Observer:
+    """Is told what happens, for metrics; this one does nothing. Times are seconds."""
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def next_token(self, seconds: float) -> None: ...
+
+    def step(self, occupancy: int) -> None: ...
+
+    def encoded(self, seconds: float) -> None: ...
+
+    def cache(self, hit: bool) -> None: ...
+
+    def prefilled(self, fed: int, taken_over: int) -> None: ...
+
+    def finished(self, reason: str) -> None: ...
+
+
+class _Running:
+    """A request in a slot. names: of the positions of its prompt, equal where keys and values are. answer: from its
+    first token on."""
+
+    def __init__(self, request: Request, names: list[Hashable], embeds: Array | None, answer: Answer):
+        self.request, self.names, self.embeds, self.answer = request, names, embeds, answer
+        self.random = np.random.default_rng(request.options.sampling.seed)
+        self.last_token = request.submitted
+
+
+class Engine:
+    """Call `submit` from any thread. slots: sequences that are decoded together; queue: requests that may wait."""
+
+    def __init__(self, model: Model, slots: int = 8, queue_size: int = 64, observer: Observer | None = None):
+        self.model = model
+        self.crashed: BaseException | None = None
+        self.queue_size = queue_size
+        self._observer = observer or Observer()
+        self._slots = Slots(model.decoder, slots, model.decoder.capacity)
+        self._names: list[list[Hashable]] = [[] for _ in range(slots)]  # of what each slot holds
+        self._used = [0.0] * slots  # when
+        self._active: list[_Running] = []  # decoding, in the slots 0, 1, ...
+        self._prefilling: tuple[int, _Running] | None = None  # and its slot
+        self._waiting: deque[Request] = deque()  # until their images are encoded
+        self._ready: deque[tuple[Request, list[Hashable], Array | None]] = deque()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()  # for the encoder
+        self._encoding: Request | None = None
+        self._stopping = False
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=work.__name__.strip("_"), daemon=True)
+            for work in (self._decode_forever, self._encode_forever)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # Called from other threads
+
+    def submit(self, *requests: Request) -> None:
+        """Take all of the requests, or raise Busy where the queue has no room for them or the engine stops, Failed
+        where it has crashed."""
+        with self._lock:
+            if self.crashed is not None:
+                raise Failed("crash", f"the engine has crashed: {self.crashed}")
+            if self._stopping:
+                raise Busy("the server is about to stop")
+            if self.waiting + len(requests) > self.queue_size + self._free:
+                raise Busy(f"{self.waiting} requests are waiting already")
+            self._waiting.extend(requests)
+        self._wake.set()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no slot has been given to."""
+        return len(self._waiting) + len(self._ready)
+
+    @property
+    def running(self) -> int:
+        """Requests in a slot."""
+        return len(self._active) + (self._prefilling is not None)
+
+    @property
+    def _free(self) -> int:
+        return len(self._slots) - self.running
+
+    @property
+    def accepting(self) -> bool:
+        return self.crashed is None and not self._stopping
+
+    def stop(self, seconds: float) -> None:
+        """Refuse new requests, finish those there are within so many seconds, and fail the rest."""
+        with self._lock:
+            self._stopping = True
+        end = time.monotonic() + seconds
+        while self.crashed is None and self.waiting + self.running and time.monotonic() < end:
+            time.sleep(0.02)
+        self._ended.set()
+        self._wake.set()
+        self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(timeout=30)
+        self._fail_all(Failed("stopping", "the server stops"))
+
+    # The decoder's thread
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # whatever it is, nobody may wait for an answer that cannot come
+            with self._lock:
+                self.crashed = error
+            self._ended.set()
+            self._wake.set()
+            self._jobs.put(None)
+            self._fail_all(Failed("crash", f"the engine has crashed: {error}"))
+            raise
+
+    def _fail_all(self, failed: Failed) -> None:
+        with self._lock:
+            requests = [running.request for running in self._active]
+            requests += [self._prefilling[1].request] if self._prefilling else []
+            requests += [self._encoding] if self._encoding else []
+            requests += [*self._waiting, *(request for request, *_ in self._ready)]
+            self._active, self._prefilling, self._encoding = [], None, None
+            self._waiting.clear()
+            self._ready.clear()
+        for request in {id(request): request for request in requests}.values():
+            self._observer.finished(failed.reason)
+            request.sink(failed)
+
+    def _decode_forever(self) -> None:
+        while not self._ended.is_set():
+            self._drop_the_gone()
+            self._hand_to_encoder()
+            self._admit()
+            if self._active:
+                self._step()
+            if self._prefilling:
+                self._prefill_chunk()
+            if not self._active and not self._prefilling:
+                self._wake.wait(IDLE)
+                self._wake.clear()
+
+    def _drop_the_gone(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            gone = [request for request in self._waiting if self._is_gone(request, now)]
+            gone += [entry[0] for entry in self._ready if self._is_gone(entry[0], now)]
+            names = {id(request) for request in gone}
+            self._waiting = deque(request for request in self._waiting if id(request) not in names)
+            self._ready = deque(entry for entry in self._ready if id(entry[0]) not in names)
+        for request in gone:
+            self._say_gone(request)
+        if self._prefilling and self._is_gone(self._prefilling[1].request, now):
+            self._say_gone(self._prefilling[1].request)
+            self._prefilling = None
+        for running in [running for running in self._active if self._is_gone(running.request, now)]:
+            self._say_gone(running.request)
+            self._leave(running)
+
+    @staticmethod
+    def _is_gone(request: Request, now: float) -> bool:
+        return request.cancelled or now > request.deadline
+
+    def _say_gone(self, request: Request) -> None:
+        self._observer.finished("cancelled" if request.cancelled else "deadline")
+        if not request.cancelled:
+            request.sink(Failed("deadline", "the request has reached its deadline"))
+
+    def _hand_to_encoder(self) -> None:
+        """The next request goes to the encoder's thread, unless that has one, or a prompt would wait for it."""
+        with self._lock:
+            if self._encoding or not self._waiting or self._prefilling or (self._ready and self._free):
+                return
+            self._encoding = self._waiting.popleft()
+        self._jobs.put(self._encoding)
+
+    def _admit(self) -> None:
+        """Begin with the next request whose images are encoded, in the slot that has most of it, or was used least
+        recently."""
+        with self._lock:
+            if self._prefilling or not self._ready or not self._free:
+                return
+            request, names, embeds = self._ready.popleft()
+        kept = [_common_length(held, names[:-1]) for held in self._names]  # the last is fed, for its logits
+        idle = range(len(self._active), len(self._slots))
+        slot = max(idle, key=lambda i: (kept[i], -self._used[i]))
+        best = max(range(len(self._slots)), key=lambda i: kept[i])
+        if kept[best] > kept[slot]:
+            self._slots.copy(best, slot, kept[best])
+        else:
+            self._slots[slot].rewind(kept[slot])
+        request.cached_tokens = max(kept[best], kept[slot])
+        self._names[slot] = names[: request.cached_tokens]
+        self._observer.prefilled(len(names) - request.cached_tokens, request.cached_tokens)
+        stop = (*self.model.bundle.prompt.stop, *request.options.stop)
+        self._prefilling = slot, _Running(request, names, embeds, Answer(self.model.tokenizer, stop, request.limit))
+
+    def _prefill_chunk(self) -> None:
+        slot, running = self._prefilling
+        sequence, ids = self._slots[slot], running.request.ids
+        begin = sequence.cache.length
+        chunk = ids[begin : begin + CHUNK]
+        if begin + len(chunk) < len(ids):
+            sequence.forward_greedy(chunk, running.embeds)
+            self._names[slot] = running.names[: begin + len(chunk)]
+            return
+        if self._wants_logits(running.request):
+            logits = sequence.forward(chunk, running.embeds)
+            token = None
+        else:
+            logits, token = None, sequence.forward_greedy(chunk, running.embeds)
+        self._names[slot] = list(running.names)
+        running.embeds = None
+        place = len(self._active)
+        self._slots.swap(slot, place)
+        self._names[slot], self._names[place] = self._names[place], self._names[slot]
+        self._used[slot], self._used[place] = self._used[place], time.monotonic()
+        self._prefilling = None
+        self._active.append(running)
+        self._take(running, token, logits)
+
+    def _step(self) -> None:
+        running = list(self._active)
+        fed = [one.answer.token_ids[-1] for one in running]
+        likeliest = self._slots.step(fed)
+        for index, token in enumerate(fed):
+            self._names[index].append(token)
+        self._observer.step(len(running))
+        wanted = any(self._wants_logits(one.request) for one in running)
+        logits = self._slots.logits(len(running)) if wanted else None
+        for index, one in enumerate(running):
+            row = logits[index] if self._wants_logits(one.request) else None
+            self._take(one, likeliest[index], row)
+
+    @staticmethod
+    def _wants_logits(request: Request) -> bool:
+        sampling = request.options.sampling
+        greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
+        return not greedy or request.logprobs is not None or request.grammar is not None
+
+    def _take(self, running: _Running, token: int | None, logits: np.ndarray | None) -> None:
+        """The next token of an answer, chosen from `logits` where they are given."""
+        request, answer = running.request, running.answer
+        logprob = None
+        if logits is not None:
+            allowed = request.grammar.allow(logits) if request.grammar else logits
+            token = next_token(allowed, answer.token_ids, request.options.sampling, running.random)
+            if request.grammar:
+                request.grammar.push(token)
+            if request.logprobs is not None:
+                logprob = logprob_of(logits, token, request.logprobs)
+        text = answer.push(token)
+        now = time.monotonic()
+        tell = self._observer.next_token if len(answer.token_ids) > 1 else self._observer.first_token
+        tell(now - running.last_token)
+        running.last_token = now
+        if answer.finish_reason:
+            self._leave(running)
+            self._observer.finished(answer.finish_reason)
+        request.sink(Token(token, text, logprob, answer.finish_reason))
+
+    def _leave(self, running: _Running) -> None:
+        """Its slot becomes the first idle one, so that those that decode stay together."""
+        index, last = self._active.index(running), len(self._active) - 1
+        self._slots.swap(index, last)
+        self._names[index], self._names[last] = self._names[last], self._names[index]
+        self._used[index], self._used[last] = self._used[last], time.monotonic()
+        self._active[index] = self._active[last]
+        self._active.pop()
+
+    # The encoder's thread
+
+    def _encode_forever(self) -> None:
+        while (request := self._jobs.get()) is not None and not self._ended.is_set():
+            entry = failed = None
+            try:
+                entry = self._encode(request)
+            except UserError as error:  # of this request alone
+                failed = Failed("request", str(error))
+            with self._lock:
+                ours, self._encoding = self._encoding is not None, None  # or all were failed meanwhile
+                if ours and entry:
+                    self._ready.append((request, *entry))
+            if ours and failed:
+                self._observer.finished(failed.reason)
+                request.sink(failed)
+            self._wake.set()
+
+    def _encode(self, request: Request) -> tuple[list[Hashable], Array | None]:
+        """(names of the prompt's positions, image embeds)."""
+        found: dict[Hashable, Array] = {}
+        keys = [picture.key() for picture in request.pictures]
+        for key, picture in zip(keys, request.pictures, strict=True):
+            if key in found:
+                continue
+            embeds = self.model.cache.get(key)
+            self._observer.cache(embeds is not None)
+            if embeds is None:
+                begin = time.monotonic()
+                embeds = self.model.encoder([picture.pixel_values()])
+                self.model.cache.put(key, embeds)
+                self._observer.encoded(time.monotonic() - begin)
+            found[key] = embeds
+        rows = [
+            (key, row) for key, picture in zip(keys, request.pictures, strict=True) for row in range(picture.tokens)
+        ]
+        names = [token if token >= 0 else rows[-1 - token] for token in request.ids]
+        return names, concatenate([found[key] for key in keys]) if keys else None
+
+
+def logprob_of(logits: np.ndarray, token: int, top: int) -> Logprob:
+    """Of the token among logits [V], and of the `top` likeliest."""
+    shifted = logits.astype(np.float64) - logits.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    best = np.argpartition(-logprobs, top)[:top] if top else []
+    ordered = sorted(((int(i), float(logprobs[i])) for i in best), key=lambda pair: (-pair[1], pair[0]))
+    return Logprob(token, float(logprobs[token]), tuple(ordered))
+
+
+def _common_length(one: list[Hashable], other: list[Hashable]) -> int:
+    """How many names the two begin with alike."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in pairs)

@@ -1,0 +1,255 @@
+"""Many requests at once: the same answers as alone, whoever comes, goes, fails or waits."""
+
+import queue
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import runtime
+from runtime.model import Options, Picture
+from runtime.prompt import first_turn
+from runtime.sampling import Sampling
+from runtime.serve import engine as engines
+from runtime.serve.engine import Busy, Engine, Failed, Request
+
+WAIT = 120  # seconds, that a test waits for what must come
+
+
+@pytest.fixture(scope="module")
+def model(conformance_bundle):
+    return runtime.load(conformance_bundle)
+
+
+@pytest.fixture
+def engine(model):
+    made = Engine(model, slots=3, queue_size=8)
+    yield made
+    made.stop(0)
+
+
+class Asked:
+    """A request and what came of it."""
+
+    def __init__(self, model, prompt, images=(), limit=12, **options):
+        asking = {name: options.pop(name) for name in ("deadline", "logprobs") if name in options}
+        settings = Options(max_new_tokens=limit, **options)
+        pictures = [Picture(model, image, settings) for image in images]
+        text = first_turn(model.bundle.prompt, prompt, len(pictures))
+        ids = model.tokenizer.encode_prompt(text, [picture.tokens for picture in pictures])
+        self.said = queue.Queue()
+        self.request = Request(ids, pictures, limit, settings, self.said.put, **asking)
+
+    def tokens(self):
+        found = [self.said.get(timeout=WAIT)]
+        while not isinstance(found[-1], Failed) and found[-1].finish_reason is None:
+            found.append(self.said.get(timeout=WAIT))
+        return found
+
+    def ids(self):
+        return [token.token_id for token in self.tokens()]
+
+
+def picture(seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+QUESTIONS = [
+    ("What is this?", [0]),
+    ("Count.", []),
+    ("And this, compared with that?", [1, 2]),
+    ("What is it?", [0]),
+    ("A longer question, which takes more tokens than the others do, and goes on for a while.", [3]),
+]
+ENDLESS = 0  # whose answer does not end by itself
+
+
+def asked(model, number, **options):
+    prompt, images = QUESTIONS[number]
+    return Asked(model, prompt, [picture(seed) for seed in images], **options)
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """The answers of `Model.generate`, ids."""
+    found = []
+    for prompt, images in QUESTIONS:
+        *_, last = model.generate([picture(seed) for seed in images], prompt, Options(max_new_tokens=12))
+        found.append((last.result.token_ids, last.result.text, last.result.finish_reason))
+    return found
+
+
+def test_answers_in_a_crowd_are_those_alone(model, engine, alone):
+    """Five at once in three slots, and then once more, with what the slots hold."""
+    for _ in range(2):
+        crowd = [asked(model, number) for number in range(len(QUESTIONS))]
+        engine.submit(*(one.request for one in crowd))
+        for one, (ids, text, reason) in zip(crowd, alone, strict=True):
+            tokens = one.tokens()
+            assert [token.token_id for token in tokens] == ids
+            assert "".join(token.text for token in tokens) == text
+            assert tokens[-1].finish_reason == reason
+    assert engine.waiting == engine.running == 0
+
+
+def test_what_a_slot_holds_is_taken_over(model, engine, alone):
+    first = asked(model, 0)
+    engine.submit(first.request)
+    assert first.ids() == alone[0][0]
+    assert first.request.cached_tokens == 0
+    again, other = asked(model, 0), asked(model, 3)  # the same image; the question differs in one word
+    engine.submit(again.request)
+    assert again.ids() == alone[0][0]
+    assert again.request.cached_tokens == len(again.request.ids) - 1
+    engine.submit(other.request)
+    assert other.ids() == alone[3][0]
+    assert other.request.pictures[0].tokens < other.request.cached_tokens < len(other.request.ids) - 1
+    different = asked(model, 4)
+    engine.submit(different.request)
+    different.ids()
+    before_image = different.request.ids.index(-1)
+    assert different.request.cached_tokens == before_image, "another image is another image, at whatever position"
+
+
+def test_draws_depend_on_their_seed_alone(model, engine):
+    options = {"sampling": Sampling(temperature=1.5, seed=7)}
+    lone = asked(model, 0, **options)
+    engine.submit(lone.request)
+    expected = lone.ids()
+    crowd = [asked(model, 0, **options), asked(model, 2, sampling=Sampling(temperature=2, seed=8)), asked(model, 1)]
+    engine.submit(*(one.request for one in crowd))
+    assert crowd[0].ids() == expected
+    others = [asked(model, 0, sampling=Sampling(temperature=1.5, seed=seed)) for seed in range(3)]
+    engine.submit(*(one.request for one in others))
+    assert any(one.ids() != expected for one in others)
+
+
+def test_logprobs_are_those_of_the_logits(model, engine):
+    one = asked(model, 1, logprobs=4, limit=3)
+    engine.submit(one.request)
+    tokens = one.tokens()
+    logits = model.decoder.start(64).forward(one.request.ids).astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum())
+    first = tokens[0].logprob
+    assert first.token_id == tokens[0].token_id == logits.argmax()
+    assert first.logprob == pytest.approx(expected.max(), abs=1e-4)
+    assert [i for i, _ in first.top] == np.argsort(-expected)[:4].tolist()
+    assert all(value == pytest.approx(expected[i], abs=1e-4) for i, value in first.top)
+    assert engines.logprob_of(np.array([0.0, 1.0]), 0, 0).top == ()
+
+
+def test_who_leaves_frees_the_slot(model, engine, alone):
+    long = [asked(model, ENDLESS, limit=2000) for _ in range(3)]
+    engine.submit(*(one.request for one in long))
+    for one in long:
+        one.said.get(timeout=WAIT)
+    long[1].request.cancelled = True
+    late = asked(model, 4)
+    engine.submit(late.request)
+    assert late.ids() == alone[4][0]
+    fed = long[1].said.qsize()
+    long[0].request.cancelled = long[2].request.cancelled = True
+    wait_for(lambda: engine.running == 0)
+    assert long[1].said.qsize() == fed, "nothing more was decoded for it"
+
+
+def test_a_deadline_ends_a_request_wherever_it_is(model, engine):
+    running = [asked(model, ENDLESS, limit=2000) for _ in range(3)]
+    engine.submit(*(one.request for one in running))
+    for one in running:
+        one.said.get(timeout=WAIT)
+    waiting = asked(model, 3, deadline=time.monotonic() - 1)
+    engine.submit(waiting.request)
+    assert [failed.reason for failed in waiting.tokens()] == ["deadline"]
+    running[0].request.deadline = time.monotonic()
+    assert running[0].tokens()[-1].reason == "deadline"
+    for one in running:
+        one.request.cancelled = True
+
+
+def test_a_full_queue_is_busy_and_takes_none_of_them(model):
+    engine = Engine(model, slots=1, queue_size=2)
+    first = asked(model, ENDLESS, limit=2000)
+    engine.submit(first.request)
+    first.said.get(timeout=WAIT)
+    with pytest.raises(Busy):
+        engine.submit(*(asked(model, 1).request for _ in range(3)))
+    assert engine.waiting == 0
+    waiting = [asked(model, 1) for _ in range(2)]
+    engine.submit(*(one.request for one in waiting))
+    with pytest.raises(Busy, match="2 requests are waiting"):
+        engine.submit(asked(model, 1).request)
+    first.request.cancelled = True
+    assert waiting[0].ids() == waiting[1].ids()
+    engine.stop(0)
+
+
+def test_stopping_finishes_what_is_under_way(model, alone):
+    engine = Engine(model, slots=1)
+    first, second = asked(model, 0), asked(model, 1)
+    engine.submit(first.request, second.request)
+    engine.stop(WAIT)
+    assert (first.ids(), second.ids()) == (alone[0][0], alone[1][0])
+    assert not engine.accepting
+    with pytest.raises(Busy, match="about to stop"):
+        engine.submit(asked(model, 1).request)
+
+
+def test_stopping_fails_what_takes_too_long(model):
+    engine = Engine(model, slots=1)
+    running, waiting = asked(model, ENDLESS, limit=4000), asked(model, 1)
+    engine.submit(running.request, waiting.request)
+    running.said.get(timeout=WAIT)
+    engine.stop(0)
+    assert running.tokens()[-1].reason == waiting.tokens()[-1].reason == "stopping"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_a_crash_fails_everyone_at_once(model, monkeypatch, part):
+    engine = Engine(model, slots=1)
+    running, waiting = asked(model, ENDLESS, limit=4000), asked(model, 4)
+    engine.submit(running.request)
+    running.said.get(timeout=WAIT)
+
+    def crash(*_):
+        raise MemoryError("no more")
+
+    if part == "decoder":
+        monkeypatch.setattr(engine._slots, "step", crash)
+    else:
+        monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
+        monkeypatch.setattr(model, "encoder", crash)
+    engine.submit(waiting.request)
+    assert running.tokens()[-1].reason == waiting.tokens()[-1].reason == "crash"
+    assert not engine.accepting
+    with pytest.raises(Failed, match="has crashed: no more"):
+        engine.submit(asked(model, 1).request)
+    engine.stop(WAIT)
+
+
+def test_prompts_are_cut_into_chunks_between_steps(model, alone, monkeypatch):
+    """Whoever decodes goes on while a long prompt comes in."""
+    monkeypatch.setattr(engines, "CHUNK", 4)
+    engine = Engine(model, slots=2)
+    first = asked(model, ENDLESS, limit=2000)
+    engine.submit(first.request)
+    first.said.get(timeout=WAIT)
+    late = asked(model, 4)
+    engine.submit(late.request)
+    late.said.get(timeout=WAIT)
+    chunks = -(-(len(late.request.ids) - late.request.cached_tokens) // 4)
+    assert chunks > 8
+    assert first.said.qsize() >= chunks - 1
+    assert late.ids() == alone[4][0][1:]
+    first.request.cancelled = True
+    engine.stop(WAIT)
+
+
+def wait_for(condition):
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
