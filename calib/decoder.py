@@ -14,13 +14,12 @@ import onnx
 
 from calib.blocks import BLOCK, quantise_weights
 from calib.blocks import METHODS as BLOCK_METHODS
-from calib.evaluation import with_answer
 from calib.images import Page, pixels_of
 from runtime.bundle import Bundle, DecoderPart
 from runtime.decoder import KINDS
 from runtime.encoder import OnnxEncoder
 from runtime.errors import UserError
-from runtime.prompt import first_turn
+from runtime.prompt import first_turn, with_answer
 from runtime.tokenizer import Tokenizer
 
 BITS = {"int4": 4, "int8": 8}

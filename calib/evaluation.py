@@ -28,7 +28,7 @@ from runtime.errors import UserError
 from runtime.grounding import read_boxes
 from runtime.image import open_image
 from runtime.model import Model, Options
-from runtime.prompt import first_turn
+from runtime.prompt import first_turn, with_answer
 
 ANSWER_TOKENS = 16  # of an answer, whose next tokens are compared
 MAX_NEW_TOKENS = 48  # of an answer that is scored; a box takes about 26
@@ -221,11 +221,6 @@ class Evaluation:
         finally:
             self.model.encoder = self._reference
         return Score(*(statistics.fmean(values) if values else None for values in (texts, boxes)))
-
-
-def with_answer(prompt: str, answer: str) -> str:
-    """A rendered prompt with the answer after it, as in training: a space between words, none after a line's end."""
-    return prompt + ("" if prompt[-1:].isspace() else " ") + answer
 
 
 def _perplexity(readings: list[_Reading]) -> float | None:

@@ -26,7 +26,7 @@ from runtime.cache import DEFAULT_BYTES, EmbedsCache, digest
 from runtime.decoder import Sequence as DecoderSequence
 from runtime.device import Array, concatenate, to_numpy
 from runtime.errors import UserError
-from runtime.image import open_image, preprocess, target_size
+from runtime.image import MAX_PIXELS, open_image, preprocess, target_size
 from runtime.sampling import Sampling, next_token
 from runtime.tokenizer import Tokenizer
 
@@ -165,10 +165,10 @@ class Picture:
     Raises UserError for what cannot be opened or sized.
     """
 
-    def __init__(self, model: Model, source: ImageSource, options: Options):
+    def __init__(self, model: Model, source: ImageSource, options: Options, max_pixels: int = MAX_PIXELS):
         self._model = model
         self._rule, self._sizing = model.bundle.image, (options.resolution, options.aspect)
-        self.image = open_image(source)
+        self.image = open_image(source, max_pixels)
         height, width = target_size(*self.image.size, self._rule, *self._sizing)
         self.tokens = height // self._rule.multiple * (width // self._rule.multiple)
 

@@ -114,6 +114,11 @@ def next_turn(template: PromptTemplate, prompt: str, images: int = 0) -> str:
     return template.answer_end + _turn(template, prompt, images)
 
 
+def with_answer(prompt: str, answer: str) -> str:
+    """A rendered prompt with the answer after it, as in training: a space between words, none after a line's end."""
+    return prompt + ("" if prompt[-1:].isspace() else " ") + answer
+
+
 def _turn(template: PromptTemplate, prompt: str, images: int) -> str:
     placeholders = prompt.count(IMAGE_PLACEHOLDER)
     if placeholders == 0:
