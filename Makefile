@@ -9,6 +9,7 @@ EXTRAS := cpu,export,train,calib,openvino,rtx,serve,benchmarks,dev
 
 PEERS := build/peers
 LLAMA_CPP := llama-cpp-python==0.3.36
+LOCUST := locust==2.47.0
 
 .PHONY: setup demo test lint tables peers
 
@@ -40,9 +41,14 @@ tables: setup
 	$(RUN) -m benchmarks.tables
 
 # What benchmarks compare with and cannot share an environment. llama.cpp is compiled, for the processor at hand: minutes
-peers: setup $(PEERS)/llama.cpp/.installed
+peers: setup $(PEERS)/llama.cpp/.installed $(PEERS)/locust/.installed
 
 $(PEERS)/llama.cpp/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(LLAMA_CPP) openvino pillow
+	touch $@
+
+$(PEERS)/locust/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(LOCUST)
 	touch $@

@@ -25,11 +25,12 @@ def lines(rows: list[dict], x: str, peer_key: str, our_key: str) -> dict[str, Li
 
 
 def draw_encoder(rows: list[dict], figure: Any) -> None:
-    def pixels(row: dict) -> float:
-        height, width = row["context"].split("x")
-        return int(height) * int(width) / 1e6
+    def shaped(row: dict) -> dict:
+        height, width = map(int, row["context"].split("x"))
+        shape = "square" if height == width else f"1:{width / height:g}"
+        return row | {"megapixels": height * width / 1e6, "precision": shape}  # all are of one precision
 
-    rows = [row | {"megapixels": pixels(row)} for row in rows]
+    rows = [shaped(row) for row in rows]
     _panels(figure, [("megapixels", "megapixels", rows)])
 
 
@@ -55,8 +56,8 @@ def _panels(figure: Any, panels: list[tuple[str, str, list[dict]]]) -> None:
         for axis, keys in zip(axes[:, column], (("theirs", "ours"), ("peer_peak_mib", "peak_mib")), strict=True):
             for name, line in lines(shown, x, *keys).items():
                 colour = colours.setdefault(name, f"C{len(colours)}")
-                width = 2.5 if name.startswith("ours") else 1
-                axis.plot(*zip(*sorted(line.items()), strict=True), "o-", color=colour, lw=width, ms=4, label=name)
+                style = {"color": colour, "lw": 2.5 if name.startswith("ours") else 1, "ms": 4, "label": name}
+                axis.plot(*zip(*sorted(line.items()), strict=True), "o-" if "1:" not in name else "s--", **style)
             axis.set(xlabel=title, xscale="log", yscale="log")
             ticks = sorted({row[x] for row in shown})
             axis.set_xticks(ticks, [f"{tick:.2g}" if isinstance(tick, float) else str(tick) for tick in ticks])
@@ -89,10 +90,28 @@ def draw_first_token(rows: list[dict], figure: Any) -> None:
     axis.legend()
 
 
+def draw_serve(rows: list[dict], figure: Any) -> None:
+    """Of the sweep over rates of requests: a line each for batching and none, medians and 99th percentiles."""
+    axes = figure.subplots(1, 3)
+    panels = (("tokens/s", ("tokens_per_s",)), ("first token, ms", ("first_p50_ms", "first_p99_ms")),
+              ("between tokens, ms", ("gap_p50_ms", "gap_p99_ms")))  # fmt: skip
+    sweep = [row for row in rows if row["work"] == "sweep"]
+    for axis, (title, keys) in zip(axes, panels, strict=True):
+        for number, batch in enumerate(sorted({row["batch"] for row in sweep}, reverse=True)):
+            for key, style in zip(keys, ("o-", "o:"), strict=False):
+                points = sorted((row["rate"], row[key]) for row in sweep if row["batch"] == batch)
+                name = f"{batch} at once{', 99 %' if 'p99' in key else ''}"
+                axis.plot(*zip(*points, strict=True), style, color=f"C{number}", label=name)
+        axis.set(xlabel="requests a second", ylabel=title, yscale="linear" if title == "tokens/s" else "log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+
+
 DRAWN: dict[str, tuple[Callable[[list[dict], Any], None], tuple[float, float]]] = {
     "decode": (draw_decode, (15, 7)),
     "encoder": (draw_encoder, (8, 7)),
     "first_token": (draw_first_token, (10, 4.5)),
+    "serve": (draw_serve, (13, 4)),
 }
 
 

@@ -25,7 +25,8 @@ from export.cli import BUILD, open_checkpoint
 from runtime.bundle import MANIFEST, open_bundle
 from train.model import load_image_encoder
 
-SIZES = ("512x512", "768x768", "1024x1024", "1536x1536", "2048x2048", "256x1024", "512x2048", "768x3072")
+# ascending, as what a library has taken once it may keep
+SIZES = ("256x1024", "512x512", "768x768", "512x2048", "1024x1024", "768x3072", "1536x1536", "2048x2048")
 KIND = "encoders"
 
 

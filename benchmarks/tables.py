@@ -154,6 +154,13 @@ COLUMNS = {
         ("differing", "next tokens that differ, %"),
         ("perplexity", "perplexity of the answers"),
     ],
+    "serve": [
+        ("what", "load"),
+        ("metric", "in"),
+        ("ours", "at once"),
+        ("theirs", "one after the other"),
+        ("ratio", "times as good"),
+    ],
 }
 # name -> which rows are shown, where the charts have them all
 SHOWN = {
@@ -162,6 +169,7 @@ SHOWN = {
         in {("prefill", 1, 640), ("decode", 1, 128), ("decode", 1, 640), ("decode", 1, 4096), ("decode", 8, 256)}
     ),
     "encoder": lambda row: row["context"] in ("768x768", "1536x1536"),
+    "serve": lambda row: row["work"] != "sweep",
 }
 
 

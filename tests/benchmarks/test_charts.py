@@ -26,7 +26,13 @@ FIRST = [
     COMMON | {"work": "first_token", "image": "held", "peer": "ours, the image new", "ours": 50, "theirs": 500}
     | {"encode_ms": 0, "peer_encode_ms": 100},
 ]  # fmt: skip
-ROWS = {"decode": DECODE, "encoder": ENCODER, "first_token": FIRST}
+SERVE = [
+    {"work": "sweep", "batch": batch, "rate": rate, "tokens_per_s": batch + rate, "first_p50_ms": 5, "first_p99_ms": 9}
+    | {"gap_p50_ms": 1, "gap_p99_ms": 2}
+    for batch in (8, 1)
+    for rate in (0.2, 0.1)
+] + [{"work": "seen", "ours": 1}]
+ROWS = {"decode": DECODE, "encoder": ENCODER, "first_token": FIRST, "serve": SERVE}
 
 
 @pytest.fixture
@@ -64,7 +70,9 @@ def test_lines_are_drawn_from_the_rows():
 def test_sizes_are_drawn_by_their_pixels():
     figure = Figure()
     charts.draw_encoder(ENCODER, figure)
-    assert list(figure.axes[0].lines[0].get_xdata()) == [0.262144, 1.048576]
+    drawn = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    assert drawn["ours, square"] == [0.262144, 1.048576]
+    assert drawn["torch, 1:4"] == [0.262144]
 
 
 def test_bars_are_the_encoder_and_the_rest():
@@ -73,3 +81,11 @@ def test_bars_are_the_encoder_and_the_rest():
     encode, rest = figure.axes[0].containers
     assert [bar.get_width() for bar in encode] == [100, 300, 0]
     assert [bar.get_width() for bar in rest] == [400, 600, 50]
+
+
+def test_rates_are_drawn_with_and_without_batching():
+    figure = Figure()
+    charts.draw_serve(SERVE, figure)
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+    assert drawn == {"8 at once": ([0.1, 0.2], [8.1, 8.2]), "1 at once": ([0.1, 0.2], [1.1, 1.2])}
+    assert [line.get_label() for line in figure.axes[1].lines][:2] == ["8 at once", "8 at once, 99 %"]
