@@ -8,12 +8,13 @@ class Answer:
     """One answer under way.
 
     stop: strings that end it and do not appear in it. limit: of its tokens, the end-of-sequence token among them.
+    ignore_eos: the end-of-sequence token does not end it, as load tests want it.
     Attributes: token_ids, so far; text, what is certain of it; finish_reason: `stop`, `length`, or None while it goes
     on; unfed: tokens of it that the KV cache must still be given if the conversation goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], limit: int):
-        self._tokenizer, self._limit = tokenizer, limit
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], limit: int, ignore_eos: bool = False):
+        self._limit, self._ends = limit, frozenset() if ignore_eos else tokenizer.eos_token_ids
         self._detokenizer, self._stops = tokenizer.detokenizer(), StopStrings(stop)
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -27,7 +28,7 @@ class Answer:
     def push(self, token: int) -> str:
         """Returns the text that became certain."""
         self.token_ids.append(token)
-        at_end = token in self._tokenizer.eos_token_ids
+        at_end = token in self._ends
         text, stopped = self._stops.push(self._detokenizer.flush() if at_end else self._detokenizer.push(token))
         if at_end or stopped:
             self.finish_reason, self.unfed = "stop", []  # the template's end of an answer stands in for what ended it

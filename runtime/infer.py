@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 (default): all")
     parser.add_argument("--seed", type=int, metavar="S", help="of the draw, for the same answer again")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    parser.add_argument("--json-schema", type=Path, metavar="FILE", help="that the answer, a JSON text, follows")
     parser.add_argument("--stop", action="append", default=[], metavar="STR", help="end the answer here; repeatable")
     parser.add_argument("--res", type=int, metavar="N", help="side of the images, pixels; default: the bundle's")
     parser.add_argument("--aspect", metavar="MODE", help="pad, crop or any (keep the ratio); default: the bundle's")
@@ -70,11 +71,13 @@ def main() -> int:
     if args.dump:
         args.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     from runtime.backends import Backends
+    from runtime.grammar import read_schema
     from runtime.model import Options, load
     from runtime.sampling import Sampling
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
-    options = Options(args.max_new_tokens, sampling, tuple(args.stop), args.res, args.aspect, args.system)
+    schema = read_schema(args.json_schema) if args.json_schema else None
+    options = Options(args.max_new_tokens, sampling, tuple(args.stop), args.res, args.aspect, args.system, schema)
     backends = Backends(args.encoder, args.decoder, args.provider, args.encoder_precision, args.threads)
     model = load(args.bundle, backends=backends)
     if args.prompt is None:

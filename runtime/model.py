@@ -13,7 +13,9 @@ print(piece.result.timings.ttft_ms)
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,6 +28,7 @@ from runtime.cache import DEFAULT_BYTES, EmbedsCache, digest
 from runtime.decoder import Sequence as DecoderSequence
 from runtime.device import Array, concatenate, to_numpy
 from runtime.errors import UserError
+from runtime.grammar import Grammars, JsonGrammar
 from runtime.image import MAX_PIXELS, open_image, preprocess, target_size
 from runtime.sampling import Sampling, next_token
 from runtime.tokenizer import Tokenizer
@@ -42,7 +45,8 @@ class Options:
     stop: strings that end the answer and do not appear in it, beside the template's own.
     resolution: side of the square images are fitted to (or, with `any`, whose area they are fitted to), pixels; None
     takes the bundle's. aspect: `pad`, `crop` or `any`; None takes the bundle's. system: system text; None takes the
-    template's.
+    template's. json_schema: that the answer follows; with it every token is chosen from the logits, and an answer that
+    max_new_tokens cuts short does not parse.
     Raises UserError for a value out of range.
     """
 
@@ -52,6 +56,7 @@ class Options:
     resolution: int | None = None
     aspect: str | None = None
     system: str | None = None
+    json_schema: dict[str, Any] | None = None
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -132,6 +137,13 @@ class Model:
         self.encoder, self.decoder = parts.encoder, parts.decoder
         self.encoder_chosen, self.decoder_chosen = parts.encoder_chosen, parts.decoder_chosen
         self.load_ms = _ms_since(begin)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """For answers that follow a schema. Raises UserError as `Grammars`."""
+        bundle, tokenizer = self.bundle, self.tokenizer
+        file = bundle.path(bundle.tokenizer["file"])
+        return Grammars(file, bundle.decoder.vocab_size, tokenizer.eos_token_ids)
 
     def generate(
         self,
@@ -215,14 +227,16 @@ class Conversation:
     ) -> Iterator[Piece]:
         """Prefill `ids`, then decode. begin: when the call began."""
         prefill_begin = time.perf_counter()
-        random = np.random.default_rng(self._options.sampling.seed)
+        options = self._options
+        grammar = self._model.grammars.of_schema(options.json_schema) if options.json_schema is not None else None
+        choose = _Choice(options.sampling, grammar)
         if trace is None:
-            token = self._next(sequence, ids, [], random, pictures.embeds)
+            token = choose.after(sequence, ids, pictures.embeds)
         else:
             logits = sequence.forward(ids, pictures.embeds)
             trace.pixel_values, trace.first_logits = pictures.pixel_values, logits.copy()
             trace.image_embeds = None if pictures.embeds is None else to_numpy(pictures.embeds)
-            token = next_token(logits, [], self._options.sampling, random)
+            token = choose.among(logits)
         prefill_ms = _ms_since(prefill_begin)
         self._sequence, self._unfed = sequence, []
 
@@ -233,21 +247,7 @@ class Conversation:
             visual_tokens = 0 if pictures.embeds is None else len(pictures.embeds)
             return Result(answer.text, generated, answer.finish_reason, visual_tokens, len(ids), timings)
 
-        yield from self._decode(token, limit, begin, random, finish)
-
-    def _next(
-        self,
-        sequence: DecoderSequence,
-        ids: list[int],
-        generated: list[int],
-        random: np.random.Generator,
-        embeds: Array | None = None,
-    ) -> int:
-        """Feed `ids` and choose the token after them; greedy, the logits stay where they are."""
-        sampling = self._options.sampling
-        if sampling.temperature == 0 and sampling.repetition_penalty == 1:
-            return sequence.forward_greedy(ids, embeds)
-        return next_token(sequence.forward(ids, embeds), generated, sampling, random)
+        yield from self._decode(token, limit, begin, choose, finish)
 
     def _start(self, single_turn_length: int = 0) -> DecoderSequence:
         capacity = single_turn_length if self._single_turn else self._model.decoder.capacity
@@ -300,7 +300,7 @@ class Conversation:
         return min(self._options.max_new_tokens, room)
 
     def _decode(
-        self, token: int, limit: int, begin: float, random: np.random.Generator, finish: Callable[..., Result]
+        self, token: int, limit: int, begin: float, choose: "_Choice", finish: Callable[..., Result]
     ) -> Iterator[Piece]:
         """token: the first one. finish: makes the Result."""
         stop = (*self._model.bundle.prompt.stop, *self._options.stop)
@@ -309,7 +309,7 @@ class Conversation:
         while answer.finish_reason is None:
             step = time.perf_counter()  # what the consumer of the pieces takes is not ours
             if answer.token_ids:
-                token = self._next(self._sequence, answer.token_ids[-1:], answer.token_ids, random)
+                token = choose.after(self._sequence, answer.token_ids[-1:])
                 self._unfed = []
             elapsed = _ms_since(begin)
             if answer.token_ids:
@@ -320,6 +320,31 @@ class Conversation:
             self._unfed = answer.unfed
             result = finish(answer, first_ms, decode_s) if answer.finish_reason else None
             yield Piece(text, token, elapsed, result)
+
+
+class _Choice:
+    """Chooses the tokens of one answer, one after the other."""
+
+    def __init__(self, sampling: Sampling, grammar: JsonGrammar | None):
+        self._sampling, self._grammar = sampling, grammar
+        self._random = np.random.default_rng(sampling.seed)
+        self._chosen: list[int] = []
+
+    def after(self, sequence: DecoderSequence, ids: list[int], embeds: Array | None = None) -> int:
+        """Feed `ids` and choose the token after them; greedy, the logits stay where they are."""
+        if self._sampling.greedy and self._grammar is None:
+            return sequence.forward_greedy(ids, embeds)
+        return self.among(sequence.forward(ids, embeds))
+
+    def among(self, logits: np.ndarray) -> int:
+        """From logits [V]."""
+        if self._grammar is not None:
+            logits = self._grammar.allow(logits)
+        token = next_token(logits, self._chosen, self._sampling, self._random)
+        self._chosen.append(token)
+        if self._grammar is not None:
+            self._grammar.push(token)
+        return token
 
 
 class Questions(Conversation):

@@ -23,6 +23,11 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always the one."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def __post_init__(self):
         for name, good, expected in (
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),

@@ -17,13 +17,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from runtime.answer import Answer
 from runtime.device import Array, concatenate
 from runtime.errors import UserError
+from runtime.grammar import JsonGrammar
 from runtime.model import Model, Options, Picture
 from runtime.sampling import next_token
 from runtime.slots import Slots
@@ -65,16 +65,6 @@ class Token:
     finish_reason: str | None
 
 
-class Grammar(Protocol):
-    """What restricts the next token, such as `runtime.serve.grammar` has it."""
-
-    def allow(self, logits: np.ndarray) -> np.ndarray:
-        """A copy of logits [V] with minus infinity where a token may not come."""
-
-    def push(self, token: int) -> None:
-        """The token that was chosen."""
-
-
 @dataclass
 class Request:
     """ids: of the prompt, below 0 for each image embed. pictures: of the images, in their order. limit: of new tokens.
@@ -89,7 +79,8 @@ class Request:
     sink: Callable[["Token | Failed"], None]
     deadline: float = float("inf")
     logprobs: int | None = None
-    grammar: Grammar | None = None
+    grammar: JsonGrammar | None = None
+    ignore_eos: bool = False
     cancelled: bool = False
     submitted: float = field(default_factory=time.monotonic)
     cached_tokens: int = 0  # of the prompt, that were taken over from a slot
@@ -291,7 +282,8 @@ class Engine:
         self._names[slot] = names[: request.cached_tokens]
         self._observer.prefilled(len(names) - request.cached_tokens, request.cached_tokens)
         stop = (*self.model.bundle.prompt.stop, *request.options.stop)
-        self._prefilling = slot, _Running(request, names, embeds, Answer(self.model.tokenizer, stop, request.limit))
+        answer = Answer(self.model.tokenizer, stop, request.limit, request.ignore_eos)
+        self._prefilling = slot, _Running(request, names, embeds, answer)
 
     def _prefill_chunk(self) -> None:
         slot, running = self._prefilling
@@ -332,9 +324,7 @@ class Engine:
 
     @staticmethod
     def _wants_logits(request: Request) -> bool:
-        sampling = request.options.sampling
-        greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
-        return not greedy or request.logprobs is not None or request.grammar is not None
+        return not request.options.sampling.greedy or request.logprobs is not None or request.grammar is not None
 
     def _take(self, running: _Running, token: int | None, logits: np.ndarray | None) -> None:
         """The next token of an answer, chosen from `logits` where they are given."""

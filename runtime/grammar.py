@@ -1,0 +1,74 @@
+"""Answers that follow a JSON schema: which tokens may come next, by llguidance."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import UserError
+
+# One space where there may be any: a model that is unsure of an answer would go on with spaces for ever
+COMPILING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammars:
+    """Makes grammars over a bundle's vocabulary. vocab_size: width of the logits.
+
+    Raises UserError where llguidance is not installed or cannot read the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: frozenset[int]):
+        try:
+            import llguidance
+        except ImportError as error:
+            raise UserError(f"a JSON schema: {error}; pip install '.[serve]'") from error
+        self._lib = llguidance
+        try:
+            self._tokenizer = llguidance.LLTokenizer(
+                str(tokenizer), vocab_size, sorted(eos_token_ids), slices=llguidance.LLTokenizer.json_slices()
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{tokenizer}: llguidance cannot read it: {error}") from error
+
+    def of_schema(self, schema: dict[str, Any]) -> "JsonGrammar":
+        """A grammar for one answer. Raises UserError for a schema that is none, or has what llguidance cannot do."""
+        try:
+            text = self._lib.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPILING)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"a JSON schema: {error}") from error
+        matcher = self._lib.LLMatcher(self._tokenizer, text, log_level=0)
+        if matcher.is_error():
+            raise UserError(f"a JSON schema: {matcher.get_error().splitlines()[0]}")
+        return JsonGrammar(matcher)
+
+
+class JsonGrammar:
+    """Where one answer stands. `allow` before each token, `push` after it."""
+
+    def __init__(self, matcher: Any):
+        self._matcher = matcher
+
+    def allow(self, logits: np.ndarray) -> np.ndarray:
+        """A copy of logits [V] with minus infinity where a token may not come; the end of the sequence may, once the
+        answer is whole."""
+        mask = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        allowed = logits.copy()
+        allowed[: len(mask)][mask[: len(logits)] == 0] = -np.inf
+        allowed[len(mask) :] = -np.inf
+        return allowed
+
+    def push(self, token: int) -> None:
+        """The token that was chosen among those allowed."""
+        self._matcher.consume_token(token)
+
+
+def read_schema(file: Path) -> dict[str, Any]:
+    """Raises UserError where the file is no JSON object."""
+    try:
+        schema = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--json-schema {file}: {error}") from error
+    if not isinstance(schema, dict):
+        raise UserError(f"--json-schema {file}: a schema is a JSON object")
+    return schema

@@ -1,0 +1,230 @@
+"""From the body of a chat-completion request to what OpenAI's clients read, over one engine; no HTTP."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from runtime.errors import UserError
+from runtime.grammar import JsonGrammar
+from runtime.model import Model, Options, Picture
+from runtime.sampling import Sampling
+from runtime.serve.engine import Busy, Engine, Failed, Request, Token
+from runtime.serve.protocol import ApiError, ChatRequest, conversation, image_bytes
+
+RETRY_AFTER = 2  # seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for. body_bytes, image_bytes; image_pixels: of one image; images; output_tokens; and
+    seconds until a request is given up."""
+
+    body_bytes: int = 64 << 20
+    image_bytes: int = 20 << 20
+    image_pixels: int = 50_000_000
+    images: int = 8
+    output_tokens: int = 4096
+    seconds: float = 300.0
+
+
+class Asking:
+    """Begins answers. fetch: the bytes of a remote image, or ApiError; None: remote images are refused."""
+
+    def __init__(
+        self, model: Model, engine: Engine, limits: Limits | None = None, fetch: Callable[[str], bytes] | None = None
+    ):
+        self.model, self.engine, self.limits = model, engine, limits or Limits()
+        self._fetch = fetch
+
+    async def begin(self, body: bytes) -> "Answering":
+        """Raises ApiError for whatever is wrong with the request, and where the engine takes no more."""
+        chat = _parsed(body)
+        self.check_model(chat.model)
+        prepared = await asyncio.to_thread(self._prepare, chat)
+        loop, said = asyncio.get_running_loop(), asyncio.Queue()
+
+        def sink(index: int) -> Callable[[Token | Failed], None]:
+            def put(event: Token | Failed) -> None:
+                with suppress(RuntimeError):  # the loop has ended: nobody listens
+                    loop.call_soon_threadsafe(said.put_nowait, (index, event))
+
+            return put
+
+        deadline = time.monotonic() + self.limits.seconds
+        requests = []
+        for index in range(chat.choices):
+            drawn = None if chat.seed is None else (chat.seed + index) % 2**63
+            options = replace(prepared.options, sampling=replace(prepared.options.sampling, seed=drawn))
+            wanted = (chat.top_logprobs or 0) if chat.logprobs else None
+            changed = {"options": options, "sink": sink(index), "deadline": deadline, "logprobs": wanted}
+            requests.append(replace(prepared, grammar=self._grammar(chat), **changed))
+        try:
+            self.engine.submit(*requests)
+        except Busy as busy:
+            status, kind = (429, "rate_limit_error") if self.engine.accepting else (503, "server_error")
+            headers = {"Retry-After": str(RETRY_AFTER)}
+            raise ApiError(status, str(busy), kind, code="queue_full", headers=headers) from busy
+        except Failed as failed:
+            raise _api_error(failed) from failed
+        return Answering(self.model, chat, requests, said)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError where another model is asked for."""
+        if name is not None and name != self.model.bundle.name:
+            message = f"model {name!r} is not served here, {self.model.bundle.name!r} is"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def _prepare(self, chat: ChatRequest) -> Request:
+        """All that can be wrong with a request is found here."""
+        model, limits = self.model, self.limits
+        prompt, urls = conversation(chat.messages, model.bundle.prompt)
+        if len(urls) > limits.images:
+            raise ApiError(400, f"{len(urls)} images, at most {limits.images} are taken", param="messages")
+        sampling = Sampling(
+            temperature=1.0 if chat.temperature is None else chat.temperature,
+            top_p=1.0 if chat.top_p is None else chat.top_p,
+        )
+        try:
+            options = Options(limits.output_tokens, sampling, chat.stops)
+            pictures = [self._picture(url, options) for url in urls]
+            ids = model.tokenizer.encode_prompt(prompt, [picture.tokens for picture in pictures])
+        except UserError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        room = model.decoder.capacity - len(ids)
+        if room < 1:
+            message = f"the prompt has {len(ids)} tokens, the context is {model.decoder.capacity}"
+            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+        limit = min(chat.limit or limits.output_tokens, limits.output_tokens, room)
+        return Request(ids, pictures, limit, options, lambda event: None, ignore_eos=chat.ignore_eos)
+
+    def _grammar(self, chat: ChatRequest) -> JsonGrammar | None:
+        schema = chat.response_format.schema_of if chat.response_format else None
+        try:
+            return None if schema is None else self.model.grammars.of_schema(schema)
+        except UserError as error:
+            raise ApiError(400, str(error), param="response_format") from error
+
+    def _picture(self, url: str, options: Options) -> Picture:
+        content = image_bytes(url, self.limits.image_bytes)
+        if content is None:
+            if self._fetch is None:
+                raise ApiError(400, "remote images are refused; send a data URL", param="messages")
+            content = self._fetch(url)
+        return Picture(self.model, content, options, self.limits.image_pixels)
+
+
+class Answering:
+    """A request that has been taken. stream: whether it wants `chunks` rather than `whole`. Whoever stops waiting for
+    either calls `cancel`, or closes `chunks`."""
+
+    def __init__(self, model: Model, chat: ChatRequest, requests: list[Request], said: asyncio.Queue):
+        self.stream = bool(chat.stream)
+        self._model, self._requests, self._said = model, requests, said
+        self._with_usage = chat.stream_options is not None and chat.stream_options.include_usage
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.bundle.name}
+
+    def cancel(self) -> None:
+        for request in self._requests:
+            request.cancelled = True
+
+    async def whole(self) -> dict[str, Any]:
+        """A chat.completion. Raises ApiError where it fails on the way."""
+        tokens: list[list[Token]] = [[] for _ in self._requests]
+        async for index, token in self._events():
+            tokens[index].append(token)
+        choices = []
+        for index, said in enumerate(tokens):
+            message = {"role": "assistant", "content": "".join(token.text for token in said), "refusal": None}
+            choice = {"index": index, "message": message, "logprobs": self._logprobs(said)}
+            choices.append(choice | {"finish_reason": said[-1].finish_reason})
+        usage = self._usage(sum(len(said) for said in tokens))
+        return self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
+
+    async def chunks(self) -> AsyncIterator[str]:
+        """Server-sent events of a chat.completion.chunk each; an error on the way is one of them."""
+        head = self._head | {"object": "chat.completion.chunk"} | ({"usage": None} if self._with_usage else {})
+
+        def chunk(index: int, delta: dict, logprobs: dict | None = None, reason: str | None = None) -> str:
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+            return _event(head | {"choices": [choice]})
+
+        count = 0
+        try:
+            for index in range(len(self._requests)):
+                yield chunk(index, {"role": "assistant", "content": ""})
+            async for index, token in self._events():
+                count += 1
+                if token.text or token.logprob:
+                    yield chunk(index, {"content": token.text}, self._logprobs([token]))
+                if token.finish_reason:
+                    yield chunk(index, {}, None, token.finish_reason)
+            if self._with_usage:
+                yield _event(head | {"choices": [], "usage": self._usage(count)})
+        except ApiError as error:  # the status has been sent
+            yield _event(error.body)
+        finally:
+            self.cancel()
+        yield "data: [DONE]\n\n"
+
+    async def _events(self) -> AsyncIterator[tuple[int, Token]]:
+        """Until every choice has ended. However it ends, no request is left behind."""
+        left = len(self._requests)
+        try:
+            while left:
+                index, event = await self._said.get()
+                if isinstance(event, Failed):
+                    raise _api_error(event)
+                left -= event.finish_reason is not None
+                yield index, event
+        finally:
+            self.cancel()
+
+    def _usage(self, completion: int) -> dict[str, Any]:
+        prompt = len(self._requests[0].ids)
+        details = {"cached_tokens": self._requests[0].cached_tokens}
+        total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return total | {"prompt_tokens_details": details}
+
+    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
+        if not any(token.logprob for token in tokens):
+            return None
+
+        def named(token_id: int, logprob: float) -> dict[str, Any]:
+            text = self._model.tokenizer.decode([token_id])
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        content = []
+        for logprob in (token.logprob for token in tokens):
+            top = [named(*pair) for pair in logprob.top]
+            content.append(named(logprob.token_id, logprob.logprob) | {"top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+
+def _parsed(body: bytes) -> ChatRequest:
+    try:
+        return ChatRequest.model_validate(json.loads(body))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"]) or None
+        message = f"{param}: {first['msg']}" if param else first["msg"]
+        raise ApiError(400, message, param=param) from error
+
+
+def _api_error(failed: Failed) -> ApiError:
+    if failed.reason == "request":
+        return ApiError(400, str(failed), param="messages")
+    status = {"deadline": 504, "stopping": 503, "crash": 500}[failed.reason]
+    return ApiError(status, str(failed), "server_error", code=failed.reason)
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -1,0 +1,63 @@
+"""What the server measures of itself, for Prometheus."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from runtime.serve.engine import Engine, Observer
+
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 60)
+
+
+class Metrics(Observer):
+    """An observer of one engine, with a registry of its own."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+
+        def make(kind, name: str, what: str, labels: tuple[str, ...] = (), **options):
+            return kind(f"convllava_{name}", what, labels, registry=self.registry, **options)
+
+        self._first = make(
+            Histogram, "time_to_first_token_seconds", "From a request's arrival in the queue", buckets=SECONDS
+        )
+        self._next = make(Histogram, "inter_token_seconds", "Between two tokens of an answer", buckets=SECONDS)
+        self._encode = make(Histogram, "encode_seconds", "Of an image that was encoded", buckets=SECONDS)
+        self._occupancy = make(
+            Histogram, "batch_occupancy", "Sequences of a decode step", buckets=(1, 2, 4, 8, 16, 32, 64)
+        )
+        self._tokens = make(Counter, "tokens", "Positions computed, or taken over from a slot", ("kind",))
+        self._cache = make(Counter, "image_cache", "Images looked up in the cache of embeds", ("result",))
+        self._requests = make(Counter, "requests", "Finished, by how", ("finish",))
+        self._waiting = make(Gauge, "queue_depth", "Requests that wait for a slot")
+        self._running = make(Gauge, "running", "Requests in a slot")
+
+    def watch(self, engine: Engine) -> None:
+        self._waiting.set_function(lambda: engine.waiting)
+        self._running.set_function(lambda: engine.running)
+
+    def first_token(self, seconds: float) -> None:
+        self._first.observe(seconds)
+        self._tokens.labels("generated").inc()
+
+    def next_token(self, seconds: float) -> None:
+        self._next.observe(seconds)
+        self._tokens.labels("generated").inc()
+
+    def step(self, occupancy: int) -> None:
+        self._occupancy.observe(occupancy)
+
+    def encoded(self, seconds: float) -> None:
+        self._encode.observe(seconds)
+
+    def cache(self, hit: bool) -> None:
+        self._cache.labels("hit" if hit else "miss").inc()
+
+    def prefilled(self, fed: int, taken_over: int) -> None:
+        self._tokens.labels("prefilled").inc(fed)
+        self._tokens.labels("taken_over").inc(taken_over)
+
+    def finished(self, reason: str) -> None:
+        self._requests.labels(reason).inc()
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,205 @@
+"""The same API on Ray Serve: replicas behind one ingress, on one machine or many.
+
+    serve run runtime.serve.ray_app:build bundle=/models/bundle replicas=2 max_replicas=8
+
+The ingress sends a conversation to the replica that has its images (Ray's multiplexing, keyed by the images), Ray
+starts replicas where more requests wait than `target` for each, and a request whose replica dies before its first token
+is sent to another one. Keys, limits and the page are the ingress's.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import ClientDisconnect
+
+from runtime.serve.api import add_page, error_response, new_app, read_body
+from runtime.serve.asking import Limits
+from runtime.serve.protocol import ApiError
+
+TRIES = 5  # of a request whose replica dies
+PAUSE = 0.5  # seconds, times the tries so far
+IMAGES = 256  # keys that a replica is known to have
+
+
+class Settings(BaseModel):
+    """What `serve run ... key=value` may set. target: requests under way that a replica is to have; threads: of one
+    operator in a replica; cpus: that Ray counts for one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str | None = None
+    replicas: int = 1
+    max_replicas: int | None = None
+    target: int = 8
+    max_batch: int = 8
+    max_queue: int = 64
+    threads: int | None = None
+    cpus: float = 1
+    gpus: float = 0
+    encoder: str = "auto"
+    provider: str = "cpu"
+    api_key_file: str | None = None
+    timeout: float = 300.0
+
+
+@serve.deployment(health_check_period_s=2, health_check_timeout_s=30, graceful_shutdown_timeout_s=30)
+class Replica:
+    """One engine. Its answers are streams whose first item says what kind of answer follows."""
+
+    def __init__(self, settings: Settings):
+        from runtime.backends import Backends
+        from runtime.model import load
+        from runtime.serve.asking import Asking
+        from runtime.serve.engine import Engine
+
+        backends = Backends(encoder=settings.encoder, provider=settings.provider, threads=settings.threads)
+        model = load(settings.bundle, backends=backends)
+        self._engine = Engine(model, settings.max_batch, settings.max_queue)
+        self._asking = Asking(model, self._engine, Limits(seconds=settings.timeout))
+
+    @serve.multiplexed(max_num_models_per_replica=IMAGES)
+    async def _has_images(self, key: str) -> str:
+        """Lets Ray know that this replica is the one for these images."""
+        return key
+
+    async def answer(self, body: bytes) -> AsyncIterator[Any]:
+        """{"status", "stream", ...}, then texts. Nothing is said before the first token is there, so that until then
+        another replica can begin anew."""
+        if key := serve.get_multiplexed_model_id():
+            await self._has_images(key)
+        answering = None
+        try:
+            answering = await self._asking.begin(body)
+            if not answering.stream:
+                whole = await answering.whole()
+                yield {"status": 200, "stream": False}
+                yield json.dumps(whole)
+                return
+            pieces = answering.chunks()
+            first = [await anext(pieces), await anext(pieces)]  # the role comes at once, the token when it is there
+            yield {"status": 200, "stream": True}
+            for piece in first:
+                yield piece
+            async for piece in pieces:
+                yield piece
+        except ApiError as error:
+            yield {"status": error.status, "body": error.body, "headers": error.headers}
+        finally:
+            if answering is not None:
+                answering.cancel()
+
+    def name(self) -> str:
+        """Of the model."""
+        return self._asking.model.bundle.name
+
+    def check_health(self) -> None:
+        """Ray replaces a replica whose engine has crashed."""
+        if self._engine.crashed is not None:
+            raise RuntimeError(f"the engine has crashed: {self._engine.crashed}")
+
+
+def build(args: dict[str, str]) -> serve.Application:
+    """For `serve run` and `serve build`. Raises pydantic's ValidationError for an unknown or wrong setting."""
+    from pathlib import Path
+
+    from runtime.serve.__main__ import read_keys
+
+    settings = Settings.model_validate(args)
+    keys = read_keys(Path(settings.api_key_file)) if settings.api_key_file else ()
+    most = max(settings.max_replicas or settings.replicas, settings.replicas)
+    scaling = {"min_replicas": settings.replicas, "max_replicas": most, "target_ongoing_requests": settings.target}
+    replica = Replica.options(
+        autoscaling_config=scaling,
+        max_ongoing_requests=settings.max_batch + settings.max_queue,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+    )
+    return _ingress(keys).bind(replica.bind(settings))
+
+
+def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
+    app = new_app(keys)
+    body_bytes = Limits().body_bytes
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+    @serve.ingress(app)
+    class Ingress:
+        """HTTP in front of the replicas."""
+
+        def __init__(self, replicas: DeploymentHandle):
+            self._replicas = replicas
+
+        @app.post("/v1/chat/completions")
+        async def chat_completions(self, request: Request) -> Response:
+            try:
+                body = await read_body(request, body_bytes)
+            except ClientDisconnect as gone:
+                raise ApiError(499, "the client has gone") from gone
+            head, pieces = await self._begin(body)
+            if "body" in head:
+                return JSONResponse(head["body"], head["status"], head["headers"])
+            if head["stream"]:
+                return StreamingResponse(_texts(pieces), media_type="text/event-stream")
+            return Response(await anext(pieces), media_type="application/json")
+
+        async def _begin(self, body: bytes) -> tuple[dict[str, Any], AsyncIterator[str]]:
+            """The head of the answer and what comes after it, from whichever replica gets so far."""
+            handle = self._replicas.options(stream=True, multiplexed_model_id=image_key(body))
+            for tried in range(TRIES):
+                pieces = handle.answer.remote(body)
+                try:
+                    return await anext(pieces), pieces
+                except asyncio.CancelledError:
+                    pieces.cancel()
+                    raise
+                except (RayError, StopAsyncIteration):  # it died, or was taken away
+                    await asyncio.sleep(PAUSE * (tried + 1))
+            raise ApiError(503, "no replica answers", "server_error", code="unavailable", headers={"Retry-After": "5"})
+
+        @app.get("/v1/models")
+        async def models(self) -> dict:
+            card = {"id": await self._replicas.name.remote(), "object": "model", "created": 0}
+            return {"object": "list", "data": [card | {"owned_by": "convllava-deploy"}]}
+
+        @app.get("/ready")
+        async def ready(self) -> Response:
+            try:
+                await asyncio.wait_for(self._replicas.name.remote(), 5)
+            except (RayError, TimeoutError):
+                return error_response(ApiError(503, "no replica answers", "server_error"))
+            return JSONResponse({"status": "ready"})
+
+    add_page(app)
+    return Ingress
+
+
+async def _texts(pieces: Any) -> AsyncIterator[str]:
+    """Of a stream that has begun; where its replica dies, the client is told in OpenAI's shape."""
+    try:
+        async for piece in pieces:
+            yield piece
+    except RayError:
+        error = ApiError(500, "the replica has died", "server_error", code="crash")
+        yield f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n"
+    finally:
+        pieces.cancel()
+
+
+def image_key(body: bytes) -> str:
+    """The same for conversations that begin with the same image; "" where there is none, or the body is not what it
+    should be."""
+    try:
+        messages = json.loads(body)["messages"]
+        urls = [part["image_url"]["url"] for m in messages if isinstance(m["content"], list) for part in m["content"]
+                if part.get("type") == "image_url"]  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+    return hashlib.blake2b(urls[0].encode(), digest_size=16).hexdigest() if urls else ""

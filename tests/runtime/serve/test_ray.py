@@ -1,0 +1,110 @@
+"""Two replicas on Ray Serve: the same API, conversations return to their images, a replica may die."""
+
+import os
+import threading
+import time
+
+import openai
+import pytest
+from pydantic import ValidationError
+
+from tests.runtime.serve.served import WAIT, asked, free_port, picture, wait_for
+
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")  # two busy cores
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+ray = pytest.importorskip("ray", reason="no ray: pip install '.[serve]'")
+from ray import serve  # noqa: E402
+
+from runtime.serve import ray_app  # noqa: E402
+
+NAME = "SERVE_REPLICA::default#Replica#"
+
+
+@pytest.fixture(scope="module")
+def url(conformance_bundle):
+    port = free_port()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    settings = {"bundle": str(conformance_bundle), "replicas": "2", "threads": "1", "max_batch": "4"}
+    serve.run(ray_app.build(settings))
+    yield f"http://127.0.0.1:{port}/v1"
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture
+def client(url):
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=WAIT)
+
+
+def create(client, messages, **options):
+    name = client.models.list().data[0].id
+    return client.chat.completions.create(model=name, messages=messages, temperature=0, **options)
+
+
+def replicas():
+    return [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["name"].startswith(NAME)]
+
+
+def test_answers_stream_or_come_whole(client):
+    assert len(replicas()) == 2
+    messages = asked("What is this?", picture())
+    whole = create(client, messages, max_tokens=8)
+    pieces = list(create(client, messages, max_tokens=8, stream=True))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
+    assert whole.usage.completion_tokens == 8
+
+
+def test_errors_pass_through_the_ingress(client):
+    with pytest.raises(openai.BadRequestError, match="not an image"):
+        create(client, asked("What?", b"no image"))
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.chat.completions.create(model="other", messages=asked("What?"))
+
+
+def test_a_conversation_returns_to_the_replica_that_has_its_image(client):
+    images = [picture(seed) for seed in range(10, 16)]
+    for image in images:
+        create(client, asked("What is this?", image), max_tokens=2)
+    for image in images:
+        again = create(client, asked("What is its date?", image), max_tokens=2)
+        assert again.usage.prompt_tokens_details.cached_tokens >= 4, "its visual tokens are there"
+
+
+def test_a_replica_that_dies_loses_no_request_that_had_not_begun(client):
+    answers, failed = [], []
+
+    def ask(seed):
+        try:
+            answers.append(create(client, asked("What is this?", picture(seed)), max_tokens=200))
+        except openai.APIError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(20, 32)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    ray.kill(ray.get_actor(replicas()[0], namespace="serve"))
+    for thread in threads:
+        thread.join(WAIT)
+    assert failed == []
+    assert [answer.usage.completion_tokens for answer in answers] == [200] * 12
+    wait_for(lambda: len(replicas()) == 2)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValidationError, match="replica_count"):
+        ray_app.build({"replica_count": "2"})
+
+
+def test_the_key_of_a_conversation_is_its_first_image():
+    import json
+
+    def key(messages):
+        return ray_app.image_key(json.dumps({"messages": messages}).encode())
+
+    first = asked("What is this?", picture())
+    assert key(first) == key([*first, {"role": "assistant", "content": "A"}, *asked("And this?", picture(1))])
+    assert key(first) != key(asked("What is this?", picture(1)))
+    assert key(asked("What?")) == ray_app.image_key(b"{") == ray_app.image_key(b'{"messages": 5}') == ""

@@ -1,0 +1,94 @@
+"""Remote images: from hosts that are named, never from addresses that are not public, within limits."""
+
+import http.server
+import threading
+import time
+
+import pytest
+
+from runtime.serve.protocol import ApiError
+from runtime.serve.remote import Fetcher, is_public
+
+BODY = b"picture" * 100
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        port = self.server.server_address[1]
+        if self.path == "/slow":
+            time.sleep(3)
+        if self.path.startswith("/to"):
+            self.send_response(302)
+            target = {"/to-other": "http://elsewhere.test/", "/to-again": "/to-again"}.get(self.path, "/image?x=1")
+            self.send_header("Location", target)
+            self.end_headers()
+            return
+        self.send_response(404 if self.path == "/none" else 200)
+        self.end_headers()
+        assert self.headers["Host"] == f"127.0.0.1:{port}"
+        try:
+            for _ in range(1000 if self.path == "/endless" else 1):
+                self.wfile.write(BODY)
+        except ConnectionError:  # the other side has seen enough
+            pass
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def host():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def fetcher(host, **options):
+    return Fetcher([host], **{"most_bytes": 10_000, "allowed": lambda address: True} | options)
+
+
+def test_an_image_is_fetched_also_after_a_redirect(host):
+    assert fetcher(host)(f"http://{host}/image") == BODY
+    assert fetcher(host)(f"http://{host}/to") == BODY
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/none", "404"),
+        ("/endless", "larger than 10000 bytes"),
+        ("/to-other", "host elsewhere.test is not one"),
+        ("/to-again", "more than 3 redirects"),
+        ("/slow", "cannot be fetched"),
+    ],
+)
+def test_limits_hold(host, path, said):
+    with pytest.raises(ApiError, match=said):
+        fetcher(host, seconds=1.0)(f"http://{host}{path}")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://{host}/image", "neither"),
+        ("file:///etc/passwd", "neither"),
+        ("http://user@{host}/image", "user's name"),
+        ("http://127.0.0.1:1/image", "not one of those"),
+        ("http://example.org/image", "not one of those"),
+        ("http://[::1/image", "remote image"),
+        ("http://{host}0000/image", "remote image"),
+    ],
+)
+def test_other_urls_are_refused(host, url, said):
+    with pytest.raises(ApiError, match=said):
+        fetcher(host)(url.format(host=host))
+
+
+def test_addresses_that_are_not_public_are_refused(host):
+    with pytest.raises(ApiError, match="not public"):
+        Fetcher([host], 10_000)(f"http://{host}/image")
+    private = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "::1", "fd00::1", "fe80::1", "0.0.0.0"]
+    assert not any(is_public(address) for address in [*private, "::ffff:127.0.0.1", "::ffff:169.254.169.254"])
+    assert is_public("8.8.8.8")
+    assert is_public("2606:4700:4700::1111")
