@@ -388,8 +388,28 @@ def test_a_question_that_fails_does_not_harm_the_next(model, picture, monkeypatc
     with pytest.raises(runtime.UserError, match="longer than the context"):
         list(questions.ask("word " * 5000))
     with monkeypatch.context() as patch:
-        patch.setattr(questions._sequence._decoder, "session", None)
+        patch.setattr(questions._sequence, "_step", (None, questions._sequence._step[1]))
         with pytest.raises(AttributeError):
             list(questions.ask("And is this what it was?"))
     *_, again = questions.ask("What is this?")
     assert again.result.token_ids == first.result.token_ids
+
+
+def test_an_answer_follows_a_schema(conformance_bundle, tmp_path, picture):
+    """On the command line, of a model that knows nothing of JSON."""
+    schema = tmp_path / "schema.json"
+    properties = {"date": {"type": "string", "maxLength": 4}, "paid": {"type": "boolean"}}
+    schema.write_text(json.dumps({"type": "object", "properties": properties, "required": ["date", "paid"]}))
+    image = tmp_path / "page.png"
+    runtime.image.open_image(picture).save(image)
+    command = [sys.executable, "runtime/infer.py", "--bundle", str(conformance_bundle), "--image", str(image), "--json"]
+    command += ["--prompt", "What?", "--max-new-tokens", "300", "--json-schema"]
+    done = subprocess.run([*command, str(schema)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(json.loads(done.stdout)["text"])
+    assert found.keys() >= {"date", "paid"}
+    assert isinstance(found["paid"], bool)
+    schema.write_text("[]")
+    done = subprocess.run([*command, str(schema)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "a schema is a JSON object" in done.stderr
