@@ -160,7 +160,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that no slot has been given to."""
-        return len(self._waiting) + len(self._ready)
+        return len(self._waiting) + (self._encoding is not None) + len(self._ready)
 
     @property
     def running(self) -> int:

@@ -10,7 +10,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import runtime
-from tests.runtime.serve.served import WAIT, Served, picture, wait_for
+from tests.serve.served import WAIT, Served, picture, wait_for
 
 CHROMIUM = shutil.which("chromium")
 BOXED = "It is at [0.25,0.125,0.75,0.5]."

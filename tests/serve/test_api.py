@@ -14,7 +14,7 @@ import runtime
 from runtime.model import Options
 from runtime.serve.asking import Limits
 from tests.conftest import ROOT
-from tests.runtime.serve.served import WAIT, Served, asked, free_port, picture, wait_for
+from tests.serve.served import WAIT, Served, asked, free_port, picture, wait_for
 
 QUESTION = "What is this?"
 LONG = {"max_tokens": 3000, "stream": True, "extra_body": {"ignore_eos": True}}

@@ -8,7 +8,7 @@ import openai
 import pytest
 from pydantic import ValidationError
 
-from tests.runtime.serve.served import WAIT, asked, free_port, picture, wait_for
+from tests.serve.served import WAIT, asked, free_port, picture, wait_for
 
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")  # two busy cores
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
