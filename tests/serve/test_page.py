@@ -162,6 +162,20 @@ def test_it_works_by_keyboard_and_an_answer_can_be_stopped(page, served):
     assert int(page.locator("#count").inner_text().split()[0]) < 3000
 
 
+def test_an_image_that_comes_during_an_answer_begins_anew(page, served):
+    """What was asked before it does not count as asked about it."""
+    page.get_by_label("At most").fill("8")
+    page.get_by_label("Question").fill("What is this?")
+    page.get_by_label("Question").press("Enter")
+    give(page, "drop", "#drop")
+    expect(page.get_by_role("img", name="mine.png")).to_be_visible()
+    expect(page.get_by_role("button", name="Ask")).to_be_enabled()
+    ask(page, "And what is this?")
+    messages = bodies(page)[-1]["messages"]
+    assert len(messages) == 1
+    assert [part["type"] for part in messages[0]["content"]] == ["text", "image_url"]
+
+
 def test_errors_of_the_server_are_told(page):
     page.get_by_label("Question").fill("word " * 20000)
     page.get_by_label("Question").press("Enter")

@@ -70,6 +70,7 @@ async function show(blob, name) {
     return;
   }
   if (blob.size > MAX_BYTES) url = smaller(element);
+  running?.abort();
   picture = { url, element, name };
   sent = false;
   messages = [];
@@ -82,6 +83,7 @@ async function show(blob, name) {
 }
 
 function removePicture() {
+  running?.abort();
   picture = null;
   messages = [];
   $("log").replaceChildren();
@@ -121,7 +123,8 @@ async function* events(answer) {
 
 async function ask(question) {
   const content = [{ type: "text", text: question }];
-  if (picture && !sent) content.push({ type: "image_url", image_url: { url: picture.url } });
+  const talk = messages, withPicture = picture !== null && !sent;
+  if (withPicture) content.push({ type: "image_url", image_url: { url: picture.url } });
   const turn = { role: "user", content };
   say("user", question);
   const said = say("assistant", "");
@@ -177,8 +180,9 @@ async function ask(question) {
   }
 
   function keep() {
+    if (messages !== talk) return; // another image or conversation has begun
     messages.push(turn, { role: "assistant", content: text });
-    sent = true;
+    sent ||= withPicture;
     if (picture) draw(boxesOf(text));
   }
 }
