@@ -243,16 +243,12 @@ def final(args: argparse.Namespace) -> None:
         options = ("--questions", SEARCHED, "--budget", BUDGET, "--cache", BUILD / "align-int8.npz")
         run("calib.quantize", "--bundle", BUNDLE, "--data", data, *options, "--out", out)
     report = json.loads((out / REPORT / "encoder-int8.json").read_text())
-    measured = {
-        "questions of the search": (SEARCHED, report["steps"][-1]),
-        "all, those among them": (report["questions"], report["loss"]),
-    }
     rows = [
-        {"questions": questions, "measured": what} | {key: loss[key] for key in ("sqnr_db", "differing", "perplexity")}
-        for what, (questions, loss) in measured.items()
+        {"left": len(step["left"])} | {key: step[key] for key in ("sqnr_db", "differing", "perplexity")}
+        for step in report["rounds"]
     ]
-    keys = ("budget", "float32", "calibration_images", "next_tokens", "left_in_higher_precision", "steps", "alone")
-    record.write("quantised", rows, more={key: report[key] for key in keys})
+    keys = ("budget", "float32", "calibration_images", "questions", "next_tokens", "left_in_higher_precision")
+    record.write("quantised", rows, more={key: report[key] for key in (*keys, "sets", "rounds", "alone")})
 
 
 def _quantised(source: Path, precision: str, method: str, feeds: list, file: Path) -> Path:

@@ -148,8 +148,7 @@ COLUMNS = {
         ("peer_peak_mib", "theirs, MiB"),
     ],
     "quantised": [
-        ("measured", "`--budget 3` on"),
-        ("questions", "questions"),
+        ("left", "groups left in float32, of 21"),
         ("sqnr_db", "SQNR of the image embeds, dB"),
         ("differing", "next tokens that differ, %"),
         ("perplexity", "perplexity of the answers"),

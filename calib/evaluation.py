@@ -137,6 +137,10 @@ class Evaluation:
         """Of the answers to the float32 model; None where they are empty."""
         return _perplexity(self._readings)
 
+    def sqnr_db(self, encoder: Path) -> float:
+        """Of the image embeds that the encoder graph `encoder` gives."""
+        return sqnr_db(self._encode(encoder), self._embeds)
+
     def loss(self, encoder: Path | None = None, decoder: Decoder | None = None) -> Loss:
         """With the encoder graph `encoder`, and `decoder`, in place of float32 and the bundle's; None keeps them."""
         embeds = self._embeds if encoder is None else self._encode(encoder)

@@ -18,7 +18,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from calib.evaluation import Evaluation, Loss
 from calib.images import HELD_OUT, LEAST, Page, calibration_pixels, find_pages, split, spread
 from calib.qdq import Calibrated, measure_means
 from calib.report import write_decoder_report, write_encoder_report
-from calib.sensitivity import depthwise_of, groups_of, measure, search, sensitivities, settle
+from calib.sensitivity import Step, depthwise_of, groups_of, measure, nested, sensitivities, settle
 from runtime.bundle import MANIFEST, Bundle, check_place, open_bundle, write_bundle
 from runtime.decoder import Decoder
 from runtime.errors import UserError
@@ -108,20 +107,21 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
     graph = onnx.load(str(source), load_external_data=False).graph
     groups = groups_of(graph)
     always = () if options.depthwise else depthwise_of(graph, groups)
+    alone, sets = {}, []
+
+    def loss_of(left: tuple[str, ...]) -> Loss:
+        return measure(calibrated, groups, left, evaluation.loss)
+
     if options.budget is None:
-        alone, steps = {}, [measure(calibrated, groups, always, evaluation)]
-        loss = steps[-1].loss
+        loss = loss_of(always)
+        rounds = [Step(always, loss.sqnr_db, loss)]
     else:
-        alone, known = sensitivities(calibrated, groups, evaluation), {}
-        find = partial(search, calibrated, groups, always, alone, evaluation, known=known)
+        alone = sensitivities(calibrated, groups, evaluation)
+        sets, first = nested(calibrated, groups, always, alone, evaluation), loss_of(always)
         if held_out and final_questions > options.questions:
             evaluation = Evaluation(bundle, pages, final_questions, evaluation.answers, evaluation.model)
-            whole = partial(measure, calibrated, groups, evaluation=evaluation)
-            steps, loss = settle(find, lambda step: whole(left=step.left).loss, options.budget)
-        else:
-            steps = find(options.budget)
-            loss = steps[-1].loss
-    left = steps[-1].left
+        rounds = settle(sets, loss_of, first, options.budget)
+    left, loss = rounds[-1].left, rounds[-1].loss
     spared = [node for group in groups if group.name in left for node in group.nodes]
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
             "held_out": bool(held_out),
             **measured_on(evaluation),
         }
-        write_encoder_report(folder / REPORT, about, alone, steps, loss)
+        write_encoder_report(folder / REPORT, about, alone, sets, rounds)
         return sections
 
     write_bundle(out, fill, bundle.name, manifest_of(bundle)["producers"])

@@ -17,22 +17,26 @@ COLUMNS = {
 }
 
 
-def write_encoder_report(folder: Path, about: dict, alone: dict[str, Loss], steps: list[Step], loss: Loss) -> None:
+def write_encoder_report(
+    folder: Path, about: dict, alone: dict[str, Loss], sets: list[Step], rounds: list[Step]
+) -> None:
     """encoder-PRECISION.json and .md; .png where there are sensitivities.
 
-    about: how it was made. alone: the loss by group, each quantised alone; empty where none was asked for. steps: of
-    the search, the last of which holds. loss: the final one.
+    about: how it was made. alone: the loss by group, each quantised alone; empty where none was asked for. sets:
+    that there were to choose from, by SQNR. rounds: those whose loss was measured, the last of which is the encoder's.
     """
+    taken = rounds[-1]
     content = about | {
         "alone": [{"group": name, **_rounded(loss)} for name, loss in alone.items()],
-        "steps": [{"left": list(step.left), **_rounded(step.loss)} for step in steps],
-        "left_in_higher_precision": list(steps[-1].left),
-        "loss": _rounded(loss),
+        "sets": [{"left": list(step.left), "sqnr_db": _number(step.sqnr_db)} for step in sets],
+        "rounds": [{"left": list(step.left), **_rounded(step.loss)} for step in rounds],
+        "left_in_higher_precision": list(taken.left),
+        "loss": _rounded(taken.loss),
     }
     name = f"encoder-{content['precision']}"
     _write(folder, name, content, _markdown(content))
     if alone:
-        _plot(alone, steps[-1].left, folder / f"{name}.png")
+        _plot(alone, taken.left, folder / f"{name}.png")
 
 
 def write_decoder_report(folder: Path, about: dict, rows: dict[str, Loss]) -> None:
@@ -59,9 +63,12 @@ def _write(folder: Path, name: str, content: dict, markdown: str) -> None:
 
 
 def _rounded(loss: Loss) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in asdict(loss).items()}
+
+
+def _number(value: float | None) -> float | None:
     """None for an SQNR without noise, which JSON has no number for, and for what was not measured."""
-    values = asdict(loss)
-    return {k: round(v, 2) if v is not None and math.isfinite(v) else None for k, v in values.items()}
+    return round(value, 2) if value is not None and math.isfinite(value) else None
 
 
 def _markdown(content: dict) -> str:
@@ -75,15 +82,21 @@ def _markdown(content: dict) -> str:
         "",
         *_table("", [("the encoder of this bundle", content["loss"])]),
         "",
-        *_table("left in higher precision", [(", ".join(s["left"]) or "nothing", s) for s in content["steps"]]),
+        *_table("left in higher precision", _by_left(content["rounds"])),
     ]
+    if content["sets"]:
+        lines += ["", *_table("left in higher precision: worst groups first", _by_left(content["sets"]))]
     if content["alone"]:
         lines += ["", *_table("quantised alone", [(row["group"], row) for row in content["alone"]])]
     return "\n".join(lines) + "\n"
 
 
+def _by_left(rows: list[dict]) -> list[tuple[str, dict]]:
+    return [(", ".join(row["left"]) or "nothing", row) for row in rows]
+
+
 def _table(title: str, rows: list[tuple[str, dict]]) -> list[str]:
-    shown = [name for name in COLUMNS if any(row[name] is not None for _, row in rows)]
+    shown = [name for name in COLUMNS if any(row.get(name) is not None for _, row in rows)]
     cells = [[name, *("" if row[column] is None else str(row[column]) for column in shown)] for name, row in rows]
     head = [[title, *(COLUMNS[name] for name in shown)], ["---"] * (len(shown) + 1)]
     return [f"| {' | '.join(line)} |" for line in head + cells]

@@ -1,7 +1,6 @@
 """Which layers pay for quantisation, and the search for the fewest to spare."""
 
 import json
-from functools import partial
 
 import numpy as np
 import onnx
@@ -13,7 +12,7 @@ from calib.evaluation import Evaluation, Loss
 from calib.images import find_pages
 from calib.qdq import Calibrated
 from calib.quantize import Options, quantise_bundle
-from calib.sensitivity import Group, depthwise_of, groups_of, search, sensitivities, settle
+from calib.sensitivity import Step, depthwise_of, groups_of, nested, sensitivities, settle
 from export.encoder import export_encoder
 from runtime.bundle import open_bundle
 from runtime.image import open_image, preprocess
@@ -84,69 +83,71 @@ def test_one_group_alone_is_quantised(conformance_bundle, pictures, tmp_path):
     assert evaluation.loss(tmp_path / "all.onnx").sqnr_db < least + 0.5, "all together is no better than the worst"
 
 
-class Priced:
-    """An evaluation where each group costs what it costs, whatever is quantised with it; and what writes for it."""
+def test_sets_grow_by_the_group_that_is_worst_alone(conformance_bundle, pictures, tmp_path):
+    bundle = open_bundle(conformance_bundle)
+    source = bundle.path("encoder/fp32.onnx")
+    calibrated = Calibrated(source, "int8", ranges_of(source, feeds_of(bundle, pictures)))
+    groups = groups_of(onnx.load(source).graph)
+    names = [group.name for group in groups]
+    always = depthwise_of(onnx.load(source).graph, groups)
+    worst_first = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
+    alone = {name: Loss(float(i), 0.0, None) for i, name in enumerate(worst_first)}
+    evaluation = Evaluation(bundle, find_pages(pictures)[16:], 4)
+    sets = nested(calibrated, groups, always, alone, evaluation)
+    others = [name for name in worst_first if name not in always]
+    assert [set(step.left) for step in sets] == [{*always, *others[:count]} for count in range(len(others) + 1)]
+    assert all(list(step.left) == [name for name in names if name in step.left] for step in sets)
+    assert sets[-1].sqnr_db == np.inf, "with every group left nothing is rounded"
+    calibrated.write(tmp_path / "two.onnx", [n for group in groups if group.name in sets[2].left for n in group.nodes])
+    assert evaluation.loss(tmp_path / "two.onnx").sqnr_db == pytest.approx(sets[2].sqnr_db)
 
-    def __init__(self, prices: dict[str, float], groups):
-        self._prices, self._groups, self._spared = prices, groups, ()
 
-    def write(self, target, spared) -> None:
-        self._spared = spared
+def sets_of(decibels: list[float]) -> list[Step]:
+    """As many sets, each of one group more."""
+    return [Step(tuple("abcdefghijklm"[:count]), sqnr_db) for count, sqnr_db in enumerate(decibels)]
 
-    def loss(self, file) -> Loss:
-        cost = sum(self._prices[g.name] for g in self._groups if not set(g.nodes) <= set(self._spared))
-        return Loss(0.0, 99.0, None, anls=cost)
+
+def percent(anls: float) -> Loss:
+    return Loss(0.0, 99.0, None, anls=anls)
 
 
 @pytest.mark.parametrize(
-    ("budget", "always", "left"),
+    ("first", "whole", "budget", "asked"),
     [
-        (100, (), ()),
-        (10, (), ()),
-        (6, (), ("b",)),
-        (5, (), ("b",)),
-        (3, (), ("b", "d")),
-        (2, (), ("b", "d")),
-        (0, (), ("a", "b", "d")),
-        (-1, (), None),
-        (8, ("a",), ("a",)),
-        (5, ("a",), ("a", "b")),
-        (4, ("c",), ("b", "c", "d")),
+        (1.0, [0.9, 0.5, 0.3, 0.1, 0.0], 1, [0]),  # the first set holds
+        (1.9, [2.0, 1.0, 0.5, 0.2, 0.0], 1, [1, 0]),  # 5.6 dB more, and what lies below that
+        (4.0, [4.0, 2.0, 1.0, 0.5, 0.0], 1, [2, 1]),
+        (0.5, [4.0, 2.0, 1.0, 0.5, 0.0], 1, [0, 2, 1]),  # few questions said too little
+        (15.0, [4.0, 2.0, 1.0, 0.5, 0.0], 1, [4, 1, 2]),  # or too much
+        (3.0, [4.0, 3.5, 3.0, 2.5, 0.0], 1, [2, 4, 3]),  # further than the error's magnitude says
+        (2.0, [2.0, 1.0, 0.5, 0.2, 0.0], 0, [4, 1, 2, 3]),
+        (-1.0, [0.6, -0.2, 0.1, 0.0, 0.0], 0.5, [0, 1]),
     ],
 )
-def test_the_fewest_groups_that_meet_the_budget_are_left(budget, always, left):
-    """Costs in points of ANLS are 2, 5, 0, 3; by SQNR the third looks worst, though it costs nothing."""
-    groups = [Group(name, (f"{name}1", f"{name}2")) for name in "abcd"]
-    alone = {"a": 40.0, "b": 20.0, "c": 10.0, "d": 30.0}
-    priced = Priced({"a": 2, "b": 5, "c": 0, "d": 3}, groups)
-    alone = {name: Loss(sqnr, 0.0, None) for name, sqnr in alone.items()}
-    steps = search(priced, groups, always, alone, priced, budget)
-    if left is None:
-        assert set(steps[-1].left) == {"a", "b", "c", "d"}, "nothing is enough: everything is left"
-    else:
-        assert steps[-1].left == left
-        assert steps[-1].loss.budgeted <= budget
-    assert steps[0].left == always
+def test_the_smallest_set_that_holds_on_all_questions_is_taken(first, whole, budget, asked):
+    """Sets 6.1 dB apart, and everything; whole: what each costs on all questions, points of ANLS."""
+    sets = sets_of([20.0, 26.1, 32.2, 38.3, np.inf])
+    calls = []
+
+    def loss_of(left) -> Loss:
+        calls.append(len(left))
+        return percent(whole[len(left)])
+
+    rounds = settle(sets, loss_of, percent(first), budget)
+    assert calls == asked
+    assert sorted(len(step.left) for step in rounds) == sorted(asked)
+    assert all(step.loss.anls == whole[len(step.left)] for step in rounds)
+    assert rounds[-1].left == sets[min(i for i in asked if whole[i] <= budget)].left
 
 
-def test_a_budget_holds_on_more_questions_than_the_search_asked():
-    """Which show twice the loss. Costs as above; 6 points allow 5 on few questions, but not 10 on all."""
-    groups = [Group(name, (f"{name}1", f"{name}2")) for name in "abcd"]
-    alone = {name: Loss(sqnr, 0.0, None) for name, sqnr in {"a": 40.0, "b": 20.0, "c": 10.0, "d": 30.0}.items()}
-    priced, known = Priced({"a": 2, "b": 5, "c": 0, "d": 3}, groups), {}
-    asked = []
-
-    def doubled(step) -> Loss:
-        asked.append(step.left)
-        return Loss(0.0, 99.0, None, anls=2 * step.loss.anls)
-
-    find = partial(search, priced, groups, (), alone, priced, known=known)
-    steps, loss = settle(find, doubled, 6)
-    assert (steps[-1].left, loss.budgeted) == (("b", "d"), 4)
-    assert asked == [("b",), ("b", "d")], "every result is asked about once"
-    assert len(known) < len(steps), "no set is measured twice"
-    steps, loss = settle(find, lambda step: Loss(0.0, 99.0, None, anls=7), 6)
-    assert loss.budgeted == 7, "what cannot be met is said"
+def test_a_budget_that_nothing_meets_takes_what_loses_least():
+    sets = sets_of([20.0, 26.0, 32.0, np.inf])
+    rounds = settle(sets, lambda left: percent(7 - len(left)), percent(7), 1)
+    assert [len(step.left) for step in rounds] == [3]
+    assert rounds[-1].loss.budgeted == 4
+    sets = sets_of([20 + 0.5 * count for count in range(12)])
+    rounds = settle(sets, lambda left: percent(1.05 - 0.001 * len(left)), percent(1), 1)
+    assert [len(step.left) for step in rounds] == [0, 1, 2, 3], "and there is an end to it"
 
 
 def test_the_report_says_what_was_measured(conformance_bundle, pictures, tmp_path):
@@ -170,9 +171,11 @@ def test_the_report_says_what_was_measured(conformance_bundle, pictures, tmp_pat
     groups = {group.name: group.nodes for group in groups_of(graph)}
     assert [row["group"] for row in report["alone"]] == list(groups)
     assert set(depthwise_of(graph, groups_of(graph))) <= set(outcome.left)
-    within = [step for step in report["steps"] if step["differing"] <= 0.5]
+    within = [step for step in report["rounds"] if step["differing"] <= 0.5]
     assert within, "leaving every group loses nothing"
     assert len(outcome.left) == min(len(step["left"]) for step in within)
+    assert set(map(tuple, (step["left"] for step in report["rounds"]))) <= {tuple(s["left"]) for s in report["sets"]}
+    assert report["sets"][-1] == {"left": list(groups), "sqnr_db": None}
     markdown = (out / "calib" / "encoder-int8.md").read_text()
     assert all(name in markdown for name in groups)
     assert Image.open(out / "calib" / "encoder-int8.png").size[0] > 500
