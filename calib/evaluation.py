@@ -29,8 +29,10 @@ from runtime.grounding import read_boxes
 from runtime.image import open_image
 from runtime.model import Model, Options
 from runtime.prompt import first_turn, with_answer
+from runtime.slots import Slots
 
 ANSWER_TOKENS = 16  # of an answer, whose next tokens are compared
+AT_ONCE = 8  # questions about an image
 MAX_NEW_TOKENS = 48  # of an answer that is scored; a box takes about 26
 LEAST_SCORE = 0.1  # with less the float32 model does not answer at all, and nothing can be lost
 
@@ -191,21 +193,35 @@ class Evaluation:
         return answer
 
     def _read(self, cases: list[_Case], embeds: np.ndarray) -> _Reading:
-        """What comes before the end of the image is the same in all cases and computed once."""
+        """What comes before the end of the image is the same in all cases and computed once; answers are fed AT_ONCE at
+        a time, a token of each in a step."""
         image_end = max(i for i, token in enumerate(cases[0].ids) if token < 0) + 1
-        sequence = self.model.decoder.start(max(len(case.ids) + len(case.fed) for case in cases))
-        sequence.forward(cases[0].ids[:image_end], embeds)
-        likeliest, log_probs = [], []
-        for case in cases:
-            sequence.rewind(image_end)
-            logits = sequence.forward(case.ids[image_end:])
-            likeliest.append(int(logits.argmax()))
-            for token in case.fed:
+        capacity = max(len(case.ids) + len(case.fed) for case in cases)
+        slots = Slots(self.model.decoder, min(AT_ONCE, len(cases)), capacity)
+        slots[0].forward(cases[0].ids[:image_end], embeds)
+        longest_first = sorted(range(len(cases)), key=lambda i: -len(cases[i].fed))
+        likeliest, log_probs = [[] for _ in cases], [[] for _ in cases]
+
+        def note(i: int, answered: int, logits: np.ndarray) -> None:
+            likeliest[i].append(int(logits.argmax()))
+            if answered < len(cases[i].fed):
                 most = logits.max()
-                log_probs.append(logits[token] - most - np.log(np.sum(np.exp(logits - most), dtype=np.float64)))
-                logits = sequence.forward([token])
-                likeliest.append(int(logits.argmax()))
-        return _Reading(np.array(likeliest), np.array(log_probs))
+                exponents = np.sum(np.exp(logits - most), dtype=np.float64)
+                log_probs[i].append(logits[cases[i].fed[answered]] - most - np.log(exponents))
+
+        for start in range(0, len(cases), AT_ONCE):
+            taking = longest_first[start : start + AT_ONCE]  # those that end first are in the last slots
+            slots[0].rewind(image_end)
+            for slot in range(1, len(taking)):
+                slots.copy(0, slot)
+            for slot, i in enumerate(taking):
+                note(i, 0, slots[slot].forward(cases[i].ids[image_end:]))
+            for answered in range(len(cases[taking[0]].fed)):
+                taking = [i for i in taking if answered < len(cases[i].fed)]
+                slots.step([cases[i].fed[answered] for i in taking])
+                for i, logits in zip(taking, slots.logits(len(taking)), strict=True):
+                    note(i, answered + 1, logits)
+        return _Reading(*(np.array(list(itertools.chain(*lists))) for lists in (likeliest, log_probs)))
 
     def _score(self, embeds: list[np.ndarray] | None = None) -> Score:
         """Of the answers to the questions whose own is known. embeds: of each page; None takes float32's."""
