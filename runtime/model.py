@@ -172,10 +172,13 @@ class Model:
 
 
 class Picture:
-    """An opened image and how it is to be sized. tokens: visual ones that it will be.
+    """An opened image and how it is to be sized. tokens: visual ones that it will be. embeds: None until it has been
+    `condense`d and the model's cache had them.
 
     Raises UserError for what cannot be opened or sized.
     """
+
+    embeds: Array | None = None
 
     def __init__(self, model: Model, source: ImageSource, options: Options, max_pixels: int = MAX_PIXELS):
         self._model = model
@@ -184,15 +187,25 @@ class Picture:
         height, width = target_size(*self.image.size, self._rule, *self._sizing)
         self.tokens = height // self._rule.multiple * (width // self._rule.multiple)
 
+    @cached_property
     def key(self) -> Hashable:
         """Of its embeds in the model's cache."""
         resolution, aspect = self._sizing
         sizing = (resolution or self._rule.resolution, aspect or self._rule.aspect)
         return self._model.encoder, *sizing, digest(self.image)
 
+    @cached_property
     def pixel_values(self) -> np.ndarray:
         """float32 [3, H, W]."""
         return preprocess(self.image, self._rule, *self._sizing)
+
+    def condense(self) -> None:
+        """Keep the embeds, where the model's cache has them, or else the pixel values, and no longer the image, which
+        may be many times as large."""
+        self.embeds = self._model.cache.get(self.key)
+        if self.embeds is None:
+            _ = self.pixel_values
+        self.image = None
 
 
 class Conversation:
@@ -266,10 +279,10 @@ class Conversation:
         ids = self._prompt_ids(prompt, tokens)
         limit = self._limit(ids)
         cache = EmbedsCache(0) if trace is not None else self._model.cache
-        keys = [picture.key() for picture in pictures] if cache.max_bytes else list(range(len(pictures)))
+        keys = [picture.key for picture in pictures] if cache.max_bytes else list(range(len(pictures)))
         known = {key: cache.get(key) for key in keys}
         missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if known[key] is None}
-        pixel_values = [picture.pixel_values() for picture in missing.values()]
+        pixel_values = [picture.pixel_values for picture in missing.values()]
         preprocess_ms = _ms_since(begin)
         begin = time.perf_counter()
         for key, pixels in zip(missing, pixel_values, strict=True):

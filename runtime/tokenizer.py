@@ -126,6 +126,11 @@ class Tokenizer:
         detokenizer = self.detokenizer()
         return "".join([detokenizer.push(token_id) for token_id in ids]) + detokenizer.flush()
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, wherever it is: a space before a word included, and perhaps not whole characters.
+        b"" for special tokens."""
+        return self._pieces.bytes_of(token_id)
+
     def _encode_opening(self, text: str) -> list[int]:
         """Ids of a text the original would tokenise in a call of its own."""
         if self._prefix is None or not text:
@@ -258,6 +263,9 @@ class _ByteLevelPieces(dict[int, bytes]):
         self._tokenizer = tokenizer
         self._bytes = _byte_alphabet()
 
+    def bytes_of(self, token_id: int) -> bytes:
+        return self[token_id]
+
     def __missing__(self, token_id: int) -> bytes:
         token = _token(self._tokenizer, token_id)
         try:
@@ -281,6 +289,10 @@ class _SentencePiecePieces(dict[int, tuple[str, Any]]):
         self._tokenizer = tokenizer
         self.strip_first_piece: bool = _field(section, "strip_first_piece", bool)
         self.strip_start: str = _field(section, "strip_start", str)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        kind, value = self[token_id]
+        return value if kind == "byte" else value.replace(SPACE, " ").encode() if kind == "piece" else value.encode()
 
     def __missing__(self, token_id: int) -> tuple[str, Any]:
         token = _token(self._tokenizer, token_id)

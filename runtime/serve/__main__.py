@@ -6,7 +6,9 @@ python -m runtime.serve --bundle DIR --check     what would be served, on what; 
 
 import argparse
 import ipaddress
+import math
 import sys
+import threading
 from pathlib import Path
 
 from runtime.errors import UserError
@@ -87,13 +89,20 @@ def serve(model, args: argparse.Namespace, keys: tuple[str, ...]) -> None:
     )
     fetch = Fetcher(args.allow_remote_images, args.max_image_bytes) if args.allow_remote_images else None
     app = create_app(Asking(model, engine, limits, fetch), metrics, keys, args.stop_timeout)
-    uvicorn.run(
-        app,
-        host=args.host,
-        port=args.port,
-        log_level="warning",
-        timeout_graceful_shutdown=max(round(args.stop_timeout), 1),
+
+    class Server(uvicorn.Server):
+        """Told to stop, it lets the engine finish or fail what runs while the connections are still there."""
+
+        def handle_exit(self, sig, frame):
+            threading.Thread(target=engine.stop, args=(args.stop_timeout,), daemon=True).start()
+            super().handle_exit(sig, frame)
+
+    to_say_so = 5  # seconds
+    patience = math.ceil(args.stop_timeout) + to_say_so
+    config = uvicorn.Config(
+        app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=patience
     )
+    Server(config).run()
 
 
 def described(model, slots: int) -> str:

@@ -4,8 +4,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +20,20 @@ from runtime.serve.engine import Busy, Engine, Failed, Request, Token
 from runtime.serve.protocol import ApiError, ChatRequest, conversation, image_bytes
 
 RETRY_AFTER = 2  # seconds
+GRACE = 30  # seconds after its deadline, until a request is given up of which the engine says nothing
+FETCHES = 8  # remote images at once, of all requests
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for. body_bytes, image_bytes; image_pixels: of one image; images; output_tokens; and
-    seconds until a request is given up."""
+    """What one request may ask for. body_bytes, image_bytes; image_pixels: of one image; images; schema_chars: of a
+    JSON schema, which takes a second for a million; output_tokens; and seconds until a request is given up."""
 
     body_bytes: int = 64 << 20
     image_bytes: int = 20 << 20
     image_pixels: int = 50_000_000
     images: int = 8
+    schema_chars: int = 1 << 16
     output_tokens: int = 4096
     seconds: float = 300.0
 
@@ -42,12 +46,17 @@ class Asking:
     ):
         self.model, self.engine, self.limits = model, engine, limits or Limits()
         self._fetch = fetch
+        self._fetching = ThreadPoolExecutor(FETCHES, "fetch")  # of their own: other hosts may be slow
 
     async def begin(self, body: bytes) -> "Answering":
         """Raises ApiError for whatever is wrong with the request, and where the engine takes no more."""
-        chat = _parsed(body)
+        chat = await asyncio.to_thread(_parsed, body)
         self.check_model(chat.model)
-        prepared = await asyncio.to_thread(self._prepare, chat)
+        with _as_api_errors(self.engine):  # before anything is fetched and opened
+            self.engine.check_room(chat.choices)
+        prompt, urls = self._conversation(chat)
+        fetched = await self._fetched(urls)
+        prepared, grammars = await asyncio.to_thread(self._prepare, chat, prompt, urls, fetched)
         loop, said = asyncio.get_running_loop(), asyncio.Queue()
 
         def sink(index: int) -> Callable[[Token | Failed], None]:
@@ -64,15 +73,9 @@ class Asking:
             options = replace(prepared.options, sampling=replace(prepared.options.sampling, seed=drawn))
             wanted = (chat.top_logprobs or 0) if chat.logprobs else None
             changed = {"options": options, "sink": sink(index), "deadline": deadline, "logprobs": wanted}
-            requests.append(replace(prepared, grammar=self._grammar(chat), **changed))
-        try:
+            requests.append(replace(prepared, grammar=grammars[index], **changed))
+        with _as_api_errors(self.engine):
             self.engine.submit(*requests)
-        except Busy as busy:
-            status, kind = (429, "rate_limit_error") if self.engine.accepting else (503, "server_error")
-            headers = {"Retry-After": str(RETRY_AFTER)}
-            raise ApiError(status, str(busy), kind, code="queue_full", headers=headers) from busy
-        except Failed as failed:
-            raise _api_error(failed) from failed
         return Answering(self.model, chat, requests, said)
 
     def check_model(self, name: str | None) -> None:
@@ -81,19 +84,34 @@ class Asking:
             message = f"model {name!r} is not served here, {self.model.bundle.name!r} is"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _prepare(self, chat: ChatRequest) -> Request:
-        """All that can be wrong with a request is found here."""
+    def _conversation(self, chat: ChatRequest) -> tuple[str, list[str]]:
+        """(prompt, URLs of its images)."""
+        prompt, urls = conversation(chat.messages, self.model.bundle.prompt)
+        if len(urls) > self.limits.images:
+            raise ApiError(400, f"{len(urls)} images, at most {self.limits.images} are taken", param="messages")
+        return prompt, urls
+
+    async def _fetched(self, urls: list[str]) -> dict[str, bytes]:
+        """The contents of those that are remote."""
+        remote = list(dict.fromkeys(url for url in urls if not url.startswith("data:")))
+        if remote and self._fetch is None:
+            raise ApiError(400, "remote images are refused; send a data URL", param="messages")
+        loop = asyncio.get_running_loop()
+        found = await asyncio.gather(*(loop.run_in_executor(self._fetching, self._fetch, url) for url in remote))
+        return dict(zip(remote, found, strict=True))
+
+    def _prepare(
+        self, chat: ChatRequest, prompt: str, urls: list[str], fetched: dict[str, bytes]
+    ) -> tuple[Request, list[JsonGrammar | None]]:
+        """(what the choices have in common, a grammar for each)."""
         model, limits = self.model, self.limits
-        prompt, urls = conversation(chat.messages, model.bundle.prompt)
-        if len(urls) > limits.images:
-            raise ApiError(400, f"{len(urls)} images, at most {limits.images} are taken", param="messages")
         sampling = Sampling(
             temperature=1.0 if chat.temperature is None else chat.temperature,
             top_p=1.0 if chat.top_p is None else chat.top_p,
         )
         try:
             options = Options(limits.output_tokens, sampling, chat.stops)
-            pictures = [self._picture(url, options) for url in urls]
+            pictures = [self._picture(url, fetched, options) for url in urls]
             ids = model.tokenizer.encode_prompt(prompt, [picture.tokens for picture in pictures])
         except UserError as error:
             raise ApiError(400, str(error), param="messages") from error
@@ -102,30 +120,34 @@ class Asking:
             message = f"the prompt has {len(ids)} tokens, the context is {model.decoder.capacity}"
             raise ApiError(400, message, param="messages", code="context_length_exceeded")
         limit = min(chat.limit or limits.output_tokens, limits.output_tokens, room)
-        return Request(ids, pictures, limit, options, lambda event: None, ignore_eos=chat.ignore_eos)
+        request = Request(ids, pictures, limit, options, lambda event: None, ignore_eos=chat.ignore_eos)
+        return request, [self._grammar(chat) for _ in range(chat.choices)]
 
     def _grammar(self, chat: ChatRequest) -> JsonGrammar | None:
         schema = chat.response_format.schema_of if chat.response_format else None
+        if schema is None:
+            return None
+        if (length := len(json.dumps(schema))) > self.limits.schema_chars:
+            message = f"a schema of {length} characters, at most {self.limits.schema_chars} are taken"
+            raise ApiError(400, message, param="response_format")
         try:
-            return None if schema is None else self.model.grammars.of_schema(schema)
+            return self.model.grammars.of_schema(schema)
         except UserError as error:
             raise ApiError(400, str(error), param="response_format") from error
 
-    def _picture(self, url: str, options: Options) -> Picture:
-        content = image_bytes(url, self.limits.image_bytes)
-        if content is None:
-            if self._fetch is None:
-                raise ApiError(400, "remote images are refused; send a data URL", param="messages")
-            content = self._fetch(url)
-        return Picture(self.model, content, options, self.limits.image_pixels)
+    def _picture(self, url: str, fetched: dict[str, bytes], options: Options) -> Picture:
+        content = fetched[url] if url in fetched else image_bytes(url, self.limits.image_bytes)
+        picture = Picture(self.model, content, options, self.limits.image_pixels)
+        picture.condense()
+        return picture
 
 
 class Answering:
-    """A request that has been taken. stream: whether it wants `chunks` rather than `whole`. Whoever stops waiting for
-    either calls `cancel`, or closes `chunks`."""
+    """A request that has been taken. choices: how many answers it wants. stream: whether as `chunks` rather than
+    `whole`. Whoever stops waiting for either calls `cancel`, or closes `chunks`."""
 
     def __init__(self, model: Model, chat: ChatRequest, requests: list[Request], said: asyncio.Queue):
-        self.stream = bool(chat.stream)
+        self.stream, self.choices = bool(chat.stream), len(requests)
         self._model, self._requests, self._said = model, requests, said
         self._with_usage = chat.stream_options is not None and chat.stream_options.include_usage
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.bundle.name}
@@ -178,7 +200,11 @@ class Answering:
         left = len(self._requests)
         try:
             while left:
-                index, event = await self._said.get()
+                patience = self._requests[0].deadline + GRACE - time.monotonic()
+                try:
+                    index, event = await asyncio.wait_for(self._said.get(), patience)
+                except TimeoutError as error:
+                    raise _api_error(Failed("deadline", "the engine does not answer")) from error
                 if isinstance(event, Failed):
                     raise _api_error(event)
                 left -= event.finish_reason is not None
@@ -197,8 +223,8 @@ class Answering:
             return None
 
         def named(token_id: int, logprob: float) -> dict[str, Any]:
-            text = self._model.tokenizer.decode([token_id])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            content = self._model.tokenizer.token_bytes(token_id)
+            return {"token": content.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(content)}
 
         content = []
         for logprob in (token.logprob for token in tokens):
@@ -210,13 +236,25 @@ class Answering:
 def _parsed(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate(json.loads(body))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         message = f"{param}: {first['msg']}" if param else first["msg"]
         raise ApiError(400, message, param=param) from error
+    except (ValueError, RecursionError) as error:  # of json: no JSON, no UTF-8, a number of too many digits
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+
+
+@contextmanager
+def _as_api_errors(engine: Engine) -> Iterator[None]:
+    """What an engine says that takes no request."""
+    try:
+        yield
+    except Busy as busy:
+        status, kind = (429, "rate_limit_error") if engine.accepting else (503, "server_error")
+        raise ApiError(status, str(busy), kind, code="queue_full", headers={"Retry-After": str(RETRY_AFTER)}) from busy
+    except Failed as failed:
+        raise _api_error(failed) from failed
 
 
 def _api_error(failed: Failed) -> ApiError:

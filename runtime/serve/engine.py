@@ -129,7 +129,8 @@ class Engine:
         self._prefilling: tuple[int, _Running] | None = None  # and its slot
         self._waiting: deque[Request] = deque()  # until their images are encoded
         self._ready: deque[tuple[Request, list[Hashable], Array | None]] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held where a request goes from one place to another
+        self._stop_lock = threading.Lock()
         self._wake = threading.Event()
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()  # for the encoder
         self._encoding: Request | None = None
@@ -145,17 +146,25 @@ class Engine:
     # Called from other threads
 
     def submit(self, *requests: Request) -> None:
-        """Take all of the requests, or raise Busy where the queue has no room for them or the engine stops, Failed
-        where it has crashed."""
+        """Take all of the requests, or raise as `check_room`."""
         with self._lock:
-            if self.crashed is not None:
-                raise Failed("crash", f"the engine has crashed: {self.crashed}")
-            if self._stopping:
-                raise Busy("the server is about to stop")
-            if self.waiting + len(requests) > self.queue_size + self._free:
-                raise Busy(f"{self.waiting} requests are waiting already")
+            self._check_room(len(requests))
             self._waiting.extend(requests)
         self._wake.set()
+
+    def check_room(self, count: int) -> None:
+        """Raises Busy where the queue has no room for so many requests or the engine stops, Failed where it has
+        crashed."""
+        with self._lock:
+            self._check_room(count)
+
+    def _check_room(self, count: int) -> None:
+        if self.crashed is not None:
+            raise Failed("crash", f"the engine has crashed: {self.crashed}")
+        if self._stopping:
+            raise Busy("the server is about to stop")
+        if self.waiting + count > self.queue_size + self._free:
+            raise Busy(f"{self.waiting} requests are waiting already")
 
     @property
     def waiting(self) -> int:
@@ -167,6 +176,10 @@ class Engine:
         """Requests in a slot."""
         return len(self._active) + (self._prefilling is not None)
 
+    def _under_way(self) -> int:
+        with self._lock:
+            return self.waiting + self.running
+
     @property
     def _free(self) -> int:
         return len(self._slots) - self.running
@@ -176,11 +189,17 @@ class Engine:
         return self.crashed is None and not self._stopping
 
     def stop(self, seconds: float) -> None:
-        """Refuse new requests, finish those there are within so many seconds, and fail the rest."""
+        """Refuse new requests, finish those there are within so many seconds, and fail the rest. A second call waits
+        for the first, and does nothing more."""
+        with self._stop_lock:
+            if not self._ended.is_set():
+                self._stop(seconds)
+
+    def _stop(self, seconds: float) -> None:
         with self._lock:
             self._stopping = True
         end = time.monotonic() + seconds
-        while self.crashed is None and self.waiting + self.running and time.monotonic() < end:
+        while self.crashed is None and self._under_way() and time.monotonic() < end:
             time.sleep(0.02)
         self._ended.set()
         self._wake.set()
@@ -200,8 +219,10 @@ class Engine:
             self._ended.set()
             self._wake.set()
             self._jobs.put(None)
-            self._fail_all(Failed("crash", f"the engine has crashed: {error}"))
             raise
+        finally:
+            if self.crashed is not None:  # here or in the other thread, which may have missed a request on its way
+                self._fail_all(Failed("crash", f"the engine has crashed: {self.crashed}"))
 
     def _fail_all(self, failed: Failed) -> None:
         with self._lock:
@@ -269,7 +290,8 @@ class Engine:
         with self._lock:
             if self._prefilling or not self._ready or not self._free:
                 return
-            request, names, embeds = self._ready.popleft()
+            entry = self._ready[0]
+        request, names, embeds = entry
         kept = [_common_length(held, names[:-1]) for held in self._names]  # the last is fed, for its logits
         idle = range(len(self._active), len(self._slots))
         slot = max(idle, key=lambda i: (kept[i], -self._used[i]))
@@ -283,7 +305,10 @@ class Engine:
         self._observer.prefilled(len(names) - request.cached_tokens, request.cached_tokens)
         stop = (*self.model.bundle.prompt.stop, *request.options.stop)
         answer = Answer(self.model.tokenizer, stop, request.limit, request.ignore_eos)
-        self._prefilling = slot, _Running(request, names, embeds, answer)
+        with self._lock:
+            if self._ready and self._ready[0] is entry:  # or all were failed meanwhile
+                self._ready.popleft()
+                self._prefilling = slot, _Running(request, names, embeds, answer)
 
     def _prefill_chunk(self) -> None:
         slot, running = self._prefilling
@@ -305,8 +330,9 @@ class Engine:
         self._slots.swap(slot, place)
         self._names[slot], self._names[place] = self._names[place], self._names[slot]
         self._used[slot], self._used[place] = self._used[place], time.monotonic()
-        self._prefilling = None
-        self._active.append(running)
+        with self._lock:
+            self._prefilling = None
+            self._active.append(running)
         self._take(running, token, logits)
 
     def _step(self) -> None:
@@ -377,15 +403,15 @@ class Engine:
     def _encode(self, request: Request) -> tuple[list[Hashable], Array | None]:
         """(names of the prompt's positions, image embeds)."""
         found: dict[Hashable, Array] = {}
-        keys = [picture.key() for picture in request.pictures]
+        keys = [picture.key for picture in request.pictures]
         for key, picture in zip(keys, request.pictures, strict=True):
             if key in found:
                 continue
-            embeds = self.model.cache.get(key)
+            embeds = self.model.cache.get(key) if picture.embeds is None else picture.embeds
             self._observer.cache(embeds is not None)
             if embeds is None:
                 begin = time.monotonic()
-                embeds = self.model.encoder([picture.pixel_values()])
+                embeds = self.model.encoder([picture.pixel_values])
                 self.model.cache.put(key, embeds)
                 self._observer.encoded(time.monotonic() - begin)
             found[key] = embeds
@@ -393,6 +419,7 @@ class Engine:
             (key, row) for key, picture in zip(keys, request.pictures, strict=True) for row in range(picture.tokens)
         ]
         names = [token if token >= 0 else rows[-1 - token] for token in request.ids]
+        request.pictures = []  # large, and not needed any more
         return names, concatenate([found[key] for key in keys]) if keys else None
 
 

@@ -17,12 +17,13 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import ClientDisconnect
 
 from runtime.serve.api import add_page, error_response, new_app, read_body
-from runtime.serve.asking import Limits
+from runtime.serve.asking import RETRY_AFTER, Limits
 from runtime.serve.protocol import ApiError
 
 TRIES = 5  # of a request whose replica dies
@@ -85,7 +86,8 @@ class Replica:
                 yield json.dumps(whole)
                 return
             pieces = answering.chunks()
-            first = [await anext(pieces), await anext(pieces)]  # the role comes at once, the token when it is there
+            # the roles come at once, a token when it is there
+            first = [await anext(pieces) for _ in range(answering.choices + 1)]
             yield {"status": 200, "stream": True}
             for piece in first:
                 yield piece
@@ -120,6 +122,7 @@ def build(args: dict[str, str]) -> serve.Application:
     replica = Replica.options(
         autoscaling_config=scaling,
         max_ongoing_requests=settings.max_batch + settings.max_queue,
+        max_queued_requests=settings.max_queue,  # at the ingress, while every replica has so many
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
     return _ingress(keys).bind(replica.bind(settings))
@@ -156,12 +159,21 @@ def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
             for tried in range(TRIES):
                 pieces = handle.answer.remote(body)
                 try:
-                    return await anext(pieces), pieces
+                    head = await anext(pieces)
+                    if not is_of_crash(head):
+                        return head, pieces
                 except asyncio.CancelledError:
                     pieces.cancel()
                     raise
-                except (RayError, StopAsyncIteration):  # it died, or was taken away
-                    await asyncio.sleep(PAUSE * (tried + 1))
+                except BackPressureError as error:
+                    headers = {"Retry-After": str(RETRY_AFTER)}
+                    raise ApiError(429, "every replica has all that it takes", "rate_limit_error", code="queue_full",
+                                   headers=headers) from error  # fmt: skip
+                except RayTaskError as error:  # another replica would do the same
+                    raise ApiError(500, f"{type(error.cause).__name__} in a replica", "server_error") from error
+                except (RayError, RayServeException, StopAsyncIteration):  # it died, or was taken away
+                    pass
+                await asyncio.sleep(PAUSE * (tried + 1))
             raise ApiError(503, "no replica answers", "server_error", code="unavailable", headers={"Retry-After": "5"})
 
         @app.get("/v1/models")
@@ -173,7 +185,7 @@ def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
         async def ready(self) -> Response:
             try:
                 await asyncio.wait_for(self._replicas.name.remote(), 5)
-            except (RayError, TimeoutError):
+            except (RayError, RayServeException, TimeoutError):
                 return error_response(ApiError(503, "no replica answers", "server_error"))
             return JSONResponse({"status": "ready"})
 
@@ -193,6 +205,11 @@ async def _texts(pieces: Any) -> AsyncIterator[str]:
         pieces.cancel()
 
 
+def is_of_crash(head: dict[str, Any]) -> bool:
+    """Whether a replica says that its engine has crashed; Ray takes some seconds to replace it."""
+    return "body" in head and head["body"]["error"]["code"] == "crash"
+
+
 def image_key(body: bytes) -> str:
     """The same for conversations that begin with the same image; "" where there is none, or the body is not what it
     should be."""
@@ -200,6 +217,6 @@ def image_key(body: bytes) -> str:
         messages = json.loads(body)["messages"]
         urls = [part["image_url"]["url"] for m in messages if isinstance(m["content"], list) for part in m["content"]
                 if part.get("type") == "image_url"]  # fmt: skip
+        return hashlib.blake2b(urls[0].encode(), digest_size=16).hexdigest() if urls else ""
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
-    return hashlib.blake2b(urls[0].encode(), digest_size=16).hexdigest() if urls else ""

@@ -8,8 +8,10 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from runtime.serve.protocol import ApiError, too_large
@@ -19,10 +21,18 @@ REDIRECTS = (301, 302, 303, 307, 308)
 PIECE = 1 << 16
 
 
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
 def is_public(address: str) -> bool:
+    """Whether it is a global one of one host, and does not stand for an IPv4 address that is none."""
     found = ipaddress.ip_address(address)
-    mapped = getattr(found, "ipv4_mapped", None)  # an IPv4 address in an IPv6 one's clothes
-    return (mapped or found).is_global
+    if found.version == 6:
+        if found.ipv4_mapped:
+            return is_public(str(found.ipv4_mapped))
+        if found in NAT64 or found.sixtofour or found.teredo or found.is_site_local or found.packed[:12] == bytes(12):
+            return False
+    return found.is_global and not found.is_multicast
 
 
 class Fetcher:
@@ -52,7 +62,7 @@ class Fetcher:
                 if isinstance(found, bytes):
                     return found
                 url = urljoin(url, found)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: of a URL that none can ask for
             raise _refused(f"it cannot be fetched: {error}") from error
         raise _refused(f"more than {self._redirects} redirects")
 
@@ -74,37 +84,50 @@ class Fetcher:
     def _get(self, parts: SplitResult, end: float) -> bytes | str:
         """The content, or where it redirects to."""
         host, port = parts.hostname, parts.port or PORTS[parts.scheme]
-        sock = socket.create_connection((self._address(host, port), port), timeout=_left(end))
-        if parts.scheme == "https":
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+        sock = self._connect(host, port, end)
+        if tls := parts.scheme == "https":
+            context = ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+        watch = threading.Timer(_left(end), _cut, [sock])  # a timeout of the socket is for each piece alone
+        watch.daemon = True
+        watch.start()
         connection = http.client.HTTPConnection(host, port)
         connection.sock = sock
         try:
+            if tls:
+                sock.do_handshake()
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "convllava-deploy"})
-            sock.settimeout(_left(end))
             answer = connection.getresponse()
             if answer.status in REDIRECTS and (location := answer.getheader("Location")):
                 return location
             if answer.status != 200:
                 raise _refused(f"the answer is {answer.status} {answer.reason}")
-            content = bytearray()
-            while True:
-                sock.settimeout(_left(end))
-                piece = answer.read1(PIECE)
-                if not piece:
-                    return bytes(content)
-                content += piece
-                if len(content) > self._most_bytes:
-                    raise too_large(self._most_bytes)
+            content = answer.read(self._most_bytes + 1)
+            if len(content) > self._most_bytes:
+                raise too_large(self._most_bytes)
+            if answer.length or time.monotonic() > end:
+                raise OSError("it ends early")
+            return content
         finally:
+            watch.cancel()
             connection.close()
 
-    def _address(self, host: str, port: int) -> str:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    def _connect(self, host: str, port: int, end: float) -> socket.socket:
+        """To the first of its addresses that answers."""
+        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         if not all(self._allowed(address) for address in found):
             raise _refused(f"host {host} has an address that is not public")
-        return sorted(found)[0]
+        for address in found[:-1]:
+            with suppress(OSError):
+                return socket.create_connection((address, port), timeout=_left(end) / 2)
+        return socket.create_connection((found[-1], port), timeout=_left(end))
+
+
+def _cut(sock: socket.socket) -> None:
+    """Whoever waits for it waits no longer."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _left(end: float) -> float:

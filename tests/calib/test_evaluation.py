@@ -91,6 +91,20 @@ def test_next_tokens_and_perplexity_are_those_of_the_pytorch_model(bundle, confo
     assert evaluation.perplexity == pytest.approx(math.exp(-np.mean(log_probs)), rel=1e-4)
 
 
+def test_answers_side_by_side_are_read_as_one_by_one(bundle, dataset, monkeypatch):
+    answers = ["It.", "A long answer, which goes on for a while and is cut.", "stripes", "no", "[0.1,0.1,0.5,0.5]"]
+    questions = tuple(Question(f"What {i}?", answer) for i, answer in enumerate(answers))
+    pages = [Page(page.file, questions[i:]) for i, page in enumerate(find_pages(dataset)[:2])]
+    found = []
+    for at_once in (1, 2, 8):
+        monkeypatch.setattr("calib.evaluation.AT_ONCE", at_once)
+        found.append(Evaluation(bundle, pages, 9)._readings)
+    for readings in found[1:]:
+        for one, other in zip(readings, found[0], strict=True):
+            np.testing.assert_array_equal(one.next, other.next)
+            np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
+
+
 def test_answers_that_are_not_known_are_the_models_own(bundle, pictures):
     pages = find_pages(pictures)[:2]
     assert pages[0].questions == QUESTIONS

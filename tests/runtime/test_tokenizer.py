@@ -310,6 +310,15 @@ def test_ordinary_added_token_is_text(llama):
     assert llama.decode([word, tool, word]) == "a <tool> a"
 
 
+@pytest.mark.parametrize("family", ["llama", "byte_level"])
+def test_bytes_of_tokens_joined_are_the_text(family, request):
+    tokenizer = request.getfixturevalue(family)
+    for text in ("The total, 日本 and 😀", "a  b\n c"):
+        ids = tokenizer.encode(text, bos=False)
+        assert b"".join(map(tokenizer.token_bytes, ids)).removeprefix(b" " * (family == "llama")) == text.encode()
+    assert tokenizer.token_bytes(10**9) == b"", "no such token"
+
+
 def test_ids_outside_the_vocabulary_have_no_text(llama, byte_level):
     word = llama.encode("a", bos=False)[0]
     assert streamed(llama, [word, 10**6, -1, word]) == ["a", "", "", " a", ""]

@@ -106,7 +106,10 @@ def test_logprobs_come_with_every_token(served):
         assert token.logprob <= 0
         assert token.top_logprobs[0].logprob == pytest.approx(token.logprob), "greedy"
         assert len(token.top_logprobs) == 3
-        assert bytes(token.bytes).decode() == token.token
+        assert bytes(token.bytes).decode("utf-8", "replace") == token.token
+    said = b"".join(bytes(token.bytes) for token in content)
+    said = said.decode("utf-8", "runtime.tokenizer.replace_each_byte")  # as answers are decoded
+    assert said.lstrip() == answer.choices[0].message.content.lstrip(), "spaces before words are there"
     streamed = list(create(served, asked(QUESTION), max_tokens=4, logprobs=True, stream=True))
     found = [t.logprob for c in streamed if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
     assert found == pytest.approx([token.logprob for token in content], abs=1e-4)
@@ -142,6 +145,16 @@ def test_answers_follow_a_schema(served, temperature):
             400,
             "schema",
         ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"enum": ["a"] * 20000}},
+                }
+            },
+            400,
+            "a schema of 100010 characters",
+        ),
     ],
 )
 def test_errors_have_openais_shape(served, change, status, said):
@@ -158,7 +171,7 @@ def test_remote_images_are_refused(served):
         create(served, [{"role": "user", "content": [part]}])
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"messages": 5}'])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"messages": 5}', b"1" * 5000])
 def test_bodies_that_are_no_requests_are_told_so(served, body):
     request = urllib.request.Request(f"http://127.0.0.1:{served.port}/v1/chat/completions", body, method="POST")
     with pytest.raises(urllib.error.HTTPError) as error:
@@ -208,7 +221,7 @@ def test_a_full_queue_is_429_with_retry_after(model):
     waiting = create(server, asked(QUESTION), max_tokens=3, stream=True)
     wait_for(lambda: server.engine.waiting == 1)
     with pytest.raises(openai.RateLimitError) as error:
-        create(server, asked(QUESTION), max_tokens=3)
+        create(server, asked(QUESTION, b"no image, but that is not looked at"), max_tokens=3)
     assert int(error.value.response.headers["retry-after"]) > 0
     running.close()
     assert "".join(c.choices[0].delta.content or "" for c in waiting)
@@ -296,6 +309,19 @@ def test_sigterm_finishes_what_runs_and_takes_no_more(conformance_bundle):
     assert server.process.wait(WAIT) in (0, -signal.SIGTERM)
     with pytest.raises(openai.APIConnectionError):
         client.models.list()
+
+
+def test_sigterm_tells_those_that_take_too_long(conformance_bundle):
+    server = Process("--bundle", conformance_bundle, "--stop-timeout", 0.5)
+    wait_for(server.ready)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=WAIT)
+    name = client.models.list().data[0].id
+    stream = client.chat.completions.create(model=name, messages=asked(QUESTION), temperature=0, **LONG)
+    next(iter(stream))
+    server.process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError, match="the server stops"):
+        list(stream)
+    assert server.process.wait(WAIT) in (0, -signal.SIGTERM)
 
 
 def test_check_says_what_would_be_served(conformance_bundle):

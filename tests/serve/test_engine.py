@@ -1,6 +1,7 @@
 """Many requests at once: the same answers as alone, whoever comes, goes, fails or waits."""
 
 import queue
+import threading
 import time
 
 import numpy as np
@@ -105,7 +106,9 @@ def test_what_a_slot_holds_is_taken_over(model, engine, alone):
     assert again.request.cached_tokens == len(again.request.ids) - 1
     engine.submit(other.request)
     assert other.ids() == alone[3][0]
-    assert other.request.pictures[0].tokens < other.request.cached_tokens < len(other.request.ids) - 1
+    visual = sum(token < 0 for token in other.request.ids)
+    assert visual < other.request.cached_tokens < len(other.request.ids) - 1
+    assert not other.request.pictures, "they are kept no longer than they are needed"
     different = asked(model, 4)
     engine.submit(different.request)
     different.ids()
@@ -228,6 +231,49 @@ def test_a_crash_fails_everyone_at_once(model, monkeypatch, part):
     with pytest.raises(Failed, match="has crashed: no more"):
         engine.submit(asked(model, 1).request)
     engine.stop(WAIT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_crash_fails_a_request_that_is_on_its_way_into_a_slot(model, monkeypatch):
+    """The encoder crashes while the decoder's thread holds a request that waits no longer and is in no slot yet."""
+    engine = Engine(model, slots=1)
+    running, ready, encoding = asked(model, ENDLESS, limit=4000), asked(model, 1), asked(model, 4)
+    engine.submit(running.request)
+    running.said.get(timeout=WAIT)
+    taken, make = threading.Event(), engines.Answer
+
+    def crash(*_):
+        assert taken.wait(WAIT)
+        raise MemoryError("no more")
+
+    def make_late(*arguments):
+        taken.set()
+        wait_for(lambda: engine.crashed is not None and not engine._ready)
+        return make(*arguments)
+
+    engine.submit(ready.request)
+    wait_for(lambda: engine._ready)
+    monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
+    monkeypatch.setattr(model, "encoder", crash)
+    monkeypatch.setattr(engines, "Answer", make_late)
+    engine.submit(encoding.request)
+    wait_for(lambda: engine._encoding)
+    running.request.cancelled = True
+    assert [failed.reason for failed in ready.tokens()] == ["crash"]
+    assert [failed.reason for failed in encoding.tokens()] == ["crash"]
+    engine.stop(WAIT)
+
+
+def test_a_condensed_picture_gives_the_same_answer(model, engine, alone, monkeypatch):
+    for cached in (False, True):
+        monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache() if not cached else model.cache)
+        one = asked(model, 0)
+        (condensed,) = one.request.pictures
+        condensed.condense()
+        assert condensed.image is None
+        assert (condensed.embeds is not None) == cached
+        engine.submit(one.request)
+        assert one.ids() == alone[0][0]
 
 
 def test_prompts_are_cut_into_chunks_between_steps(model, alone, monkeypatch):

@@ -17,6 +17,7 @@ ray = pytest.importorskip("ray", reason="no ray: pip install '.[serve]'")
 from ray import serve  # noqa: E402
 
 from runtime.serve import ray_app  # noqa: E402
+from runtime.serve.protocol import ApiError  # noqa: E402
 
 LONG = {"extra_body": {"ignore_eos": True}}
 NAME = "SERVE_REPLICA::default#Replica#"
@@ -94,6 +95,40 @@ def test_a_replica_that_dies_loses_no_request_that_had_not_begun(client):
     assert failed == []
     assert answers == [400] * 12
     wait_for(lambda: len(replicas()) == 2)
+
+
+def test_streams_of_several_choices(client):
+    pieces = list(create(client, asked("What is this?"), max_tokens=4, stream=True, n=2))
+    assert {piece.choices[0].index for piece in pieces} == {0, 1}
+
+
+def test_a_full_application_is_429(conformance_bundle, url):
+    """One replica that takes two requests, and one more waits at the ingress."""
+    settings = {"bundle": str(conformance_bundle), "threads": "1", "max_batch": "1", "max_queue": "1"}
+    serve.run(ray_app.build(settings), name="small", route_prefix="/small")
+    small = openai.OpenAI(base_url=url.replace("/v1", "/small/v1"), api_key="none", max_retries=0, timeout=WAIT)
+    found = []
+
+    def ask():
+        try:
+            found.append(create(small, asked("What is this?"), max_tokens=600, **LONG).usage.completion_tokens)
+        except openai.RateLimitError as error:
+            found.append(int(error.response.headers["retry-after"]))
+
+    create(small, asked("What is this?"), max_tokens=1)
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    serve.delete("small")
+    assert sorted(found) == [2, 2, 2, 600, 600, 600]
+
+
+def test_a_crash_is_told_from_other_errors():
+    assert ray_app.is_of_crash({"body": ApiError(500, "crashed", code="crash").body})
+    assert not ray_app.is_of_crash({"body": ApiError(400, "wrong").body})
+    assert not ray_app.is_of_crash({"status": 200, "stream": False})
 
 
 def test_settings_are_checked():

@@ -1,6 +1,8 @@
 """Remote images: from hosts that are named, never from addresses that are not public, within limits."""
 
+import contextlib
 import http.server
+import socket
 import threading
 import time
 
@@ -17,13 +19,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         port = self.server.server_address[1]
         if self.path == "/slow":
             time.sleep(3)
+        if self.path == "/dripping":
+            with contextlib.suppress(OSError):
+                for _ in range(30):
+                    self.wfile.write(b"H")
+                    time.sleep(0.2)
+            return
         if self.path.startswith("/to"):
             self.send_response(302)
-            target = {"/to-other": "http://elsewhere.test/", "/to-again": "/to-again"}.get(self.path, "/image?x=1")
+            others = {"/to-other": "http://elsewhere.test/", "/to-again": "/to-again", "/to-odd": "http://[x"}
+            target = others.get(self.path, "/image?x=1")
             self.send_header("Location", target)
             self.end_headers()
             return
         self.send_response(404 if self.path == "/none" else 200)
+        if self.path in ("/short", "/whole"):
+            self.send_header("Content-Length", str(len(BODY) + 50 * (self.path == "/short")))
+            self.send_header("Connection", "close")
         self.end_headers()
         assert self.headers["Host"] == f"127.0.0.1:{port}"
         try:
@@ -51,6 +63,7 @@ def fetcher(host, **options):
 def test_an_image_is_fetched_also_after_a_redirect(host):
     assert fetcher(host)(f"http://{host}/image") == BODY
     assert fetcher(host)(f"http://{host}/to") == BODY
+    assert fetcher(host)(f"http://{host}/whole") == BODY
 
 
 @pytest.mark.parametrize(
@@ -60,12 +73,18 @@ def test_an_image_is_fetched_also_after_a_redirect(host):
         ("/endless", "larger than 10000 bytes"),
         ("/to-other", "host elsewhere.test is not one"),
         ("/to-again", "more than 3 redirects"),
+        ("/to-odd", "cannot be fetched"),
         ("/slow", "cannot be fetched"),
+        ("/dripping", "cannot be fetched"),
+        ("/short", "ends early"),
+        ("/\xe9", "cannot be fetched"),
     ],
 )
 def test_limits_hold(host, path, said):
+    begin = time.monotonic()
     with pytest.raises(ApiError, match=said):
         fetcher(host, seconds=1.0)(f"http://{host}{path}")
+    assert time.monotonic() - begin < 2.5, "the limit is for all of it"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +108,17 @@ def test_addresses_that_are_not_public_are_refused(host):
     with pytest.raises(ApiError, match="not public"):
         Fetcher([host], 10_000)(f"http://{host}/image")
     private = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "::1", "fd00::1", "fe80::1", "0.0.0.0"]
-    assert not any(is_public(address) for address in [*private, "::ffff:127.0.0.1", "::ffff:169.254.169.254"])
+    disguised = ["::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1"]
+    others = ["224.0.0.1", "ff02::1", "fec0::1"]
+    assert not any(is_public(address) for address in [*private, *disguised, *others])
     assert is_public("8.8.8.8")
     assert is_public("2606:4700:4700::1111")
+
+
+def test_another_address_is_tried_where_one_does_not_answer(host, monkeypatch):
+    """Nothing listens at the first one."""
+    entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.2", "127.0.0.1")]
+    resolve, first = socket.getaddrinfo, iter([entries])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **options: next(first, None) or resolve(*a, **options))
+    assert fetcher(host)(f"http://{host}/image") == BODY
+    assert next(first, None) is None

@@ -191,7 +191,11 @@ $("form").addEventListener("submit", async (event) => {
   event.preventDefault();
   const question = $("question").value.trim();
   if (!question || running) return;
-  if (model === null) await findModel();
+  try {
+    if (model === null) await findModel();
+  } catch (error) {
+    say("error", error.message);
+  }
   if (model === null) return;
   $("question").value = "";
   await ask(question);
