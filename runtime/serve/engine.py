@@ -285,8 +285,8 @@ class Engine:
         self._jobs.put(self._encoding)
 
     def _admit(self) -> None:
-        """Begin with the next request whose images are encoded, in the slot that has most of it, or was used least
-        recently."""
+        """Begin with the next request whose images are encoded, in the slot that has most of it where that is most of
+        what the slot holds, or else in the one that was used least recently."""
         with self._lock:
             if self._prefilling or not self._ready or not self._free:
                 return
@@ -294,13 +294,14 @@ class Engine:
         request, names, embeds = entry
         kept = [_common_length(held, names[:-1]) for held in self._names]  # the last is fed, for its logits
         idle = range(len(self._active), len(self._slots))
-        slot = max(idle, key=lambda i: (kept[i], -self._used[i]))
-        best = max(range(len(self._slots)), key=lambda i: kept[i])
-        if kept[best] > kept[slot]:
-            self._slots.copy(best, slot, kept[best])
-        else:
+        best = max(range(len(self._slots)), key=lambda i: (kept[i], i in idle))
+        if best in idle and 2 * kept[best] >= len(self._names[best]):
+            slot = best
             self._slots[slot].rewind(kept[slot])
-        request.cached_tokens = max(kept[best], kept[slot])
+        else:  # what all prompts begin with is no reason to give up an image
+            slot = min(idle, key=lambda i: self._used[i])
+            self._slots.copy(best, slot, kept[best])
+        request.cached_tokens = kept[best]
         self._names[slot] = names[: request.cached_tokens]
         self._observer.prefilled(len(names) - request.cached_tokens, request.cached_tokens)
         stop = (*self.model.bundle.prompt.stop, *request.options.stop)

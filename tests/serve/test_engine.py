@@ -116,6 +116,18 @@ def test_what_a_slot_holds_is_taken_over(model, engine, alone):
     assert different.request.cached_tokens == before_image, "another image is another image, at whatever position"
 
 
+def test_pages_that_are_asked_about_in_turn_keep_their_slots(model, engine, alone):
+    """Though all prompts begin alike."""
+    for turn in range(3):
+        for number in (0, 3, 4):
+            one = asked(model, number)
+            engine.submit(one.request)
+            assert one.ids() == alone[number][0]
+            visual = sum(token < 0 for token in one.request.ids)
+            if turn:
+                assert one.request.cached_tokens > visual, f"question {number} in turn {turn}"
+
+
 def test_draws_depend_on_their_seed_alone(model, engine):
     options = {"sampling": Sampling(temperature=1.5, seed=7)}
     lone = asked(model, 0, **options)
