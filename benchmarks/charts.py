@@ -92,6 +92,8 @@ def draw_first_token(rows: list[dict], figure: Any) -> None:
 
 def draw_serve(rows: list[dict], figure: Any) -> None:
     """Of the sweep over rates of requests: a line each for batching and none, medians and 99th percentiles."""
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
+
     axes = figure.subplots(1, 3)
     panels = (("tokens/s", ("tokens_per_s",)), ("first token, ms", ("first_p50_ms", "first_p99_ms")),
               ("between tokens, ms", ("gap_p50_ms", "gap_p99_ms")))  # fmt: skip
@@ -103,6 +105,8 @@ def draw_serve(rows: list[dict], figure: Any) -> None:
                 name = f"{batch} at once{', 99 %' if 'p99' in key else ''}"
                 axis.plot(*zip(*points, strict=True), style, color=f"C{number}", label=name)
         axis.set(xlabel="requests a second", ylabel=title, yscale="linear" if title == "tokens/s" else "log")
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(2, 0.5)) if title != "tokens/s" else ScalarFormatter())
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
 

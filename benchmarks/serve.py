@@ -8,6 +8,8 @@ seen: CROWD conversations at once about images seen before, TOKENS each, against
 new: CROWD pages at once that were never seen, SHORT tokens each, against one after the other; and when the first answer
 begins, against a lone one.
 gap: the longest pause between two tokens of an answer while another page comes in.
+schema: tokens of an answer that follows a JSON schema (a long array of objects), against one that follows none; medians
+of ROUNDS turns each.
 sweep: requests at random times (Poisson), so many a second on average, about pages seen before, SHORT tokens each:
 throughput, time to the first token and between tokens; with --max-batch CROWD and 1.
 """
@@ -32,9 +34,17 @@ import openai
 from benchmarks import record
 
 ROOT = Path(__file__).parents[1]
-CROWD, TOKENS, SHORT = 8, 256, 64
+CROWD, TOKENS, SHORT, ROUNDS = 8, 256, 64, 5
 QUESTIONS = ("What is the total?", "Who issued this document?", "What is the date?", "Describe the page.")
+ONE_BY_ONE = "one after the other"
 WAIT = 120  # seconds, for a server to be ready
+ITEM = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 40}, "amount": {"type": "number"}},
+    "required": ["name", "amount"],
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "array", "items": ITEM, "minItems": TOKENS}  # longer than an answer may be
 
 
 class Server:
@@ -92,12 +102,17 @@ class Answered:
         return [later - earlier for earlier, later in zip(self.pieces, self.pieces[1:], strict=False)]
 
 
-async def ask(client: openai.AsyncOpenAI, model: str, page: str, question: str, tokens: int) -> Answered:
+async def ask(
+    client: openai.AsyncOpenAI, model: str, page: str, question: str, tokens: int, schema: dict | None = None
+) -> Answered:
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": page}}]
     answered = Answered(time.perf_counter())
+    followed = (
+        {"type": "json_schema", "json_schema": {"name": "asked", "schema": schema}} if schema else {"type": "text"}
+    )
     stream = await client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": content}], max_tokens=tokens, temperature=0,
-        stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+        stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True}, response_format=followed,
     )  # fmt: skip
     async for chunk in stream:
         if chunk.choices and chunk.choices[0].delta.content:  # a token without text shows in the next one's piece
@@ -137,8 +152,21 @@ class Load:
             crowd = await asyncio.gather(*(ask(client, model, page, QUESTIONS[2], TOKENS) for page in pages))
             at_once = time.perf_counter() - begin
         tokens = sum(answered.tokens for answered in crowd)
-        row = {"work": "seen", "what": f"{CROWD} conversations, images seen", "metric": "tokens/s"}
-        return [row | compared(tokens / at_once, tokens / one_by_one, higher=True)]
+        row = {"work": "seen", "what": f"{CROWD} conversations at once, images seen", "metric": "tokens/s"}
+        return [row | {"against": ONE_BY_ONE} | compared(tokens / at_once, tokens / one_by_one, higher=True)]
+
+    async def schema(self, server: Server) -> list[dict]:
+        async with server.client() as client:
+            model = (await client.models.list()).data[0].id
+            (page,) = self.new_pages(1)
+            rates: dict[bool, list[float]] = {True: [], False: []}
+            for _ in range(ROUNDS + 1):
+                for followed, taken in rates.items():
+                    answered = await ask(client, model, page, QUESTIONS[3], TOKENS, SCHEMA if followed else None)
+                    taken.append((answered.tokens - 1) / (answered.pieces[-1] - answered.pieces[0]))
+        row = {"work": "schema", "what": "an answer that follows a JSON schema", "metric": "tokens/s"}
+        medians = [statistics.median(taken[1:]) for taken in rates.values()]  # the first ones warm up
+        return [row | {"against": "none"} | compared(*medians, higher=True)]
 
     async def new(self, server: Server) -> list[dict]:
         async with server.client() as client:
@@ -157,13 +185,18 @@ class Load:
             await asyncio.sleep(alone * 1.2)
             await ask(client, model, self.new_pages(1)[0], QUESTIONS[0], 1)
             gap = max((await running).gaps)
-        total = {"work": "new", "what": f"{CROWD} new pages, in all", "metric": "s"}
-        begun = {"work": "new", "what": f"{CROWD} new pages, until the first answer begins", "metric": "s"}
+        total = {"work": "new", "what": f"{CROWD} new pages at once, in all", "metric": "s", "against": ONE_BY_ONE}
+        begun = {
+            "work": "new",
+            "what": "until the first of their answers begins",
+            "metric": "s",
+            "against": "a lone one",
+        }
         paused = {"work": "gap", "what": "longest pause of an answer while a page comes in", "metric": "ms"}
         return [
             total | compared(at_once, one_by_one),
             begun | compared(first, alone),
-            paused | {"ours": round(1000 * gap), "theirs": "", "ratio": ""},
+            paused | {"ours": round(1000 * gap), "against": "", "theirs": "", "ratio": ""},
         ]
 
     async def sweep(self, server: Server, batch: int, rates: list[float], seconds: float) -> list[dict]:
@@ -214,13 +247,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/serve.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        load = Load(args.bundle, Path(folder), 5 * CROWD + 2)
+        load = Load(args.bundle, Path(folder), 5 * CROWD + 3)
         rows = []
         for batch in (CROWD, 1):
             server = Server(args.bundle, batch)
             try:
                 if batch > 1:
-                    for scene in (load.seen, load.new):
+                    for scene in (load.seen, load.schema, load.new):
                         rows += asyncio.run(scene(server))
                         print(*rows[-3:], sep="\n", flush=True)
                 rows += asyncio.run(load.sweep(server, batch, args.rates, args.seconds))

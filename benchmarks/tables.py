@@ -156,9 +156,17 @@ COLUMNS = {
     "serve": [
         ("what", "load"),
         ("metric", "in"),
-        ("ours", "at once"),
-        ("theirs", "one after the other"),
+        ("ours", "measured"),
+        ("against", "against"),
+        ("theirs", "which is"),
         ("ratio", "times as good"),
+    ],
+    "soak": [
+        ("request", "what clients do"),
+        ("requests", "times"),
+        ("failures", "failures"),
+        ("median_ms", "median, ms"),
+        ("p99_ms", "99 %, ms"),
     ],
 }
 # name -> which rows are shown, where the charts have them all
