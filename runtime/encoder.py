@@ -5,6 +5,7 @@
     encoder([pixel_values, ...]) -> image embeds [sum of T, D], the images one after the other, on `encoder.device`
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +36,21 @@ class OnnxEncoder:
         self._options = run_options(self.device)
 
     def __call__(self, images: list[np.ndarray]) -> Array:
-        """images: pixel values [3, H, W] float32 -> image embeds [sum of T, D] in the graph's dtype."""
+        """images: pixel values [3, H, W] float32 -> image embeds [sum of T, D] in the graph's dtype. On a GPU those of
+        one size that follow one another are a batch; on a CPU that takes as long and wants more memory."""
         embeds = self.device.zeros((sum(tokens_of(image, self._stride) for image in images), self._hidden), self._dtype)
+        if isinstance(self.device, Cpu):
+            batches = [[image] for image in images]
+        else:
+            batches = [list(some) for _, some in itertools.groupby(images, lambda image: image.shape)]
         begin = 0
-        for image in images:
-            end = begin + tokens_of(image, self._stride)
+        for batch in batches:
+            tokens = tokens_of(batch[0], self._stride)
+            end = begin + len(batch) * tokens
             binding = self._session.io_binding()
-            pixels = self.device.take(image[None], self._dtype)
+            pixels = self.device.take(np.stack(batch), self._dtype)
             bind_input(binding, "pixel_values", pixels, self.device)
-            output = embeds[begin:end].reshape((1, end - begin, self._hidden))
+            output = embeds[begin:end].reshape((len(batch), tokens, self._hidden))
             bind_output(binding, "image_embeds", output, self.device)
             self._session.run_with_iobinding(binding, self._options)
             begin = end

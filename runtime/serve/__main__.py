@@ -26,6 +26,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-batch", type=_positive, default=8, metavar="N", help="answers decoded at once")
     parser.add_argument("--max-queue", type=_positive, default=64, metavar="N", help="requests that may wait")
+    parser.add_argument(
+        "--no-batch-invariant", action="store_true", help="4 and 8 bits: faster alone, not quite the same in a crowd"
+    )
     parser.add_argument("--api-key-file", type=Path, metavar="F", help="a key a line, one of which clients must send")
     parser.add_argument("--no-api-key", action="store_true", help="serve other hosts without keys")
     parser.add_argument("--allow-remote-images", nargs="+", default=[], metavar="HOST", help="images may come from")
@@ -79,7 +82,7 @@ def serve(model, args: argparse.Namespace, keys: tuple[str, ...]) -> None:
     from runtime.serve.remote import Fetcher
 
     metrics = Metrics()
-    engine = Engine(model, args.max_batch, args.max_queue, metrics)
+    engine = Engine(model, args.max_batch, args.max_queue, metrics, not args.no_batch_invariant)
     limits = Limits(
         image_bytes=args.max_image_bytes,
         image_pixels=args.max_image_pixels,

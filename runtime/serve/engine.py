@@ -3,8 +3,9 @@
 Between two steps of the decode batch requests come and go. A prompt is prefilled in chunks of CHUNK ids, one between
 two steps, and always in the same chunks, so that an answer does not depend on who else is there. An image is encoded
 only while no prompt is being prefilled: on a CPU both use all cores, and the answer that could begin is not to wait for
-an image that comes after it. Images are encoded one at a time, in the order of their requests: on a CPU a batch of them
-takes as long as one after the other, and the first would wait for the last.
+an image that comes after it. On a CPU images are encoded one request at a time, in their order: a batch of them takes
+as long as one after the other, and the first would wait for the last. On a GPU those that wait are encoded together,
+equal sizes in a batch.
 
 A slot keeps its keys and values after its request has gone. A new request takes over what it has in common with any
 slot, image embeds and tokens alike, up to the first position that differs.
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.answer import Answer
-from runtime.device import Array, concatenate
+from runtime.device import Array, Cpu, concatenate
 from runtime.errors import UserError
 from runtime.grammar import JsonGrammar
 from runtime.model import Model, Options, Picture
@@ -30,7 +31,7 @@ from runtime.slots import Slots
 
 CHUNK = 48  # ids; with 4-bit weights and AVX2 alone a quarter of a second
 IDLE = 0.2  # seconds until an idle thread looks around again
-TOP_LOGPROBS = 20
+TOGETHER = 8  # requests whose images are encoded together on a GPU
 
 
 class Busy(Exception):
@@ -115,14 +116,24 @@ class _Running:
 
 
 class Engine:
-    """Call `submit` from any thread. slots: sequences that are decoded together; queue: requests that may wait."""
+    """Call `submit` from any thread. slots: sequences that are decoded together; queue_size: requests that may wait.
+    batch_invariant: on a CPU, greedy answers are the same alone and in a crowd, which costs a lone one of a decoder of
+    4 or 8 bits up to a third of its speed (`Slots`)."""
 
-    def __init__(self, model: Model, slots: int = 8, queue_size: int = 64, observer: Observer | None = None):
+    def __init__(
+        self,
+        model: Model,
+        slots: int = 8,
+        queue_size: int = 64,
+        observer: Observer | None = None,
+        batch_invariant: bool = True,
+    ):
         self.model = model
+        self._least = 2 if batch_invariant and model.decoder.part.precision in ("int4", "int8") else 1  # rows of a run
         self.crashed: BaseException | None = None
         self.queue_size = queue_size
         self._observer = observer or Observer()
-        self._slots = Slots(model.decoder, slots, model.decoder.capacity)
+        self._slots = Slots(model.decoder, slots, model.decoder.capacity, self._least)
         self._names: list[list[Hashable]] = [[] for _ in range(slots)]  # of what each slot holds
         self._used = [0.0] * slots  # when
         self._active: list[_Running] = []  # decoding, in the slots 0, 1, ...
@@ -133,7 +144,8 @@ class Engine:
         self._stop_lock = threading.Lock()
         self._wake = threading.Event()
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()  # for the encoder
-        self._encoding: Request | None = None
+        self._encoding: list[Request] = []
+        self._together = 1 if isinstance(model.encoder.device, Cpu) else TOGETHER
         self._stopping = False
         self._ended = threading.Event()
         self._threads = [
@@ -169,7 +181,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that no slot has been given to."""
-        return len(self._waiting) + (self._encoding is not None) + len(self._ready)
+        return len(self._waiting) + len(self._encoding) + len(self._ready)
 
     @property
     def running(self) -> int:
@@ -228,9 +240,8 @@ class Engine:
         with self._lock:
             requests = [running.request for running in self._active]
             requests += [self._prefilling[1].request] if self._prefilling else []
-            requests += [self._encoding] if self._encoding else []
-            requests += [*self._waiting, *(request for request, *_ in self._ready)]
-            self._active, self._prefilling, self._encoding = [], None, None
+            requests += [*self._encoding, *self._waiting, *(request for request, *_ in self._ready)]
+            self._active, self._prefilling, self._encoding = [], None, []
             self._waiting.clear()
             self._ready.clear()
         for request in {id(request): request for request in requests}.values():
@@ -277,11 +288,11 @@ class Engine:
             request.sink(Failed("deadline", "the request has reached its deadline"))
 
     def _hand_to_encoder(self) -> None:
-        """The next request goes to the encoder's thread, unless that has one, or a prompt would wait for it."""
+        """The next requests go to the encoder's thread, unless that has some, or a prompt would wait for it."""
         with self._lock:
             if self._encoding or not self._waiting or self._prefilling or (self._ready and self._free):
                 return
-            self._encoding = self._waiting.popleft()
+            self._encoding = [self._waiting.popleft() for _ in range(min(self._together, len(self._waiting)))]
         self._jobs.put(self._encoding)
 
     def _admit(self) -> None:
@@ -292,7 +303,11 @@ class Engine:
                 return
             entry = self._ready[0]
         request, names, embeds = entry
-        kept = [_common_length(held, names[:-1]) for held in self._names]  # the last is fed, for its logits
+        known = names[: -self._least]  # the last one is fed for its logits, and not alone if that matters
+        kept = [
+            min(_common_length(held, known), slot.cache.length)
+            for held, slot in zip(self._names, self._slots, strict=True)
+        ]
         idle = range(len(self._active), len(self._slots))
         best = max(range(len(self._slots)), key=lambda i: (kept[i], i in idle))
         if best in idle and 2 * kept[best] >= len(self._names[best]):
@@ -315,7 +330,7 @@ class Engine:
         slot, running = self._prefilling
         sequence, ids = self._slots[slot], running.request.ids
         begin = sequence.cache.length
-        chunk = ids[begin : begin + CHUNK]
+        chunk = ids[begin : begin + CHUNK - (begin + CHUNK + 1 == len(ids))]  # no last one is left alone
         if begin + len(chunk) < len(ids):
             sequence.forward_greedy(chunk, running.embeds)
             self._names[slot] = running.names[: begin + len(chunk)]
@@ -386,42 +401,62 @@ class Engine:
     # The encoder's thread
 
     def _encode_forever(self) -> None:
-        while (request := self._jobs.get()) is not None and not self._ended.is_set():
-            entry = failed = None
+        while (requests := self._jobs.get()) is not None and not self._ended.is_set():
+            found, failed = {}, {}
             try:
-                entry = self._encode(request)
-            except UserError as error:  # of this request alone
-                failed = Failed("request", str(error))
+                self._embeds([picture for request in requests for picture in request.pictures], found)
+            except UserError:  # of one of them
+                failed = self._try_alone(requests, found)
+            entries = [(request, *_named(request, found)) for request in requests if id(request) not in failed]
             with self._lock:
-                ours, self._encoding = self._encoding is not None, None  # or all were failed meanwhile
-                if ours and entry:
-                    self._ready.append((request, *entry))
-            if ours and failed:
-                self._observer.finished(failed.reason)
-                request.sink(failed)
+                ours, self._encoding = bool(self._encoding), []  # or all were failed meanwhile
+                if ours:
+                    self._ready.extend(entries)
+            for request in requests if ours else ():
+                request.pictures = []  # large, and not needed any more
+                if id(request) in failed:
+                    self._observer.finished("request")
+                    request.sink(Failed("request", str(failed[id(request)])))
             self._wake.set()
 
-    def _encode(self, request: Request) -> tuple[list[Hashable], Array | None]:
-        """(names of the prompt's positions, image embeds)."""
-        found: dict[Hashable, Array] = {}
-        keys = [picture.key for picture in request.pictures]
-        for key, picture in zip(keys, request.pictures, strict=True):
-            if key in found:
+    def _try_alone(self, requests: list[Request], found: dict[Hashable, Array]) -> dict[int, UserError]:
+        """What is wrong with each request that cannot be encoded, by its id."""
+        failed = {}
+        for request in requests:
+            try:
+                self._embeds(request.pictures, found)
+            except UserError as error:
+                failed[id(request)] = error
+        return failed
+
+    def _embeds(self, pictures: list[Picture], found: dict[Hashable, Array]) -> None:
+        """Add the image embeds of the pictures by their keys, encoding those that are not known."""
+        missing: dict[Hashable, Picture] = {}
+        for picture in pictures:
+            if picture.key in found or picture.key in missing:
                 continue
-            embeds = self.model.cache.get(key) if picture.embeds is None else picture.embeds
+            embeds = self.model.cache.get(picture.key) if picture.embeds is None else picture.embeds
             self._observer.cache(embeds is not None)
             if embeds is None:
-                begin = time.monotonic()
-                embeds = self.model.encoder([picture.pixel_values])
-                self.model.cache.put(key, embeds)
-                self._observer.encoded(time.monotonic() - begin)
-            found[key] = embeds
-        rows = [
-            (key, row) for key, picture in zip(keys, request.pictures, strict=True) for row in range(picture.tokens)
-        ]
-        names = [token if token >= 0 else rows[-1 - token] for token in request.ids]
-        request.pictures = []  # large, and not needed any more
-        return names, concatenate([found[key] for key in keys]) if keys else None
+                missing[picture.key] = picture
+            else:
+                found[picture.key] = embeds
+        if not missing:
+            return
+        by_size, started = sorted(missing.values(), key=lambda one: one.pixel_values.shape), time.monotonic()
+        embeds, row = self.model.encoder([picture.pixel_values for picture in by_size]), 0
+        self._observer.encoded(time.monotonic() - started)
+        for picture in by_size:
+            found[picture.key] = embeds[row : row + picture.tokens]
+            self.model.cache.put(picture.key, found[picture.key])
+            row += picture.tokens
+
+
+def _named(request: Request, embeds: dict[Hashable, Array]) -> tuple[list[Hashable], Array | None]:
+    """(names of the prompt's positions, its image embeds)."""
+    rows = [(picture.key, row) for picture in request.pictures for row in range(picture.tokens)]
+    names = [token if token >= 0 else rows[-1 - token] for token in request.ids]
+    return names, concatenate([embeds[picture.key] for picture in request.pictures]) if request.pictures else None
 
 
 def logprob_of(logits: np.ndarray, token: int, top: int) -> Logprob:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,6 +16,8 @@ from export.half import to_half
 from export.validate import validate
 from runtime.backends import Backends
 from runtime.bundle import file_sha256, open_bundle
+from runtime.device import Cpu
+from runtime.encoder import OnnxEncoder
 from runtime.engines import FORMAT, engine_folder, engine_name, read_report, write_report
 from runtime.errors import UserError
 from tests.conftest import run_module
@@ -336,3 +339,23 @@ def test_the_command_line_says_what_ran(conformance_bundle, picture):
 )
 def test_what_cannot_be_had_is_one_line(conformance_bundle, arguments, mentions):
     assert_one_line_error(infer(conformance_bundle, "--prompt", "What?", *arguments), *mentions)
+
+
+def test_images_of_one_size_are_a_batch_where_the_device_is_no_cpu(reference, conformance_bundle):
+    class Elsewhere:
+        """Memory of the host that does not call itself so."""
+
+        name, zeros, take = "cpu", Cpu.zeros, Cpu.take
+
+    file = conformance_bundle / "encoder" / "fp32.onnx"
+    encoder, batches = OnnxEncoder(file, reference.bundle.encoder.stride, device=Elsewhere()), []
+    session = encoder._session
+    encoder._session = SimpleNamespace(
+        io_binding=session.io_binding,
+        run_with_iobinding=lambda binding, options: batches.append(session.run_with_iobinding(binding, options)),
+    )
+    random = np.random.default_rng(0)
+    sizes = [(128, 128), (128, 128), (192, 128), (128, 128)]
+    images = [random.standard_normal((3, *size), dtype=np.float32) for size in sizes]
+    np.testing.assert_allclose(encoder(images), reference.encoder(images), rtol=1e-4, atol=1e-5)
+    assert len(batches) == 3

@@ -74,6 +74,23 @@ def test_sequences_join_and_leave_between_steps(decoder, images, alone):
     assert [len(found) for found in ids.values()] == [12, 4, 12, 7]
 
 
+def test_rows_of_nothing_leave_other_slots_as_they_are(decoder, images, alone):
+    """A step computes three rows, whether one, two or three slots take part; a full one loses its last position."""
+    slots = Slots(decoder, 2, 40, least=3)
+    ids = [[slot.forward_greedy(prompt, images)] for slot, prompt in zip(slots, PROMPTS[:2], strict=True)]
+    for _ in range(4):
+        ids[0] += slots.step([ids[0][-1]])
+    while len(ids[1]) < STEPS:
+        ids[1] += slots.step([ids[0][-1], ids[1][-1]])[1:]
+        slots[0].rewind(slots[0].cache.length - 1)
+    assert ids[0] == alone[0][0][:5]
+    assert ids[1] == alone[1][0]
+    slots[1].rewind(0)
+    slots[1].forward(list(range(3, 43)))
+    slots.step([ids[0][-1]])
+    assert slots[1].cache.length == 39
+
+
 def test_a_full_slot_stops_all_and_nothing_is_fed(decoder):
     slots = Slots(decoder, 2, 8)
     slots[0].forward([1, 2, 3])

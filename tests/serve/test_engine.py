@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 import runtime
+from runtime.errors import UserError
 from runtime.model import Options, Picture
 from runtime.prompt import first_turn
 from runtime.sampling import Sampling
 from runtime.serve import engine as engines
 from runtime.serve.engine import Busy, Engine, Failed, Request
+from tests.conftest import run_module
 
 WAIT = 120  # seconds, that a test waits for what must come
 
@@ -131,6 +133,84 @@ def test_pages_that_are_asked_about_in_turn_keep_their_slots(model, engine):
     fresh.submit(one.request)
     assert one.ids() == said["And its date?", 2]
     fresh.stop(0)
+
+
+@pytest.fixture(scope="module", params=["int4", "int8"])
+def small(request, conformance, tmp_path_factory):
+    """A model whose decoder has weights of few bits."""
+    out = tmp_path_factory.mktemp("small") / request.param
+    options = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--decoder-precision", request.param)
+    run_module("export.bundle", *options, "--out", out).check_returncode()
+    return runtime.load(out)
+
+
+def test_weights_of_few_bits_do_not_change_an_answer_in_a_crowd(small):
+    """Bit for bit, whatever else runs and whatever is taken over."""
+    questions = [
+        "What is this?",
+        "Count.",
+        "A longer question, which takes more tokens than the others do.",
+        "What is it?",
+    ]
+
+    def all_of(engine, order):
+        crowd = {question: Asked(small, question, logprobs=2, limit=24) for question in order}
+        engine.submit(*(one.request for one in crowd.values()))
+        return {q: [(t.token_id, t.logprob.logprob) for t in one.tokens()] for q, one in crowd.items()}
+
+    alone = {}
+    for question in questions:
+        lone = Engine(small, slots=1)
+        alone |= all_of(lone, [question])
+        lone.stop(0)
+    engine = Engine(small, slots=3)
+    assert all_of(engine, questions) == alone
+    assert all_of(engine, questions[::-1]) == alone
+    engine.stop(0)
+
+
+def test_images_that_wait_are_encoded_together_on_a_gpu(model, alone, monkeypatch):
+    """By an engine that takes the encoder's device for one: equal sizes follow one another."""
+    monkeypatch.setattr(engines, "Cpu", type(None))
+    engine = Engine(model, slots=3)
+    shapes, encode, blocked = [], model.encoder, threading.Event()
+
+    def encoding(images):
+        shapes.append([image.shape for image in images])
+        assert blocked.wait(WAIT)
+        return encode(images)
+
+    encoding.device = encode.device
+    monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
+    monkeypatch.setattr(model, "encoder", encoding)
+    crowd = [asked(model, number) for number in (0, 2, 3)]
+    engine.submit(crowd[0].request)
+    wait_for(lambda: shapes)
+    engine.submit(*(one.request for one in crowd[1:]))
+    blocked.set()
+    assert [one.ids() for one in crowd] == [alone[number][0] for number in (0, 2, 3)]
+    assert [len(some) for some in shapes] == [1, 2], "two new images; the third was encoded before"
+    engine.stop(WAIT)
+
+
+def test_an_image_that_cannot_be_encoded_fails_its_request_alone(model, alone, monkeypatch):
+    monkeypatch.setattr(engines, "Cpu", type(None))
+    engine = Engine(model, slots=3)
+    encode, wrong = model.encoder, asked(model, 4)
+    refused = wrong.request.pictures[0].pixel_values
+
+    def encoding(images):
+        if any(np.array_equal(image, refused) for image in images):
+            raise UserError("built for other sizes")
+        return encode(images)
+
+    monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
+    monkeypatch.setattr(model, "encoder", encoding)
+    right = [asked(model, 0), asked(model, 2)]
+    engine.submit(right[0].request, wrong.request, right[1].request)
+    assert [failed.reason for failed in wrong.tokens()] == ["request"]
+    assert [one.ids() for one in right] == [alone[0][0], alone[2][0]]
+    engine.stop(WAIT)
 
 
 def test_draws_depend_on_their_seed_alone(model, engine):
