@@ -296,7 +296,7 @@ def main() -> int:
     )
     parser.add_argument("--samples", type=int, metavar="N", help="images to calibrate on; default: 64, decoder 16")
     parser.add_argument("--questions", type=int, metavar="N", help="to measure losses on; default: 200")
-    parser.add_argument("--budget", type=float, metavar="B", help="points of ANLS, or else % of next tokens, to lose")
+    parser.add_argument("--budget", type=float, metavar="B", help="points of ANLS, or else %% of next tokens, to lose")
     parser.add_argument("--depthwise", action="store_true", help="quantise depthwise convolutions too")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep the ranges, for another method")
     parser.add_argument("--out", type=Path, required=True, help="the new bundle's folder")
