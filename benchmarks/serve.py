@@ -103,8 +103,15 @@ class Answered:
 
 
 async def ask(
-    client: openai.AsyncOpenAI, model: str, page: str, question: str, tokens: int, schema: dict | None = None
+    client: openai.AsyncOpenAI,
+    model: str,
+    page: str,
+    question: str,
+    tokens: int,
+    schema: dict | None = None,
+    every: bool = False,
 ) -> Answered:
+    """every: note each token, by asking for its logprob, and not only those that bring text."""
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": page}}]
     answered = Answered(time.perf_counter())
     followed = (
@@ -113,9 +120,10 @@ async def ask(
     stream = await client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": content}], max_tokens=tokens, temperature=0,
         stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True}, response_format=followed,
+        logprobs=every,
     )  # fmt: skip
     async for chunk in stream:
-        if chunk.choices and chunk.choices[0].delta.content:  # a token without text shows in the next one's piece
+        if chunk.choices and (chunk.choices[0].delta.content or chunk.choices[0].logprobs):
             answered.pieces.append(time.perf_counter())
         if chunk.usage:
             answered.tokens = chunk.usage.completion_tokens
@@ -181,7 +189,7 @@ class Load:
             at_once = time.perf_counter() - begin
             first = min(answered.first for answered in crowd)
             alone = statistics.median(answered.first for answered in lone)
-            running = asyncio.create_task(ask(client, model, self.new_pages(1)[0], QUESTIONS[0], TOKENS))
+            running = asyncio.create_task(ask(client, model, self.new_pages(1)[0], QUESTIONS[0], TOKENS, every=True))
             await asyncio.sleep(alone * 1.2)
             await ask(client, model, self.new_pages(1)[0], QUESTIONS[0], 1)
             gap = max((await running).gaps)

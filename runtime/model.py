@@ -200,10 +200,13 @@ class Picture:
         return preprocess(self.image, self._rule, *self._sizing)
 
     def condense(self) -> None:
-        """Keep the embeds, where the model's cache has them, or else the pixel values, and no longer the image, which
-        may be many times as large."""
+        """Keep no more than is needed: the embeds, where the model's cache has them, or else whichever is smaller, the
+        image or its pixel values."""
         self.embeds = self._model.cache.get(self.key)
+        width, height = self.image.size
         if self.embeds is None:
+            if 4 * width * height <= 12 * self.tokens * self._rule.multiple**2:  # Pillow has four bytes a pixel
+                return
             _ = self.pixel_values
         self.image = None
 

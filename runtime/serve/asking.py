@@ -54,7 +54,7 @@ class Asking:
     async def begin(self, body: bytes) -> "Answering":
         """Raises ApiError for whatever is wrong with the request, and where the engine takes no more."""
         loop, said = asyncio.get_running_loop(), asyncio.Queue()
-        chat = await loop.run_in_executor(self._preparing, _parsed, body)
+        chat = await asyncio.to_thread(_parsed, body)
         self.check_model(chat.model)
         with _as_api_errors(self.engine):  # before anything is fetched and opened
             self.engine.check_room(chat.choices)

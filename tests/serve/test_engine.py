@@ -362,15 +362,19 @@ def test_a_crash_fails_a_request_that_is_on_its_way_into_a_slot(model, monkeypat
 
 
 def test_a_condensed_picture_gives_the_same_answer(model, engine, alone, monkeypatch):
+    """A small image is kept as it is; a large one as what is made of it."""
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 1200, 3), dtype=np.uint8))
+    *_, last = model.generate([large], "What is this?", Options(max_new_tokens=12))
+    monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
     for cached in (False, True):
-        monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache() if not cached else model.cache)
-        one = asked(model, 0)
-        (condensed,) = one.request.pictures
-        condensed.condense()
-        assert condensed.image is None
-        assert (condensed.embeds is not None) == cached
-        engine.submit(one.request)
-        assert one.ids() == alone[0][0]
+        for image, expected in ((picture(0), alone[0][0]), (large, last.result.token_ids)):
+            one = Asked(model, "What is this?", [image])
+            (condensed,) = one.request.pictures
+            condensed.condense()
+            assert (condensed.embeds is not None) == cached
+            assert (condensed.image is None) == (cached or image is large)
+            engine.submit(one.request)
+            assert one.ids() == expected
 
 
 def test_prompts_are_cut_into_chunks_between_steps(model, alone, monkeypatch):
