@@ -165,8 +165,6 @@ COLUMNS = {
         ("request", "what clients do"),
         ("requests", "times"),
         ("failures", "failures"),
-        ("median_ms", "median, ms"),
-        ("p99_ms", "99 %, ms"),
     ],
 }
 # name -> which rows are shown, where the charts have them all

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from runtime import serve
-from runtime.serve.asking import Answering, Asking
+from runtime.serve.asking import Answering, Asking, check_model
 from runtime.serve.metrics import Metrics
 from runtime.serve.protocol import ApiError
 
@@ -29,6 +29,7 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
+STARTED = int(time.time())
 LOOK = 0.25  # seconds between two looks whether a client is still there
 
 
@@ -52,16 +53,14 @@ def create_app(asking: Asking, metrics: Metrics, api_keys: tuple[str, ...] = (),
             return StreamingResponse(answering.chunks(), media_type="text/event-stream")
         return JSONResponse(await _whole(request, answering))
 
-    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "convllava-deploy"}
-
     @app.get("/v1/models")
     async def models() -> dict:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [model_card(name)]}
 
     @app.get("/v1/models/{model:path}")
     async def one_model(model: str) -> dict:
-        asking.check_model(model)
-        return card
+        check_model(model, name)
+        return model_card(name)
 
     @app.get("/ready")
     async def ready() -> Response:
@@ -74,6 +73,10 @@ def create_app(asking: Asking, metrics: Metrics, api_keys: tuple[str, ...] = (),
 
     add_page(app)
     return app
+
+
+def model_card(name: str) -> dict:
+    return {"id": name, "object": "model", "created": STARTED, "owned_by": "convllava-deploy"}
 
 
 def new_app(api_keys: tuple[str, ...], **options: Any) -> FastAPI:

@@ -55,7 +55,7 @@ class Asking:
         """Raises ApiError for whatever is wrong with the request, and where the engine takes no more."""
         loop, said = asyncio.get_running_loop(), asyncio.Queue()
         chat = await asyncio.to_thread(_parsed, body)
-        self.check_model(chat.model)
+        check_model(chat.model, self.model.bundle.name)
         with _as_api_errors(self.engine):  # before anything is fetched and opened
             self.engine.check_room(chat.choices)
         prompt, urls = self._conversation(chat)
@@ -80,12 +80,6 @@ class Asking:
         with _as_api_errors(self.engine):
             self.engine.submit(*requests)
         return Answering(self.model, chat, requests, said)
-
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError where another model is asked for."""
-        if name is not None and name != self.model.bundle.name:
-            message = f"model {name!r} is not served here, {self.model.bundle.name!r} is"
-            raise ApiError(404, message, param="model", code="model_not_found")
 
     def _conversation(self, chat: ChatRequest) -> tuple[str, list[str]]:
         """(prompt, URLs of its images)."""
@@ -234,6 +228,13 @@ class Answering:
             top = [named(*pair) for pair in logprob.top]
             content.append(named(logprob.token_id, logprob.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
+
+
+def check_model(wanted: str | None, served: str) -> None:
+    """Raises ApiError where another model is asked for."""
+    if wanted is not None and wanted != served:
+        message = f"model {wanted!r} is not served here, {served!r} is"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _yield_to_others() -> None:

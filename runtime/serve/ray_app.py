@@ -22,8 +22,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import ClientDisconnect
 
-from runtime.serve.api import add_page, error_response, new_app, read_body
-from runtime.serve.asking import RETRY_AFTER, Limits
+from runtime.serve.api import add_page, error_response, model_card, new_app, read_body
+from runtime.serve.asking import RETRY_AFTER, Limits, check_model
 from runtime.serve.protocol import ApiError
 
 TRIES = 5  # of a request whose replica dies
@@ -33,7 +33,8 @@ IMAGES = 256  # keys that a replica is known to have
 
 class Settings(BaseModel):
     """What `serve run ... key=value` may set. target: requests under way that a replica is to have; threads: of one
-    operator in a replica; cpus: that Ray counts for one."""
+    operator in a replica; cpus: that Ray counts for one; allow_remote_images: hosts, with commas between them. The rest
+    is as of `python -m runtime.serve`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,9 +48,26 @@ class Settings(BaseModel):
     cpus: float = 1
     gpus: float = 0
     encoder: str = "auto"
+    encoder_precision: str | None = None
     provider: str = "cpu"
+    batch_invariant: bool = True
     api_key_file: str | None = None
-    timeout: float = 300.0
+    allow_remote_images: str = ""
+    max_images: int = Limits.images
+    max_image_bytes: int = Limits.image_bytes
+    max_image_pixels: int = Limits.image_pixels
+    max_output: int = Limits.output_tokens
+    timeout: float = Limits.seconds
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            image_bytes=self.max_image_bytes,
+            image_pixels=self.max_image_pixels,
+            images=self.max_images,
+            output_tokens=self.max_output,
+            seconds=self.timeout,
+        )
 
 
 @serve.deployment(health_check_period_s=2, health_check_timeout_s=30, graceful_shutdown_timeout_s=30)
@@ -61,11 +79,19 @@ class Replica:
         from runtime.model import load
         from runtime.serve.asking import Asking
         from runtime.serve.engine import Engine
+        from runtime.serve.remote import Fetcher
 
-        backends = Backends(encoder=settings.encoder, provider=settings.provider, threads=settings.threads)
+        backends = Backends(
+            encoder=settings.encoder,
+            provider=settings.provider,
+            encoder_precision=settings.encoder_precision,
+            threads=settings.threads,
+        )
         model = load(settings.bundle, backends=backends)
-        self._engine = Engine(model, settings.max_batch, settings.max_queue)
-        self._asking = Asking(model, self._engine, Limits(seconds=settings.timeout))
+        self._engine = Engine(model, settings.max_batch, settings.max_queue, batch_invariant=settings.batch_invariant)
+        hosts = [host for host in settings.allow_remote_images.split(",") if host]
+        fetch = Fetcher(hosts, settings.max_image_bytes) if hosts else None
+        self._asking = Asking(model, self._engine, settings.limits, fetch)
 
     @serve.multiplexed(max_num_models_per_replica=IMAGES)
     async def _has_images(self, key: str) -> str:
@@ -178,8 +204,13 @@ def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
 
         @app.get("/v1/models")
         async def models(self) -> dict:
-            card = {"id": await self._replicas.name.remote(), "object": "model", "created": 0}
-            return {"object": "list", "data": [card | {"owned_by": "convllava-deploy"}]}
+            return {"object": "list", "data": [model_card(await self._replicas.name.remote())]}
+
+        @app.get("/v1/models/{model:path}")
+        async def one_model(self, model: str) -> dict:
+            name = await self._replicas.name.remote()
+            check_model(model, name)
+            return model_card(name)
 
         @app.get("/ready")
         async def ready(self) -> Response:

@@ -63,6 +63,10 @@ def test_errors_pass_through_the_ingress(client):
         create(client, asked("What?", b"no image"))
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.chat.completions.create(model="other", messages=asked("What?"))
+    name = client.models.list().data[0].id
+    assert client.models.retrieve(name).id == name
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.models.retrieve("other")
 
 
 def test_a_conversation_returns_to_the_replica_that_has_its_image(client):
@@ -132,6 +136,8 @@ def test_a_crash_is_told_from_other_errors():
 
 
 def test_settings_are_checked():
+    settings = ray_app.Settings.model_validate({"max_output": "7", "timeout": "2.5", "batch_invariant": "false"})
+    assert (settings.limits.output_tokens, settings.limits.seconds, settings.batch_invariant) == (7, 2.5, False)
     with pytest.raises(ValidationError, match="replica_count"):
         ray_app.build({"replica_count": "2"})
 
