@@ -28,7 +28,7 @@ Layers = list[tuple[Array, Array]]  # keys and values of each layer, [rows, kv_h
 def allocate(layers: int, shape: tuple[int, int, int, int], dtype: Any, device: Device) -> Layers:
     """Zeros. On the CPU the memory is asked for once and touched by the system page by page, so an unused tail costs
     address space alone."""
-    return [(device.zeros(shape, dtype), device.zeros(shape, dtype)) for _ in range(layers)]
+    return [(device.reserve(shape, dtype), device.reserve(shape, dtype)) for _ in range(layers)]
 
 
 class KVCache:

@@ -7,6 +7,7 @@ host unless `to_numpy` asks for it. The CUDA side uses NVIDIA's cuda-bindings; n
 
 import ctypes
 import math
+import mmap
 import platform
 import weakref
 from collections.abc import Callable
@@ -34,6 +35,15 @@ class Cpu:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.zeros(shape, dtype)
+
+    def reserve(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Zeros that take memory only where they are written to, 4 KiB at a time: numpy asks Linux for pages of 2 MiB,
+        of which each row of a KV cache would hold one from its first position on."""
+        dtype = np.dtype(dtype)
+        memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1))
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
     def take(self, values: Any, dtype: Any) -> np.ndarray:
         """`values`, an array of any device, here and in `dtype`; copied only where it must be."""
@@ -90,6 +100,8 @@ class Cuda:
         memory = _Memory()
         weakref.finalize(memory, self._cudart.cudaFreeAsync, pointer, self._handle)
         return CudaArray(self, pointer, tuple(shape), dtype, memory)
+
+    reserve = zeros
 
     def take(self, values: Any, dtype: Any) -> CudaArray:
         """`values`, an array of any device, here and in `dtype`; by way of the host where it is not so already."""

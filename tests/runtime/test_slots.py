@@ -1,9 +1,14 @@
 """Sequences that are decoded together find what each finds alone, whoever comes and goes beside them."""
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import runtime
+from runtime.decoder import allocate
+from runtime.device import Cpu
 from runtime.slots import Slots
 
 PROMPTS = ([1, 20, 30, 40, 50], [1, 9], [1, *range(60, 90)], [1, 7, -1, -2, 8])
@@ -72,6 +77,18 @@ def test_sequences_join_and_leave_between_steps(decoder, images, alone):
     for name, found in ids.items():
         assert found == alone[name][0][: len(found)], name
     assert [len(found) for found in ids.values()] == [12, 4, 12, 7]
+
+
+def test_a_cache_takes_memory_only_where_it_is_filled():
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    before = resident()
+    layers = allocate(4, (8, 3, 8192, 64), np.float32, Cpu())
+    for array in (array for pair in layers for array in pair):
+        array[:, :, :16] = 1
+        assert not array[0, 0, 16:32].any()
+    assert resident() - before < 40, "of 384 MiB"
 
 
 def test_rows_of_nothing_leave_other_slots_as_they_are(decoder, images, alone):
