@@ -99,7 +99,8 @@ class Memory:
             return {}
         base = later[0]
         percent = {name: round(100 * (kind(later) / base - 1), 1) for name, kind in (("least", min), ("most", max))}
-        return {"mib_after_a_minute": round(base), **{f"memory_{name}_percent": p for name, p in percent.items()}}
+        changed = {f"memory_{name}_percent": p for name, p in percent.items()}
+        return {"mib_after_a_minute": round(base), **changed, "mib_every_half_minute": [round(m) for m in later[::30]]}
 
 
 if __name__ == "__main__":
