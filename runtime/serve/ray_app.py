@@ -165,6 +165,11 @@ def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
 
         def __init__(self, replicas: DeploymentHandle):
             self._replicas = replicas
+            self._name: str | None = None  # of the model, once a replica has said it
+
+        async def _model(self) -> str:
+            self._name = self._name or await self._replicas.name.remote()
+            return self._name
 
         @app.post("/v1/chat/completions")
         async def chat_completions(self, request: Request) -> Response:
@@ -204,13 +209,12 @@ def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
 
         @app.get("/v1/models")
         async def models(self) -> dict:
-            return {"object": "list", "data": [model_card(await self._replicas.name.remote())]}
+            return {"object": "list", "data": [model_card(await self._model())]}
 
         @app.get("/v1/models/{model:path}")
         async def one_model(self, model: str) -> dict:
-            name = await self._replicas.name.remote()
-            check_model(model, name)
-            return model_card(name)
+            check_model(model, await self._model())
+            return model_card(model)
 
         @app.get("/ready")
         async def ready(self) -> Response:
