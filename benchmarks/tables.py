@@ -148,7 +148,7 @@ COLUMNS = {
         ("peer_peak_mib", "theirs, MiB"),
     ],
     "quantised": [
-        ("left", "groups left in float32, of 21"),
+        ("left", "groups left in float32"),
         ("sqnr_db", "SQNR of the image embeds, dB"),
         ("differing", "next tokens that differ, %"),
         ("perplexity", "perplexity of the answers"),

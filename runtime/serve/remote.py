@@ -18,9 +18,6 @@ from runtime.serve.protocol import ApiError, too_large
 
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
-PIECE = 1 << 16
-
-
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
