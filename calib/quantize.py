@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from calib import decoder
 from calib.activations import KINDS, METHODS, Activations
-from calib.blocks import write_prefill
+from calib.blocks import write_variants
 from calib.evaluation import Evaluation, Loss
 from calib.images import HELD_OUT, LEAST, Page, calibration_pixels, find_pages, split, spread
 from calib.qdq import Calibrated, measure_means
@@ -38,7 +38,6 @@ from runtime.errors import UserError
 
 SOURCE = "encoder/fp32.onnx"
 REPORT = "calib"  # folder in the bundle
-PREFILL = "decoder/prefill.onnx"
 FINAL_QUESTIONS = 1000  # that the loss is measured on once layers are chosen, where there are so many
 QUESTIONS_PER_PAGE = 8  # in a search: an image is dear, a question about it is not
 MEAN_IMAGES = 16  # that biases are corrected by
@@ -190,8 +189,8 @@ def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
         sections = copy_bundle(bundle, folder, lambda name: name.startswith((part.file, report)))
         file = folder / part.file
         decoder.quantise_decoder(bundle.path(part.file), file, options.precision, method, feeds)
-        write_prefill(file, folder / PREFILL)
-        sections["decoder"] |= {"precision": options.precision, "prefill_file": PREFILL}
+        variants = {key: path.relative_to(folder).as_posix() for key, path in write_variants(file).items()}
+        sections["decoder"] |= {"precision": options.precision, **variants}
         opened = Decoder(file, part)
         rows = {"decoder alone": evaluation.loss(decoder=opened)}
         if bundle.encoder.precision != "fp32":

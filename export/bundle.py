@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from calib.blocks import write_variants
 from export import encoder as encoder_export
 from export.cli import ParityError, choose_resolution, installed_versions, name_of, open_checkpoint, report, run
-from export.decoder import CAPACITY_HELP, check_decoder, check_options, decoder_part, export_decoder, export_prefill
+from export.decoder import BLOCKS, CAPACITY_HELP, check_decoder, check_options, decoder_part, export_decoder
 from export.tokenizer import export_tokenizer
 from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
 from runtime.errors import UserError
@@ -57,7 +58,7 @@ def export_bundle(
         _require(encoder_export.export_checked(model, encoder_file, precision, resolution), "encoder")
         decoder_file = export_decoder(checkpoint, folder / "decoder", decoder_precision)
         _require(report(check_decoder(checkpoint, decoder_file, decoder_precision)), "decoder")
-        prefill_file = export_prefill(decoder_file, decoder_precision)
+        variants = write_variants(decoder_file) if decoder_precision in BLOCKS else {}
         if portable:
             portable_precision = decoder_precision if decoder_precision in ("fp32", "fp16") else "fp16"
             portable_file = export_decoder(checkpoint, folder / "decoder", portable_precision, "portable", capacity)
@@ -74,7 +75,7 @@ def export_bundle(
                     decoder_precision,
                     "decoder/model.onnx",
                     portable_file="decoder/portable.onnx" if portable else None,
-                    prefill_file=prefill_file and f"decoder/{prefill_file.name}",
+                    **{key: f"decoder/{file.name}" for key, file in variants.items()},
                 )
             ),
         }

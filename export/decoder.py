@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from calib.blocks import quantise_weights, write_prefill
+from calib.blocks import quantise_weights
 from export.cli import BUILD, Difference, ParityError, compare, name_of, open_checkpoint, report, run
 from export.half import half_graph
 from export.llama import SMALL, llama_graph
@@ -101,23 +101,15 @@ def check_options(precision: str, graph: str = "fused") -> None:
         raise UserError(f"the portable graph comes in fp32 and fp16, not {precision}; --graph fused has that one")
 
 
-def export_prefill(file: Path, precision: str) -> Path | None:
-    """What `calib.blocks.write_prefill` makes of the fused graph at `file`, beside it; None for floating point."""
-    if precision not in BLOCKS:
-        return None
-    target = file.with_name("prefill.onnx")
-    write_prefill(file, target)
-    return target
-
-
 def decoder_part(
     checkpoint: Checkpoint,
     precision: str,
     file: str,
     portable_file: str | None = None,
-    prefill_file: str | None = None,
+    **variants: str,
 ) -> DecoderPart:
-    """What the manifest says of a fused graph at `file`, a path inside the bundle."""
+    """What the manifest says of a fused graph at `file`, a path inside the bundle. variants: `prefill_file` and
+    `kernels_file`, of the same weights."""
     llama = checkpoint.llama_config
     return DecoderPart(
         file=file,
@@ -129,7 +121,7 @@ def decoder_part(
         kv_dtype="float16" if precision == "fp16" else "float32",
         vocab_size=llama.vocab_size,
         portable_file=portable_file,
-        prefill_file=prefill_file,
+        **variants,
     )
 
 

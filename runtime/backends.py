@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from runtime.bundle import Bundle
-from runtime.decoder import open_decoder
+from runtime.decoder import kernels_missing, open_decoder
 from runtime.device import Cuda, int8_sums_saturate, present_gpu
 from runtime.encoder import OPENVINO_PRECISIONS, OnnxEncoder, OpenVinoEncoder
 from runtime.engines import FLAVOURS, choose_engine
@@ -15,7 +15,7 @@ from runtime.errors import UserError
 from runtime.session import PROVIDERS, open_device
 
 ENCODERS = ("auto", "onnx", "openvino", "tensorrt")
-DECODERS = ("onnx", "tensorrt")
+DECODERS = ("auto", "onnx", "kernels", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
@@ -24,14 +24,16 @@ class Backends:
     """What the user asks for.
 
     encoder: `onnx` (ONNX Runtime), `openvino`, `tensorrt`, or `auto`: a TensorRT engine where one fits the GPU, else
-    ONNX Runtime. decoder: `onnx` or `tensorrt`. provider: of ONNX Runtime, a key of `PROVIDERS`.
+    ONNX Runtime. decoder: `onnx` (ONNX Runtime's own operators), `kernels` (with `runtime.kernels`), `auto`: the
+    latter where they are known to be faster, which is on x86 processors without VNNI, and can be had; or `tensorrt`.
+    provider: of ONNX Runtime, a key of `PROVIDERS`.
     encoder_precision: which of the bundle's encoders or engines, or bf16 for OpenVINO's way of computing; None: the
     bundle's own (a float32 bundle's engines are fp16). threads: of one operator on the CPU; None: one a physical core.
     Raises UserError for an unknown name.
     """
 
     encoder: str = "auto"
-    decoder: str = "onnx"
+    decoder: str = "auto"
     provider: str = "cpu"
     encoder_precision: str | None = None
     threads: int | None = None
@@ -117,8 +119,13 @@ def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[
 
         engine = _engine(bundle, "decoder", "fp16")
         return EngineDecoder(engine, devices.gpu), _chosen_engine(bundle, engine)
-    decoder = open_decoder(bundle, wanted.threads, wanted.provider, devices.of_provider)
-    return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file)
+    with_kernels = {"auto": None, "onnx": False, "kernels": True}[wanted.decoder]
+    decoder = open_decoder(bundle, wanted.threads, wanted.provider, devices.of_provider, with_kernels)
+    if decoder.kernels:
+        return decoder, Chosen("onnxruntime with kernels", wanted.provider, part.precision, part.kernels_file)
+    blocks = part.precision in ("int4", "int8")
+    note = kernels_missing(bundle) if wanted.decoder == "auto" and wanted.provider == "cpu" and blocks else None
+    return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file, note or "")
 
 
 def _graph(bundle: Bundle, precision: str | None) -> tuple[str, str]:

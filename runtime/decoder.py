@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from onnxruntime import InferenceSession, IOBinding
 
+from runtime import kernels
 from runtime.bundle import Bundle, DecoderPart
 from runtime.device import Array, Cpu, Device, int8_sums_saturate, to_numpy
+from runtime.errors import UserError
 from runtime.session import bind_input, bind_output, input_dtype, open_session, run_options
 
 KINDS = ("key", "value")
@@ -63,8 +65,11 @@ class KVCache:
 
 
 class Decoder:
-    """The fused graph on ONNX Runtime. provider, device: see `runtime.session`. prefill: a graph that is equal but for
-    what it costs, for LEAST_PREFILL ids and more."""
+    """The fused graph on ONNX Runtime. provider, device, operators: see `runtime.session`. prefill: a graph that is
+    equal but for what it costs, for LEAST_PREFILL ids and more.
+
+    row_invariant: what a sequence gets does not depend on how many are computed with it, to the bit. On CPUs ONNX
+    Runtime multiplies weights of 4 and 8 bits by one kernel for a single row and by another for several."""
 
     def __init__(
         self,
@@ -74,10 +79,13 @@ class Decoder:
         provider: str = "cpu",
         device: Device | None = None,
         prefill: Path | None = None,
+        operators: Path | None = None,
     ):
         self.part = part
         self.device = device or Cpu()
-        self.session = open_session(file, threads, provider, self.device)
+        self.kernels = operators is not None
+        self.row_invariant = self.kernels or part.precision not in ("int4", "int8")
+        self.session = open_session(file, threads, provider, self.device, operators)
         self.prefill_session = prefill and open_session(prefill, threads, provider, self.device)
         self.embeds_dtype = np.dtype(input_dtype(self.session, "image_embeds"))
         hidden = next(value.shape[1] for value in self.session.get_inputs() if value.name == "image_embeds")
@@ -98,13 +106,36 @@ class Decoder:
 
 
 def open_decoder(
-    bundle: Bundle, threads: int | None = None, provider: str = "cpu", device: Device | None = None
+    bundle: Bundle,
+    threads: int | None = None,
+    provider: str = "cpu",
+    device: Device | None = None,
+    with_kernels: bool | None = None,
 ) -> Decoder:
-    """The bundle's fused graph, with the one for prompts where that is faster."""
+    """The bundle's fused graph, with the one for prompts where that is faster.
+
+    with_kernels: products by `runtime.kernels`; None: where they are known to be faster and can be had.
+    Raises UserError where they are asked for and cannot be had.
+    """
     part = bundle.decoder
     slow_bytes = provider == "cpu" and int8_sums_saturate()
     prefill = bundle.path(part.prefill_file) if part.prefill_file and slow_bytes else None
-    return Decoder(bundle.path(part.file), part, threads, provider, device, prefill)
+    if with_kernels is None:
+        with_kernels = slow_bytes and kernels_missing(bundle) is None
+    if not with_kernels:
+        return Decoder(bundle.path(part.file), part, threads, provider, device, prefill)
+    if (reason := kernels_missing(bundle)) or provider != "cpu":
+        raise UserError(f"--decoder kernels: {reason or 'they are for --provider cpu'}")
+    # of 4 bits they are faster than float32 at any length
+    prefill = prefill if part.precision == "int8" else None
+    return Decoder(bundle.path(part.kernels_file), part, threads, provider, device, prefill, kernels.library())
+
+
+def kernels_missing(bundle: Bundle) -> str | None:
+    """Why the decoder of a bundle cannot have products by `runtime.kernels`; None if it can."""
+    if bundle.decoder.kernels_file is None:
+        return f"{bundle.folder} has no graph for them, which decoders of 4 and 8 bits have if they are exported anew"
+    return kernels.unavailable()
 
 
 class Sequence(ABC):

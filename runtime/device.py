@@ -25,7 +25,12 @@ def int8_sums_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     unless a library takes care. cpuinfo: Linux's description of the processor; without it the answer is yes."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
-    return not (cpuinfo.is_file() and {"avx512_vnni", "avx_vnni"} & set(cpuinfo.read_text().split()))
+    return not {"avx512_vnni", "avx_vnni"} & processor_flags(cpuinfo)
+
+
+def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What Linux says that the processor has, such as `avx2`; empty where it does not say."""
+    return set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
 
 
 class Cpu:

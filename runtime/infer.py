@@ -48,7 +48,12 @@ def parse() -> argparse.Namespace:
         help="onnx, openvino, tensorrt or auto (default): a TensorRT engine where one fits the GPU, else onnx",
     )
     parser.add_argument("--encoder-precision", metavar="P", help="fp32, fp16, bf16, int8, fp8; default: the bundle's")
-    parser.add_argument("--decoder", default="onnx", metavar="RUNTIME", help="onnx (default) or tensorrt")
+    parser.add_argument(
+        "--decoder",
+        default="auto",
+        metavar="RUNTIME",
+        help="onnx, kernels, tensorrt or auto (default): this project's kernels where they are faster, else onnx",
+    )
     parser.add_argument(
         "--provider", default="cpu", metavar="NAME", help="of ONNX Runtime: cpu, cuda, tensorrt or nv_tensorrt_rtx"
     )
@@ -133,9 +138,11 @@ def chat(model, images: list[str], options) -> None:
 
 
 def _say_fallback(model) -> None:
-    """Why `auto` runs the encoder on ONNX Runtime."""
+    """Why `auto` did not take what would be faster."""
     if model.encoder_chosen.note:
         print(f"encoder: ONNX Runtime rather than TensorRT: {model.encoder_chosen.note}", file=sys.stderr)
+    if model.decoder_chosen.note:
+        print(f"decoder: without this project's kernels: {model.decoder_chosen.note}", file=sys.stderr)
 
 
 def _read_question() -> str:

@@ -28,11 +28,16 @@ def open_device(provider: str) -> Device:
 
 
 def open_session(
-    file: Path, threads: int | None, provider: str = "cpu", device: Device | None = None
+    file: Path,
+    threads: int | None,
+    provider: str = "cpu",
+    device: Device | None = None,
+    operators: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session whose arrays lie on `device` and whose work goes into its stream.
 
-    threads: of one operator on the CPU; None lets ONNX Runtime take one a physical core.
+    threads: of one operator on the CPU; None lets ONNX Runtime take one a physical core. operators: a library of some
+    that ONNX Runtime lacks.
     Raises UserError where ONNX Runtime cannot open the graph, or not with this provider: it never falls back to
     another one by itself.
     """
@@ -43,6 +48,8 @@ def open_session(
     options.add_session_config_entry("session.x64quantprecision", "1")
     name = PROVIDERS[provider][0]
     try:
+        if operators is not None:
+            options.register_custom_ops_library(str(operators))
         if provider == "nv_tensorrt_rtx":
             stream = {"has_user_compute_stream": "1", "user_compute_stream": str(device.stream)}
             options.add_provider_for_devices(_rtx_devices(), stream)

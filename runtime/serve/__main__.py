@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stop-timeout", type=float, default=30.0, metavar="S", help="for what runs, when stopped")
     parser.add_argument("--encoder", default="auto", choices=ENCODERS)
     parser.add_argument("--encoder-precision", choices=PRECISIONS)
-    parser.add_argument("--decoder", default="onnx", choices=DECODERS)
+    parser.add_argument("--decoder", default="auto", choices=DECODERS)
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("--threads", type=_positive, metavar="N", help="of one operator; default: one a physical core")
     parser.add_argument("--check", action="store_true", help="say what would be served and end")
@@ -59,8 +59,8 @@ def main() -> int:
     keys = read_keys(args.api_key_file) if args.api_key_file else ()
     if not is_loopback(args.host) and not keys and not args.no_api_key:
         raise UserError(f"--host {args.host} can be reached by others: give --api-key-file, or --no-api-key")
-    if args.decoder != "onnx":
-        raise UserError("a server decodes several answers at once; engines hold one sequence: --decoder onnx")
+    if args.decoder == "tensorrt":
+        raise UserError("a server decodes several answers at once; engines hold one sequence: --decoder auto")
     from runtime.backends import Backends
     from runtime.model import load
 

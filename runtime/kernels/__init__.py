@@ -1,0 +1,27 @@
+"""Products of this project's own, for decoders of 4 and 8 bits on x86 processors: `block_matmul.cpp`.
+
+They are compiled when the package is installed, where there is a C++ compiler, and loaded into ONNX Runtime as
+operators of the domain `convllava`.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from runtime.device import processor_flags
+
+NEEDED = {"avx2", "fma", "f16c"}
+
+
+def library() -> Path | None:
+    """The compiled operators, for `SessionOptions.register_custom_ops_library`; None where they were not built."""
+    found = importlib.util.find_spec("runtime.kernels._block_matmul")
+    return Path(found.origin) if found and found.origin else None
+
+
+def unavailable(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """Why they cannot be used here, in words; None if they can."""
+    if missing := NEEDED - processor_flags(cpuinfo):
+        return f"the processor has no {', '.join(sorted(missing))}"
+    if library() is None:
+        return "they were not built, for want of a C++ compiler when the package was installed: pip install it again"
+    return None

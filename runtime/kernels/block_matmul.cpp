@@ -1,0 +1,470 @@
+// Products with weights in blocks of 4 or 8 bits on x86 processors with AVX2, as operators of ONNX Runtime:
+//
+//   BlockMatMul       y = x W^T
+//   GatedBlockMatMul  y = silu(x G^T) * (x U^T), the first half of a Llama's MLP
+//
+// in the domain `convllava`. Weights come as MatMulNBits has them (com.microsoft): quantised uint8 [N, blocks, bytes],
+// scales float [N, blocks], zero points uint8 [N, packed] or none (8, 128). x float [..., K], K a multiple of 32, the block.
+// Where the weights have more blocks than K / 32, the K / 32 columns after the K-th are products with the means of x's
+// blocks (`calib.blocks`), and become part of each block's offset.
+//
+// Activations are rounded to 8 bits for each block, as MatMulNBits does at accuracy level 4. What makes this faster is how
+// weights lie: eight rows, four columns of each, in one vector. A broadcast of four activations then meets eight rows at
+// once, sums of 16 products stay within 16 bits for 4-bit weights (16 * 15 * 127 = 30480), and a block costs one horizontal
+// addition for eight rows in place of eight. Each result is the same whatever rows of x it is computed with.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ort_abi.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX2_INLINE AVX2 __attribute__((always_inline)) inline
+
+namespace {
+
+constexpr int64_t BLOCK = 32;  // columns with a scale and an offset of their own
+constexpr int64_t GROUP = 8;   // rows that lie together
+constexpr int64_t TASK = 4;    // groups that a thread takes at once
+constexpr int64_t AHEAD = 8;   // blocks between what is read and what is fetched
+constexpr int64_t ROWS_ALONE = 4;  // rows of x that one thread rounds sooner than two
+
+constexpr size_t record_bytes(int bits) { return GROUP * BLOCK * bits / 8 + 4 * GROUP; }
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// One matrix, packed: for each group of rows, for each block, its quantised columns, scales and offsets (both float16).
+// A weight is unit * (scale * quantised + offset); unit is a power of two that brings the largest scale or offset to
+// [2^13, 2^14), so that none is too small for float16.
+struct Weights {
+  int64_t rows = 0, columns = 0, blocks = 0, groups = 0;
+  int bits = 0;
+  float unit = 1;
+  std::unique_ptr<uint8_t, Free> data;
+};
+
+// What of x is multiplied: a block's columns in 8 bits, its scale, and scale * sum.
+struct Activations {
+  int64_t rows, blocks;
+  std::vector<int8_t> quantised;
+  std::vector<float> scales, sums;
+};
+
+// Weights as MatMulNBits has them: of 4 bits, the even one of two columns in the lower half of a byte.
+struct Stored {
+  const uint8_t* quantised;
+  const float* scales;
+  const uint8_t* zeros;
+  int64_t blocks;
+  int bits;
+
+  const uint8_t* block(int64_t row, int64_t index) const { return quantised + (row * blocks + index) * BLOCK * bits / 8; }
+  float scale(int64_t row, int64_t index) const { return scales[row * blocks + index]; }
+  int zero(int64_t row, int64_t index) const {
+    if (!zeros) return bits == 8 ? 128 : 8;
+    return bits == 8 ? zeros[row * blocks + index] : half(zeros + row * ((blocks + 1) / 2), index);
+  }
+  int value(int64_t row, int64_t column) const {
+    const uint8_t* in = block(row, column / BLOCK);
+    return bits == 8 ? in[column % BLOCK] : half(in, column % BLOCK);
+  }
+  static int half(const uint8_t* bytes, int64_t index) { return index % 2 ? bytes[index / 2] >> 4 : bytes[index / 2] & 15; }
+};
+
+// What is added to scale * quantised for a weight (of 8 bits: quantised - 128). scale: of the block, as it is kept.
+float offset(const Weights& w, const Stored& stored, int64_t row, int64_t block, float scale) {
+  const float fixed = -scale * (stored.zero(row, block) - (w.bits == 8 ? 128 : 0));
+  if (stored.blocks == w.blocks) return fixed;
+  const int64_t column = w.columns + block, its = column / BLOCK;  // what the mean of the block is multiplied by
+  return fixed + stored.scale(row, its) * (stored.value(row, column) - stored.zero(row, its)) / BLOCK;
+}
+
+AVX2 uint16_t to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+AVX2 float from_half(uint16_t value) { return _cvtsh_ss(value); }
+
+// The four columns of one row in each of a group's vectors: of 4 bits, columns 4 v in the lower halves of vector v and
+// columns 4 v + 16 in the upper ones; of 8 bits, columns 4 v in vector v, signed.
+void spread(const uint8_t* in, int bits, uint8_t* out) {
+  constexpr int64_t STEP = 4 * GROUP;  // bytes of a vector
+  if (bits == 8) {
+    for (int64_t i = 0; i < BLOCK; ++i) out[i / 4 * STEP + i % 4] = in[i] ^ 128;
+    return;
+  }
+  for (int64_t i = 0; i < 8; ++i) {  // two columns, and the two that are 16 further
+    uint8_t* pair = out + i / 2 * STEP + i % 2 * 2;
+    pair[0] = (in[i] & 15) | (in[i + 8] & 15) << 4;
+    pair[1] = in[i] >> 4 | (in[i + 8] & 240);
+  }
+}
+
+void pack(Weights& w, const Stored& stored) {
+  float largest = 0;
+  for (int64_t row = 0; row < w.rows; ++row) {
+    for (int64_t block = 0; block < w.blocks; ++block) {
+      const float scale = stored.scale(row, block);
+      largest = std::max({largest, std::abs(scale), std::abs(offset(w, stored, row, block, scale))});
+    }
+  }
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  w.unit = std::ldexp(1.0f, exponent - 14);
+  const float to_units = std::ldexp(1.0f, 14 - exponent);
+
+  const size_t quantised = GROUP * BLOCK * w.bits / 8, record = record_bytes(w.bits), bytes = w.groups * w.blocks * record;
+  w.data.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+  if (!w.data) throw std::string("no memory for packed weights");
+  if (w.rows % GROUP) std::memset(w.data.get(), 0, bytes);
+  for (int64_t row = 0; row < w.rows; ++row) {
+    const int64_t lane = row % GROUP;
+    uint8_t* out = w.data.get() + row / GROUP * w.blocks * record;
+    for (int64_t block = 0; block < w.blocks; ++block, out += record) {
+      spread(stored.block(row, block), w.bits, out + 4 * lane);
+      const uint16_t scale = to_half(stored.scale(row, block) * to_units);
+      const uint16_t added = to_half(offset(w, stored, row, block, from_half(scale) * w.unit) * to_units);
+      std::memcpy(out + quantised + 2 * lane, &scale, 2);
+      std::memcpy(out + quantised + 2 * (GROUP + lane), &added, 2);
+    }
+  }
+}
+
+AVX2 void quantise(const float* x, Activations& a, int64_t row) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t block = 0; block < a.blocks; ++block) {
+    const float* in = x + (row * a.blocks + block) * BLOCK;
+    __m256 v[4], most = _mm256_setzero_ps();
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_loadu_ps(in + 8 * i);
+      most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v[i]));
+    }
+    __m128 top = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+    const float largest = _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
+    const __m256 to_levels = _mm256_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+    __m256i q[4];
+    for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], to_levels));
+    __m256i sum = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    four = _mm_hadd_epi32(four, four);
+    four = _mm_hadd_epi32(four, four);
+    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    const int64_t at = row * a.blocks + block;
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(a.quantised.data() + at * BLOCK), _mm256_permutevar8x32_epi32(packed, order));
+    a.scales[at] = largest / 127.0f;
+    a.sums[at] = a.scales[at] * _mm_cvtsi128_si32(four);
+  }
+}
+
+AVX2_INLINE __m256i four_columns(const int8_t* x) {
+  int32_t columns;
+  std::memcpy(&columns, x, 4);
+  return _mm256_set1_epi32(columns);
+}
+
+AVX2_INLINE __m256 eight_halves(const uint8_t* memory) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(memory)));
+}
+
+// y[m]: the products of ROWS rows of x, from row `first`, with one group of weights
+template <int BITS, int ROWS>
+AVX2_INLINE void multiply(const Weights& w, int64_t group, const Activations& a, int64_t first, __m256 (&y)[ROWS]) {
+  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+  constexpr size_t QUANTISED = GROUP * BLOCK * BITS / 8, RECORD = record_bytes(BITS);
+  const uint8_t* record = w.data.get() + group * w.blocks * RECORD;
+  const int64_t stride = a.blocks * BLOCK;
+  const int8_t* x = a.quantised.data() + first * stride;
+  for (int m = 0; m < ROWS; ++m) y[m] = _mm256_setzero_ps();
+  for (int64_t block = 0; block < w.blocks; ++block, record += RECORD, x += BLOCK) {
+    if constexpr (ROWS == 1) {  // the memory is what it waits for
+      for (size_t line = 0; line < RECORD; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(record) + AHEAD * RECORD + line, _MM_HINT_T0);
+    }
+    __m256i total[ROWS];
+    for (int m = 0; m < ROWS; ++m) total[m] = _mm256_setzero_si256();
+    const auto* vectors = reinterpret_cast<const __m256i*>(record);
+    if constexpr (BITS == 4) {
+      for (int v = 0; v < 4; ++v) {
+        const __m256i both = _mm256_load_si256(vectors + v);
+        const __m256i left = _mm256_and_si256(both, low);
+        const __m256i right = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+        for (int m = 0; m < ROWS; ++m) {
+          const int8_t* columns = x + m * stride + 4 * v;
+          total[m] = _mm256_add_epi16(total[m], _mm256_maddubs_epi16(left, four_columns(columns)));
+          total[m] = _mm256_add_epi16(total[m], _mm256_maddubs_epi16(right, four_columns(columns + 16)));
+        }
+      }
+      for (int m = 0; m < ROWS; ++m) total[m] = _mm256_madd_epi16(total[m], ones);
+    } else {
+      for (int v = 0; v < 8; ++v) {
+        const __m256i weights = _mm256_load_si256(vectors + v);
+        const __m256i size = _mm256_abs_epi8(weights);  // 128 for -128: unsigned from here on
+        for (int m = 0; m < ROWS; ++m) {
+          const __m256i columns = _mm256_sign_epi8(four_columns(x + m * stride + 4 * v), weights);
+          total[m] = _mm256_add_epi32(total[m], _mm256_madd_epi16(_mm256_maddubs_epi16(size, columns), ones));
+        }
+      }
+    }
+    const __m256 scales = eight_halves(record + QUANTISED), offsets = eight_halves(record + QUANTISED + 2 * GROUP);
+    for (int m = 0; m < ROWS; ++m) {
+      const int64_t at = (first + m) * a.blocks + block;
+      const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(total[m]), scales);
+      y[m] = _mm256_fmadd_ps(product, _mm256_set1_ps(a.scales[at]), y[m]);
+      y[m] = _mm256_fmadd_ps(offsets, _mm256_set1_ps(a.sums[at]), y[m]);
+    }
+  }
+  for (int m = 0; m < ROWS; ++m) y[m] = _mm256_mul_ps(y[m], _mm256_set1_ps(w.unit));
+}
+
+// e^x, relative error 2e-7: 2^n by the exponent's bits, the rest (at most ln 2 / 2) by Taylor's series to the 7th power
+AVX2_INLINE __m256 exponential(__m256 x) {
+  x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.0f)), _mm256_set1_ps(88.0f));
+  const __m256 n = _mm256_round_ps(
+      _mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // ln 2 in two parts, so that nothing of x is lost
+  const __m256 rest = _mm256_fnmadd_ps(
+      n, _mm256_set1_ps(-2.12194440e-4f), _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x));
+  __m256 sum = _mm256_set1_ps(1.0f / 5040);
+  for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    sum = _mm256_fmadd_ps(sum, rest, _mm256_set1_ps(term));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(sum, _mm256_castsi256_ps(power));
+}
+
+struct Work {
+  const Weights* weights[2];
+  const float* x;
+  float* y;
+  Activations a;
+};
+
+// Eight columns of y, from 8 * group, in ROWS rows from `first`
+template <int BITS, int ROWS>
+AVX2_INLINE void tile(const Work& work, int64_t group, int64_t first) {
+  const Weights& w = *work.weights[0];
+  __m256 y[ROWS];
+  multiply<BITS>(w, group, work.a, first, y);
+  if (const Weights* up = work.weights[1]) {
+    __m256 other[ROWS];
+    multiply<BITS>(*up, group, work.a, first, other);
+    for (int m = 0; m < ROWS; ++m) {
+      const __m256 one = _mm256_set1_ps(1.0f), minus = _mm256_sub_ps(_mm256_setzero_ps(), y[m]);
+      y[m] = _mm256_mul_ps(_mm256_div_ps(y[m], _mm256_add_ps(one, exponential(minus))), other[m]);
+    }
+  }
+  const int64_t column = group * GROUP;
+  for (int m = 0; m < ROWS; ++m) {
+    float* out = work.y + (first + m) * w.rows + column;
+    if (column + GROUP <= w.rows) {
+      _mm256_storeu_ps(out, y[m]);
+    } else {
+      float lanes[GROUP];
+      _mm256_storeu_ps(lanes, y[m]);
+      std::copy_n(lanes, w.rows - column, out);
+    }
+  }
+}
+
+// Rows that go together share the reading and unpacking of weights; more than four do not fit the registers
+template <int BITS>
+AVX2 void some_groups(const Work& work, int64_t begin, int64_t end) {
+  for (int64_t group = begin; group < end; ++group) {
+    int64_t row = 0;
+    for (; row + 4 <= work.a.rows; row += 4) tile<BITS, 4>(work, group, row);
+    for (; row + 2 <= work.a.rows; row += 2) tile<BITS, 2>(work, group, row);
+    if (row < work.a.rows) tile<BITS, 1>(work, group, row);
+  }
+}
+
+void task(void* data, size_t index) {
+  const Work& work = *static_cast<const Work*>(data);
+  const int64_t begin = index * TASK, end = std::min<int64_t>(begin + TASK, work.weights[0]->groups);
+  work.weights[0]->bits == 4 ? some_groups<4>(work, begin, end) : some_groups<8>(work, begin, end);
+}
+
+void quantise_row(void* data, size_t row) {
+  Work& work = *static_cast<Work*>(data);
+  quantise(work.x, work.a, row);
+}
+
+class Failed {
+ public:
+  explicit Failed(ort::Status* status) : status(status) {}
+  ort::Status* status;
+};
+
+void check(ort::Status* status) {
+  if (status) throw Failed(status);
+}
+
+std::vector<int64_t> dims(const ort::Api& api, const ort::Value* value) {
+  ort::Shape* shape = nullptr;
+  check(api.shape(value, &shape));
+  size_t rank = 0;
+  ort::Status* status = api.rank(shape, &rank);
+  std::vector<int64_t> found(rank);
+  if (!status) status = api.dims(shape, found.data(), rank);
+  api.release(shape);
+  check(status);
+  return found;
+}
+
+template <typename T>
+const T* constant(const ort::Api& api, const ort::Info* info, size_t index, std::vector<int64_t>& shape) {
+  int is_constant = 0;
+  const ort::Value* value = nullptr;
+  if (api.constant(info, index, &is_constant, &value) || !is_constant || !value) return nullptr;
+  shape = dims(api, value);
+  void* data = nullptr;
+  check(api.data(value, &data));
+  return static_cast<const T*>(data);
+}
+
+int64_t elements(const std::vector<int64_t>& shape) {
+  int64_t count = 1;
+  for (int64_t side : shape) count *= side;
+  return count;
+}
+
+struct Kernel {
+  ort::Api api;
+  std::vector<Weights> weights;
+
+  Kernel(const ort::Api& api, const ort::Info* info, int matrices) : api(api) {
+    int64_t columns = 0, bits = 0;
+    check(api.integer(info, "K", &columns));
+    check(api.integer(info, "bits", &bits));
+    if ((bits != 4 && bits != 8) || columns <= 0 || columns % BLOCK) throw std::string("expected 4 or 8 bits, and K in blocks of 32");
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+      throw std::string("the processor lacks AVX2, FMA or F16C");
+    for (int matrix = 0; matrix < matrices; ++matrix) {
+      std::vector<int64_t> shape, scales_shape, zeros_shape;
+      const auto* quantised = constant<uint8_t>(api, info, 3 * matrix + 1, shape);
+      const auto* scales = constant<float>(api, info, 3 * matrix + 2, scales_shape);
+      const auto* zeros = constant<uint8_t>(api, info, 3 * matrix + 3, zeros_shape);
+      if (!quantised || !scales || shape.size() != 3 || shape[2] != BLOCK * bits / 8)
+        throw std::string("expected constant weights [N, blocks, bytes of 32 weights] and constant scales");
+      Weights w;
+      w.rows = shape[0], w.columns = columns, w.bits = static_cast<int>(bits);
+      w.blocks = columns / BLOCK, w.groups = (w.rows + GROUP - 1) / GROUP;
+      const Stored stored{quantised, scales, zeros, shape[1], w.bits};
+      const int64_t with_means = (columns + w.blocks + BLOCK - 1) / BLOCK;
+      if (stored.blocks != w.blocks && stored.blocks != with_means)
+        throw std::string("expected as many blocks as K has, or as K and the means of its blocks");
+      if (elements(scales_shape) != w.rows * stored.blocks) throw std::string("expected a scale for each block");
+      const int64_t zero_bytes = w.bits == 8 ? stored.blocks : (stored.blocks + 1) / 2;
+      if (zeros && elements(zeros_shape) != w.rows * zero_bytes) throw std::string("expected a zero point for each block");
+      pack(w, stored);
+      weights.push_back(std::move(w));
+    }
+    if (matrices == 2 && weights[0].rows != weights[1].rows) throw std::string("expected two matrices of one size");
+  }
+
+  void compute(ort::Context* context) const {
+    const ort::Value* input = nullptr;
+    check(api.input(context, 0, &input));
+    std::vector<int64_t> shape = dims(api, input);
+    const Weights& w = weights[0];
+    if (shape.empty() || shape.back() != w.columns) throw std::string("expected x with K columns");
+    int64_t rows = 1;
+    for (size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
+    shape.back() = w.rows;
+    ort::Value* output = nullptr;
+    check(api.output(context, 0, shape.data(), shape.size(), &output));
+    void *x = nullptr, *y = nullptr;
+    check(api.data(input, &x));
+    check(api.data(output, &y));
+    const size_t blocks = rows * w.blocks;
+    Work work{
+        {&w, weights.size() == 2 ? &weights[1] : nullptr},
+        static_cast<const float*>(x),
+        static_cast<float*>(y),
+        {rows, w.blocks, std::vector<int8_t>(blocks * BLOCK), std::vector<float>(blocks), std::vector<float>(blocks)}};
+    if (rows < ROWS_ALONE) {
+      for (int64_t row = 0; row < rows; ++row) quantise_row(&work, row);
+    } else {
+      check(api.parallel(context, quantise_row, rows, &work));
+    }
+    check(api.parallel(context, task, (w.groups + TASK - 1) / TASK, &work));
+  }
+};
+
+template <typename Call>
+ort::Status* guarded(const ort::Api& api, const Call& call) {
+  try {
+    call();
+    return nullptr;
+  } catch (const Failed& failed) {
+    return failed.status;
+  } catch (const std::string& message) {
+    return api.fail(ort::INVALID_ARGUMENT, message.c_str());
+  } catch (const std::exception& error) {
+    return api.fail(ort::FAIL, error.what());
+  }
+}
+
+template <int MATRICES>
+ort::Status* create(const ort::CustomOp*, const void* const* table, const ort::Info* info, void** kernel) {
+  const ort::Api api(table);
+  return guarded(api, [&] { *kernel = new Kernel(api, info, MATRICES); });
+}
+
+ort::Status* compute(void* data, ort::Context* context) {
+  const auto* kernel = static_cast<const Kernel*>(data);
+  return guarded(kernel->api, [&] { kernel->compute(context); });
+}
+
+// x, then quantised weights, scales and zero points of each matrix
+ort::ElementType input_type(const ort::CustomOp*, size_t index) { return index % 3 == 1 || (index && index % 3 == 0) ? ort::UINT8 : ort::FLOAT; }
+ort::Characteristic input_characteristic(const ort::CustomOp*, size_t index) {
+  return index && index % 3 == 0 ? ort::OPTIONAL : ort::REQUIRED;
+}
+
+template <int MATRICES>
+ort::CustomOp describe() {
+  ort::CustomOp op{};
+  op.version = ort::VERSION;
+  op.name = [](const ort::CustomOp*) { return MATRICES == 1 ? "BlockMatMul" : "GatedBlockMatMul"; };
+  op.provider = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
+  op.input_type = input_type;
+  op.inputs = [](const ort::CustomOp*) -> size_t { return 1 + 3 * MATRICES; };
+  op.output_type = [](const ort::CustomOp*, size_t) { return ort::FLOAT; };
+  op.outputs = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.input_characteristic = input_characteristic;
+  op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
+  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
+  op.create_v2 = create<MATRICES>;
+  op.compute_v2 = compute;
+  op.start_version = [](const ort::CustomOp*) { return 1; };
+  op.end_version = [](const ort::CustomOp*) { return 2147483647; };
+  return op;
+}
+
+const ort::CustomOp OPERATORS[] = {describe<1>(), describe<2>()};
+
+}  // namespace
+
+// Called by SessionOptions.register_custom_ops_library
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Options* options, const ort::ApiBase* base) {
+  const ort::Api api(base->get(ort::VERSION));
+  static ort::Domain* domain = nullptr;  // one for all sessions, which have to be outlived by it
+  ort::Status* status = nullptr;
+  if (!domain) {
+    status = api.create_domain("convllava", &domain);
+    for (const ort::CustomOp& op : OPERATORS)
+      if (!status) status = api.add_to_domain(domain, &op);
+  }
+  return status ? status : api.add_domain(options, domain);
+}
+#endif

@@ -1,0 +1,266 @@
+"""This project's operators against float64, against ONNX Runtime's MatMulNBits, and in the decoders that have them."""
+
+import itertools
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from calib.blocks import BLOCK, DOMAIN, Blocks, nearest, quantise_weights, with_offsets, write_kernels
+from runtime import decoder as decoders
+from runtime import kernels
+from runtime.backends import Backends, open_parts
+from runtime.bundle import open_bundle
+from runtime.errors import UserError
+from runtime.session import open_session
+from runtime.slots import Slots
+from tests.conftest import run_module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    reason = kernels.unavailable()
+    if kernels.NEEDED - kernels.processor_flags():
+        pytest.skip(f"the kernels cannot run: {reason}")
+    assert reason is None or shutil.which("c++") is None, "not built, though there is a compiler"
+    if reason:
+        pytest.skip(f"the kernels cannot run: {reason}")
+
+
+def blocks_of(rows: int, columns: int, bits: int, zeros: bool, seed: int = 0) -> Blocks:
+    """Random blocks of a matrix [columns, rows], every level among them."""
+    random = np.random.default_rng(seed)
+    count = columns // BLOCK
+    levels = random.integers(0, 2**bits, (rows, count, BLOCK), np.uint8)
+    scales = random.uniform(0.001, 0.01, (rows, count)).astype(np.float32)
+    return Blocks(bits, levels, scales, random.integers(0, 2**bits, (rows, count), np.uint8) if zeros else None)
+
+
+def dense(blocks: Blocks) -> np.ndarray:
+    """[N, K] float64."""
+    zeros = 2 ** (blocks.bits - 1) if blocks.zeros is None else blocks.zeros[..., None].astype(np.float64)
+    weights = (blocks.levels.astype(np.float64) - zeros) * blocks.scales[..., None].astype(np.float64)
+    return weights.reshape(len(weights), -1)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Activations [M, K] as the kernels see them: 8 bits for each block. float64."""
+    blocked = x.reshape(len(x), -1, BLOCK)
+    largest = np.abs(blocked).max(-1, keepdims=True)
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    levels = np.rint(blocked * factor).astype(np.float64)
+    return (levels * (largest / np.float32(127))).reshape(x.shape)
+
+
+def write(tmp_path, operator: str, matrices: list[Blocks], columns: int, bits: int):
+    tensors = {f"{at}/{key}": value for at, b in enumerate(matrices) for key, value in b.tensors().items()}
+    names = [
+        [f"{at}/Q{bits}", f"{at}/scales", f"{at}/zeros" if b.zeros is not None else ""] for at, b in enumerate(matrices)
+    ]
+    node = helper.make_node(operator, ["x", *itertools.chain(*names)], ["y"], domain=DOMAIN, K=columns, bits=bits)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "s", None])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "s", None])],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    file = tmp_path / "kernels.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), file)
+    return file
+
+
+def session(file):
+    return open_session(file, 2, operators=kernels.library())
+
+
+def run(file, x: np.ndarray) -> np.ndarray:
+    return session(file).run(None, {"x": x[None]})[0][0]
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("bits", "zeros"), [(4, True), (4, False), (8, False)])
+@pytest.mark.parametrize("columns", [32, 96, 576])
+@pytest.mark.parametrize("rows", [8, 20, 50])
+def test_products_are_float64s(tmp_path, bits, zeros, columns, rows):
+    """Of what activations are rounded to; scales are kept in float16, whose rounding is what is left."""
+    blocks = blocks_of(rows, columns, bits, zeros)
+    file = write(tmp_path, "BlockMatMul", [blocks], columns, bits)
+    random = np.random.default_rng(1)
+    for count in (1, 2, 3, 4, 5, 7, 11):
+        x = random.standard_normal((count, columns)).astype(np.float32)
+        expected = rounded(x) @ dense(blocks).T
+        assert relative(run(file, x), expected) < 8e-4
+    exact = Blocks(bits, blocks.levels, (blocks.scales * 0 + 2.0**-9).astype(np.float32), blocks.zeros)
+    file = write(tmp_path, "BlockMatMul", [exact], columns, bits)
+    assert relative(run(file, x), rounded(x) @ dense(exact).T) < 2e-6
+
+
+def test_extremes(tmp_path):
+    """Zeros, sums at the edge of 16 bits, scales that float16 has no room for, and matrices of nothing."""
+    levels = np.full((16, 3, BLOCK), 15, np.uint8)
+    scales = np.full((16, 3), 1.0, np.float32)
+    highest = Blocks(4, levels, scales, np.zeros((16, 3), np.uint8))
+    ones = np.ones((2, 96), np.float32)
+    for factor in (2.0**-40, 1.0, 2.0**40):
+        blocks = Blocks(4, levels, (scales * factor).astype(np.float32), highest.zeros)
+        file = write(tmp_path, "BlockMatMul", [blocks], 96, 4)
+        for x in (ones, -ones, 1e-20 * ones, 1e20 * ones):
+            np.testing.assert_allclose(run(file, x), rounded(x) @ dense(blocks).T, rtol=1e-6)
+        assert not run(file, 0 * ones).any()
+    lowest = Blocks(8, np.zeros((16, 3, BLOCK), np.uint8), scales)  # -128
+    file = write(tmp_path, "BlockMatMul", [lowest], 96, 8)
+    np.testing.assert_allclose(run(file, -ones), rounded(-ones) @ dense(lowest).T, rtol=1e-6)
+    nothing = Blocks(4, levels, 0 * scales, highest.zeros)
+    assert not run(write(tmp_path, "BlockMatMul", [nothing], 96, 4), ones).any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gated_products_are_float64s(tmp_path, bits):
+    gate, up = (blocks_of(40, 64, bits, bits == 4, seed) for seed in (0, 1))
+    file = write(tmp_path, "GatedBlockMatMul", [gate, up], 64, bits)
+    for scale in (0.1, 1.0, 10.0, 100.0):  # to where the sigmoid is 0 and 1
+        x = scale * np.random.default_rng(2).standard_normal((5, 64)).astype(np.float32)
+        gates, ups = (rounded(x) @ dense(b).T for b in (gate, up))
+        expected = gates / (1 + np.exp(-gates)) * ups
+        assert relative(run(file, x), expected) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["rtn", "q4_1"])
+def test_a_graph_computes_what_onnx_runtime_does_and_in_fewer_nodes(tmp_path, method):
+    """MatMulNBits at accuracy level 4 rounds activations too; with the means of blocks it rounds those once more."""
+    random = np.random.default_rng(0)
+    shapes = {"gate": (64, 96), "up": (64, 96), "down": (96, 64), "head": (64, 128)}
+    weights = {name: random.standard_normal(shape).astype(np.float32) / 8 for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("MatMul", ["x", "gate"], ["g"], name="gate"),
+        helper.make_node("MatMul", ["x", "up"], ["u"], name="up"),
+        helper.make_node("Sigmoid", ["g"], ["s"]),
+        helper.make_node("Mul", ["g", "s"], ["silu"]),
+        helper.make_node("Mul", ["silu", "u"], ["h"]),
+        helper.make_node("MatMul", ["h", "down"], ["d"], name="down"),
+        helper.make_node("MatMul", ["d", "head"], ["logits"], name="head"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "s", 64])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "s", 128])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "plain.onnx")
+    quantise_weights(tmp_path / "plain.onnx", tmp_path / "model.onnx", 4, method)
+    write_kernels(tmp_path / "model.onnx", tmp_path / "ours.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "ours.onnx", load_external_data=False).graph.node]
+    assert sorted(kinds) == ["BlockMatMul", "BlockMatMul", "GatedBlockMatMul"]
+    x = random.standard_normal((1, 6, 64)).astype(np.float32)
+    (found,) = session(tmp_path / "ours.onnx").run(None, {"x": x})
+    (theirs,) = open_session(tmp_path / "model.onnx", 2).run(None, {"x": x})
+    assert relative(found, theirs) < 0.02
+    restore = with_offsets if method == "q4_1" else lambda matrix: nearest(matrix, 4)
+    whole = {name: _restored(restore(matrix), len(matrix)) for name, matrix in weights.items() if name != "head"}
+    gates, ups = x[0] @ whole["gate"], x[0] @ whole["up"]
+    exact = (gates / (1 + np.exp(-gates)) * ups) @ whole["down"] @ dense(nearest(weights["head"], 8)).T
+    assert relative(found[0], exact) < 0.02, "activations in 8 bits are all that it loses"
+    assert relative(found[0], exact) < 1.5 * relative(theirs[0], exact)
+
+
+def _restored(blocks: Blocks, columns: int) -> np.ndarray:
+    """[K, N]: what the blocks stand for, the columns for the means spread over theirs."""
+    stored = dense(blocks)
+    weights, means = stored[:, :columns], stored[:, columns:][:, : columns // BLOCK]
+    return (weights + np.repeat(means, BLOCK, 1) / BLOCK if means.size else weights).T
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_is_the_same_whatever_it_is_computed_with(tmp_path, bits):
+    file = write(tmp_path, "BlockMatMul", [blocks_of(48, 96, bits, bits == 4)], 96, bits)
+    x = np.random.default_rng(0).standard_normal((9, 96)).astype(np.float32)
+    alone = np.concatenate([run(file, row[None]) for row in x])
+    for count in range(1, 10):
+        np.testing.assert_array_equal(run(file, x[:count]), alone[:count])
+
+
+def test_what_does_not_fit_is_said_when_the_graph_is_opened(tmp_path):
+    blocks = blocks_of(16, 64, 4, True)
+    for columns, reason in ((48, "blocks of 32"), (96, "as many blocks as K has")):
+        with pytest.raises(UserError, match=reason):
+            session(write(tmp_path, "BlockMatMul", [blocks], columns, 4))
+    with pytest.raises(UserError, match="two matrices of one size"):
+        session(write(tmp_path, "GatedBlockMatMul", [blocks, blocks_of(24, 64, 4, True)], 64, 4))
+    file = write(tmp_path, "BlockMatMul", [blocks], 64, 4)
+    with pytest.raises(Exception, match="K columns"):
+        run(file, np.zeros((1, 32), np.float32))
+
+
+def test_an_old_processor_is_told(tmp_path):
+    (tmp_path / "cpuinfo").write_text("flags : fpu sse2 avx\n")
+    assert kernels.unavailable(tmp_path / "cpuinfo") == "the processor has no avx2, f16c, fma"
+
+
+@pytest.fixture(scope="module", params=["int4", "int8"])
+def bundle(request, conformance, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bundles") / request.param
+    options = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--decoder-precision", request.param)
+    run_module("export.bundle", *options, "--out", out).check_returncode()
+    return open_bundle(out)
+
+
+def test_a_decoder_finds_the_ids_that_it_finds_without(bundle):
+    ours, plain = (open_parts(bundle, Backends(decoder=name)).decoder for name in ("kernels", "onnx"))
+    assert ours.kernels and ours.row_invariant and not plain.kernels and not plain.row_invariant
+    ids = np.random.default_rng(0).integers(3, 400, 140).tolist()
+    found, expected = ours.start(256), plain.start(256)
+    logits, plain_logits = found.forward(ids), expected.forward(ids)
+    assert relative(logits, plain_logits) < 0.05
+    token = int(plain_logits.argmax())
+    for _ in range(16):
+        following = expected.forward_greedy([token])
+        assert found.forward_greedy([token]) == following
+        token = following
+
+
+def test_sequences_decoded_together_get_what_they_get_alone(bundle):
+    decoder = decoders.open_decoder(bundle, with_kernels=True)
+    prompts = [np.random.default_rng(seed).integers(3, 400, 5 + 7 * seed).tolist() for seed in range(3)]
+    alone, slots = [], Slots(decoder, 3, 64)
+    for slot, prompt in zip(slots, prompts, strict=True):
+        sequence = decoder.start(64)
+        tokens = [sequence.forward_greedy(prompt)]
+        for _ in range(8):
+            tokens.append(sequence.forward_greedy(tokens[-1:]))
+        alone.append((tokens, sequence.forward(tokens[-1:]).copy()))
+        slot.forward(prompt)
+    for step in range(9):
+        following = slots.step([tokens[step] for tokens, _ in alone])
+        if step < 8:
+            assert following == [tokens[step + 1] for tokens, _ in alone]
+    np.testing.assert_array_equal(slots.logits(3), [logits for _, logits in alone])
+
+
+def test_they_are_taken_by_themselves_only_where_they_are_known_to_be_faster(bundle, monkeypatch):
+    for slow_bytes in (True, False):
+        monkeypatch.setattr(decoders, "int8_sums_saturate", lambda slow=slow_bytes: slow)
+        parts = open_parts(bundle, Backends(encoder="onnx"))
+        assert parts.decoder.kernels == slow_bytes
+        assert parts.decoder_chosen.file == ("decoder/kernels.onnx" if slow_bytes else "decoder/model.onnx")
+        assert parts.decoder_chosen.note == ""
+
+
+def test_without_a_compiler_the_reason_is_told(bundle, conformance_bundle, monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(decoders, "int8_sums_saturate", lambda: True)
+    parts = open_parts(bundle, Backends(encoder="onnx"))
+    assert not parts.decoder.kernels and "not built" in parts.decoder_chosen.note
+    with pytest.raises(UserError, match="--decoder kernels: they were not built"):
+        decoders.open_decoder(bundle, with_kernels=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has no graph for them"):
+        decoders.open_decoder(open_bundle(conformance_bundle), with_kernels=True)
