@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tests.conformance.test_model import CASES, EOS, assert_close
 from tests.conftest import ROOT, run_module
-from train import loop
+from train import conversations, loop
 from train.__main__ import run
-from train.conversations import AnswerLoss, ConversationTask
+from train.conversations import AnswerLoss, ConversationTask, is_cheaper_joined
 from train.data.collate import collate
 from train.data.dataset import Conversation
 from train.distributed import World
@@ -155,6 +155,31 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_conversations(model: ConvLLaVA, c
     counts = [int((item.labels[1:] != IGNORE_INDEX).sum()) for item in batch]
     assert count == sum(counts)
     assert_close(total, sum(loss * n for loss, n in zip(singles, counts, strict=True)))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_joined_conversations_have_the_loss_and_the_gradients_of_each_alone(
+    together: bool, model: ConvLLaVA, cases: list[dict], monkeypatch
+):
+    """One behind the other as side by side, whichever costs less."""
+    monkeypatch.setattr(conversations, "is_cheaper_joined", lambda lengths, config: together)
+    batch = [conversation_of(case) for case in cases]
+    weights = [model.image_encoder.projector[0].weight, model.decoder.model.layers[0].self_attn.k_proj.weight]
+    total, count = AnswerLoss(model)(batch)
+    found = torch.autograd.grad(total, weights)
+    each = [AnswerLoss(model)([conversation]) for conversation in batch]
+    assert count == sum(count for _, count in each)
+    alone = sum(total for total, _ in each)
+    torch.testing.assert_close(total, alone, rtol=1e-5, atol=0)
+    for gradient, expected in zip(found, torch.autograd.grad(alone, weights), strict=True):
+        assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_what_is_cheaper_is_by_padding_and_by_attention(model: ConvLLaVA):
+    config = model.decoder.config
+    assert not is_cheaper_joined([50, 50, 50], config), "nothing is padded"
+    assert is_cheaper_joined([10, 10, 10, 100], config)
+    assert not is_cheaper_joined([5000] * 8 + [6000], config), "attention between them would cost more"
 
 
 def test_an_empty_batch_adds_nothing(model: ConvLLaVA):

@@ -257,9 +257,9 @@ def test_a_malformed_record_says_why(record: dict, reason: str):
         turns_of(record)
 
 
-def test_lengths_are_words_and_their_sign_the_modality():
-    assert length_of(says("<image> one two", "three four", image="a.png")) == 5
-    assert length_of(says("one two", "three")) == -3
+def test_lengths_are_characters_and_their_sign_the_modality():
+    assert length_of(says("<image> one two", "three four", image="a.png")) == 25
+    assert length_of(says("one two", "three")) == -12
     assert length_of(says("", "")) == -1
     assert length_of("nonsense") == 1
 

@@ -36,7 +36,7 @@ class Conversation:
 class Conversations(Dataset):
     """Records of several files by one index; each is a Conversation, or Skipped where something is wrong with it.
 
-    lengths: for each record, its number of words, negative where it has no image: what batches are grouped by.
+    lengths: for each record, its number of characters, negative where it has no image: what batches are grouped by.
     """
 
     def __init__(
@@ -129,10 +129,13 @@ def read_records(file: Path) -> Iterator[Any]:
 
 
 def length_of(record: Any) -> int:
-    """Words, negative without image; LLaVA's `modality_lengths`. 1 for a record that will be skipped."""
+    """Characters, negative without image; 1 for a record that will be skipped.
+
+    LLaVA's `modality_lengths` are words; a code of ten digits is one, and ten tokens.
+    """
     try:
-        words = sum(len(message["value"].split()) for message in record["conversations"])
-        return max(words, 1) if record.get("image") else -max(words, 1)
+        characters = sum(len(message["value"]) for message in record["conversations"])
+        return max(characters, 1) if record.get("image") else -max(characters, 1)
     except (AttributeError, KeyError, TypeError):
         return 1
 

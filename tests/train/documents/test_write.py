@@ -56,6 +56,20 @@ def test_one_turn_gives_each_question_its_record(tmp_path: Path):
         assert record["conversations"][0]["value"].startswith("<image>\n")
 
 
+def test_only_questions_of_some_kinds(tmp_path: Path):
+    count = write(Job("train", 0, 6, OPTIONS, kinds=("transcribe", "total")), tmp_path / "out")
+    records = json.loads((tmp_path / "out" / "documents.json").read_text(encoding="utf-8"))
+    wanted = [
+        [q for q in render(i, "train", 0, OPTIONS).questions if q.kind in ("transcribe", "total")] for i in range(6)
+    ]
+    wanted = [questions for questions in wanted if questions]
+    assert len(records) == count == len(wanted) == len(list((tmp_path / "out" / "images").iterdir()))
+    answers = [[turn["value"] for turn in record["conversations"][1::2]] for record in records]
+    assert answers == [[question.answer for question in questions] for questions in wanted]
+    with pytest.raises(ValueError, match="none of 2 pages has a question of the kinds nonsense"):
+        write(Job("train", 0, 2, OPTIONS, kinds=("nonsense",)), tmp_path / "nothing")
+
+
 def test_nothing_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt

@@ -23,6 +23,7 @@ def main() -> int:
         PRESETS[arguments.preset],
         arguments.format,
         arguments.one_turn,
+        tuple(arguments.kinds),
     )
     start = time.perf_counter()
     try:
@@ -47,6 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--format", choices=FORMATS, default="png", help="of the images")
     parser.add_argument("--one-turn", action="store_true", help="a record for each question, not for each page")
+    parser.add_argument("--kinds", nargs="+", default=(), metavar="KIND", help="of questions, such as transcribe")
     return parser.parse_args()
 
 

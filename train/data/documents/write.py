@@ -8,7 +8,7 @@ import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,10 @@ CHUNK = 16  # pages that a process draws before it reports
 
 @dataclass(frozen=True)
 class Job:
-    """What to write. format: a key of `FORMATS`. one_turn: a record for each question, not for each page."""
+    """What to write. format: a key of `FORMATS`. one_turn: a record for each question, not for each page.
+
+    kinds: of questions that are written; empty for all. A page without any of them is left out.
+    """
 
     split: str
     seed: int
@@ -32,6 +35,7 @@ class Job:
     options: PageOptions
     format: str = "png"
     one_turn: bool = False
+    kinds: tuple[str, ...] = ()
 
 
 def write(job: Job, folder: Path, workers: int = 1) -> int:
@@ -49,6 +53,8 @@ def write(job: Job, folder: Path, workers: int = 1) -> int:
     try:
         (unfinished / "images").mkdir()
         records = [record for page in _pages(job, unfinished, workers) for record in page]
+        if not records:
+            raise ValueError(f"none of {job.pages} pages has a question of the kinds {', '.join(job.kinds)}")
         text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
         (unfinished / "documents.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp's folders are closed to others
@@ -113,6 +119,10 @@ def _pages(job: Job, folder: Path, workers: int) -> Iterator[list[dict]]:
 def _page(job: Job, folder: Path, index: int) -> list[dict]:
     """Draw page `index`, save its image, and return its records."""
     document = render(index, job.split, job.seed, job.options)
+    if job.kinds:
+        document = replace(document, questions=[q for q in document.questions if q.kind in job.kinds])
+    if not document.questions:
+        return []
     name = f"{job.split}-{job.seed}-{index:07d}"
     image = f"images/{name}.{job.format}"
     Image.fromarray(document.page.pixels).save(folder / image, **FORMATS[job.format])
