@@ -202,7 +202,7 @@ def decoders(args: argparse.Namespace) -> None:
     calibration, held_out = pages()
     evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS, scored=False)
     tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
-    text = np.array(english(tokenizer, WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
+    text = np.array(english(lambda text: tokenizer.encode_prompt(text, []), WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
     rows, opened = [], {}
     with tempfile.TemporaryDirectory() as folder:
         feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS)))
@@ -256,10 +256,10 @@ def _quantised(source: Path, precision: str, method: str, feeds: list, file: Pat
     return file
 
 
-def english(tokenizer: Tokenizer, count: int) -> list[int]:
+def english(encode: Callable[[str], list[int]], count: int) -> list[int]:
     """So many ids of the language reference that comes with Python."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    return tokenizer.encode_prompt(text[: 12 * count], [])[:count]
+    return encode(text[: 12 * count])[:count]
 
 
 def perplexity(decoder: Decoder, text: np.ndarray) -> float:

@@ -31,7 +31,7 @@ from export.bundle import export_bundle
 from export.cli import BUILD, open_checkpoint
 from export.decoder import quietly, write_llama
 from runtime.bundle import open_bundle
-from runtime.tokenizer import Tokenizer
+from train.data.tokenizer import load_tokenizer
 from train.model.demo import GGUF
 
 FOUR_BITS = ("llama.cpp", "ort-genai")  # the others compute in float32
@@ -67,8 +67,7 @@ def main() -> None:
             out = Path(folder, precision)
             export_bundle(checkpoint, out, checkpoint.resolution, decoder_precision=precision)
             bundles[precision] = open_bundle(out)
-        tokenizer = next(iter(bundles.values())).tokenizer
-        common["ids"] = english(Tokenizer(out / tokenizer["file"], tokenizer), capacity)
+        common["ids"] = english(load_tokenizer(checkpoint.folder).encode, capacity)
         for precision, bundle in bundles.items():
             ours[precision] = Running(KIND, "ours", common | {"bundle": str(bundle.folder)})
         for name in args.peers:

@@ -1,10 +1,11 @@
-"""The decoder's graphs side by side: ONNX Runtime GenAI's fused one in each precision, our portable one.
+"""The decoder's graphs side by side: ONNX Runtime GenAI's fused one in each precision, the same with this project's
+kernels, and our portable one.
 
     python -m benchmarks.decoder_graphs [--checkpoint DIR]
 
 Each is exported, opened, checked against PyTorch and timed on ONNX Runtime: a prompt of 614 positions (576 of them an
-image at 1536) and 48 single steps after it. Rounds go through all graphs in turn, so that a slow minute of the machine
-falls on all of them; medians are recorded.
+image at 1536) and 48 single steps after it; the perplexity is that of 1,022 tokens of English, fed one by one. Rounds
+go through all graphs in turn, so that a slow minute of the machine falls on all of them; medians are recorded.
 """
 
 import argparse
@@ -16,11 +17,16 @@ import numpy as np
 import onnx
 
 from benchmarks import record
+from benchmarks.calibration import WINDOW, WINDOWS, english, perplexity
+from calib.blocks import write_variants
 from export.cli import BUILD, name_of, open_checkpoint
 from export.decoder import PortableSequence, check_decoder, decoder_part, export_decoder
+from runtime import kernels
 from runtime.decoder import Decoder
+from train.data.tokenizer import load_tokenizer
 
-GRAPHS = [("fused", "fp32"), ("portable", "fp32"), ("fused", "fp16"), ("fused", "int8"), ("fused", "int4")]
+GRAPHS = [("fused", "fp32"), ("portable", "fp32"), ("fused", "fp16")]
+GRAPHS += [(graph, precision) for precision in ("int8", "int4") for graph in ("fused", "kernels")]
 IMAGE_TOKENS, TEXT_TOKENS, STEPS, ROUNDS = 576, 38, 48, 5
 CAPACITY = IMAGE_TOKENS + TEXT_TOKENS + STEPS
 
@@ -30,9 +36,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="default: the demo model")
     checkpoint = open_checkpoint(parser.parse_args().checkpoint)
     ids, images = prompt(checkpoint.llama_config.hidden_size)
+    text = np.array(english(load_tokenizer(checkpoint.folder).encode, WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
     rows, starts = [], []
     for graph, precision in GRAPHS:
-        row, start = prepare(checkpoint, graph, precision)
+        row, start = prepare(checkpoint, graph, precision, text)
         rows.append(row)
         starts.append(start)
     samples = [([], []) for _ in GRAPHS]
@@ -54,30 +61,40 @@ def prompt(hidden: int) -> tuple[list[int], np.ndarray]:
     return [*range(100, 104), *range(-1, -IMAGE_TOKENS - 1, -1), *range(104, 100 + TEXT_TOKENS)], images
 
 
-def prepare(checkpoint, graph: str, precision: str) -> tuple[dict, callable]:
+def weights_of(file: Path) -> list[Path]:
+    """The graph's file and that of its weights."""
+    data = {entry.value for tensor in onnx.load(file, load_external_data=False).graph.initializer
+            for entry in tensor.external_data if entry.key == "location"}  # fmt: skip
+    return [file, *(file.with_name(name) for name in sorted(data))]
+
+
+def prepare(checkpoint, graph: str, precision: str, text: np.ndarray) -> tuple[dict, callable]:
     """(what can be said before timing, a function that starts a fresh sequence)."""
     folder = BUILD / "decoder" / f"{name_of(checkpoint)}-{precision}"
     begin = time.perf_counter()
-    file = export_decoder(checkpoint, folder, precision, graph, CAPACITY)
+    file = export_decoder(checkpoint, folder, precision, graph.replace("kernels", "fused"), CAPACITY)
+    if graph == "kernels":
+        file = write_variants(file)["kernels_file"]
     export_s = time.perf_counter() - begin
     error = max(row.error for row in check_decoder(checkpoint, file, precision, graph))
     nodes = onnx.load(file, load_external_data=False).graph.node
     part = decoder_part(checkpoint, precision, file.name)
     begin = time.perf_counter()
-    if graph == "fused":
-        decoder = Decoder(file, part)
-        start = lambda: decoder.start(CAPACITY)  # noqa: E731
-    else:
+    if graph == "portable":
         portable = PortableSequence(file)
         start = portable.restart
+    else:
+        decoder = Decoder(file, part, operators=kernels.library() if graph == "kernels" else None)
+        start = lambda: decoder.start(CAPACITY)  # noqa: E731
     row = {
         "graph": graph,
         "precision": precision,
         "export_s": round(export_s, 1),
         "load_ms": round((time.perf_counter() - begin) * 1000),
-        "size_mb": round(sum(Path(path).stat().st_size for path in folder.glob(f"{file.name}*")) / 1e6, 1),
+        "size_mb": round(sum(path.stat().st_size for path in weights_of(file)) / 1e6, 1),
         "nodes": len(nodes),
         "relative_error": float(f"{error:.2e}"),
+        "text_perplexity": "" if graph == "portable" else round(perplexity(decoder, text), 2),
     }
     return row, start
 

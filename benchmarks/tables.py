@@ -70,6 +70,7 @@ COLUMNS = {
         ("prefill_ms", "prefill 614, ms"),
         ("decode_tokens_per_s", "decode, tokens/s"),
         ("relative_error", "error of the logits"),
+        ("text_perplexity", "perplexity of text"),
     ],
     "decoder_weights": [
         ("precision", "precision"),

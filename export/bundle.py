@@ -17,6 +17,7 @@ from export import encoder as encoder_export
 from export.cli import ParityError, choose_resolution, installed_versions, name_of, open_checkpoint, report, run
 from export.decoder import BLOCKS, CAPACITY_HELP, check_decoder, check_options, decoder_part, export_decoder
 from export.tokenizer import export_tokenizer
+from runtime import kernels
 from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
 from runtime.errors import UserError
 from runtime.image import ImageRule
@@ -59,6 +60,9 @@ def export_bundle(
         decoder_file = export_decoder(checkpoint, folder / "decoder", decoder_precision)
         _require(report(check_decoder(checkpoint, decoder_file, decoder_precision)), "decoder")
         variants = write_variants(decoder_file) if decoder_precision in BLOCKS else {}
+        if variants and kernels.unavailable() is None:
+            rows = check_decoder(checkpoint, variants["kernels_file"], decoder_precision, "kernels")
+            _require(report(rows), "decoder with kernels")
         if portable:
             portable_precision = decoder_precision if decoder_precision in ("fp32", "fp16") else "fp16"
             portable_file = export_decoder(checkpoint, folder / "decoder", portable_precision, "portable", capacity)

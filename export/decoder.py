@@ -34,6 +34,7 @@ from calib.blocks import quantise_weights
 from export.cli import BUILD, Difference, ParityError, compare, name_of, open_checkpoint, report, run
 from export.half import half_graph
 from export.llama import SMALL, llama_graph
+from runtime import kernels
 from runtime.bundle import DecoderPart
 from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, Sequence, allocate
 from runtime.device import Cpu
@@ -273,6 +274,8 @@ def quietly(build, *arguments) -> None:
 def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str = "fused") -> list[Difference]:
     """Logits of the graph against PyTorch's: a prompt with two images, a second turn, three single steps.
 
+    graph: fused, portable or kernels (a fused one with the operators of `runtime.kernels`).
+
     PyTorch computes in float32 for a float32 graph, else in the checkpoint's own type, which the bounds leave room for:
     a 7B stored in float16 then needs 14 GB here instead of 27.
     """
@@ -291,7 +294,10 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
         "step 3": [tokens[15]],
     }
     part = decoder_part(checkpoint, precision, file.name)
-    forward = Decoder(file, part).start(64).forward if graph == "fused" else PortableSequence(file).forward
+    if graph == "portable":
+        forward = PortableSequence(file).forward
+    else:
+        forward = Decoder(file, part, operators=kernels.library() if graph == "kernels" else None).start(64).forward
     rows, past = [], None
     for what, ids in calls.items():
         embeds = np.stack([table[i] if i >= 0 else images[-1 - i] for i in ids])

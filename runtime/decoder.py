@@ -112,23 +112,21 @@ def open_decoder(
     device: Device | None = None,
     with_kernels: bool | None = None,
 ) -> Decoder:
-    """The bundle's fused graph, with the one for prompts where that is faster.
+    """The bundle's fused graph, with products by `runtime.kernels` or with the graph for prompts, where that is faster.
 
-    with_kernels: products by `runtime.kernels`; None: where they are known to be faster and can be had.
+    with_kernels: None takes them where they are known to be faster and can be had.
     Raises UserError where they are asked for and cannot be had.
     """
     part = bundle.decoder
     slow_bytes = provider == "cpu" and int8_sums_saturate()
-    prefill = bundle.path(part.prefill_file) if part.prefill_file and slow_bytes else None
     if with_kernels is None:
         with_kernels = slow_bytes and kernels_missing(bundle) is None
     if not with_kernels:
+        prefill = bundle.path(part.prefill_file) if part.prefill_file and slow_bytes else None
         return Decoder(bundle.path(part.file), part, threads, provider, device, prefill)
     if (reason := kernels_missing(bundle)) or provider != "cpu":
         raise UserError(f"--decoder kernels: {reason or 'they are for --provider cpu'}")
-    # of 4 bits they are faster than float32 at any length
-    prefill = prefill if part.precision == "int8" else None
-    return Decoder(bundle.path(part.kernels_file), part, threads, provider, device, prefill, kernels.library())
+    return Decoder(bundle.path(part.kernels_file), part, threads, provider, device, operators=kernels.library())
 
 
 def kernels_missing(bundle: Bundle) -> str | None:

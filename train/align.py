@@ -1,13 +1,11 @@
 """Projector initialisation without the language model: each visual token becomes what its text embeds to.
 
-The language model reads tokens through its embedding table. Each word of a page is cut into the tokens it would have in
-a text, and a visual token is fitted to the sum of the embeddings of those whose centre it covers, each by a factor
-`FADING` less than the one before it, which tells their order: regression, at a fraction of what a step through the
-language model costs, which then begins with tokens it half understands. Cells without text are fitted to the embedding
-of a line break. Rendered documents know which characters stand where.
+The language model reads tokens through its embedding table. A visual token that covers the characters `ota` is
+therefore fitted to the sum of the embeddings of the tokens that `ota` is cut into: regression, at a fraction of what a
+step through the language model costs, which then begins with tokens it half understands. Cells without text are fitted
+to the embedding of a line break. Rendered documents know which characters stand where.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,27 +27,18 @@ from train.recipe import Recipe, RecipeError
 
 EMBEDDING = "model.embed_tokens.weight"
 NO_TOKEN = -1
-FADING = 0.7
 TRAINABLE = ("projector", "fifth_stage")
 
 
-def cell_tokens(document: Document, stride: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of the tokens whose centres lie in each stride x stride cell, cells in reading order.
-
-    A token's centre is that of its first and last character; a word is cut into tokens as one that follows a space.
-    """
+def cell_texts(document: Document, stride: int) -> list[str]:
+    """The characters whose centres lie in each stride x stride cell, cells and characters in reading order."""
     page = document.page
     width, height = page.width // stride, page.height // stride
-    cells: list[list[int]] = [[] for _ in range(width * height)]
-    characters = zip(page.words, page.characters, page.places, strict=True)
-    for _, word in itertools.groupby(characters, key=lambda character: character[0]):
-        _, text, places = zip(*word, strict=True)
-        for token, begin, end in tokenizer.spans(" " + "".join(text)):
-            if end > max(begin, 1):  # more than the space
-                (x0, y0, _, _), (_, _, x1, y1) = places[max(begin - 1, 0)], places[end - 2]
-                column, row = (int(centre / 2 / stride) for centre in (x0 + x1, y0 + y1))
-                cells[min(row, height - 1) * width + min(column, width - 1)].append(token)
-    return cells
+    texts = [""] * (width * height)
+    for character, (x0, y0, x1, y1) in zip(page.characters, page.places, strict=True):
+        column, row = (int(centre / 2 / stride) for centre in (x0 + x1, y0 + y1))
+        texts[min(row, height - 1) * width + min(column, width - 1)] += character
+    return texts
 
 
 class CellPages(Dataset):
@@ -58,12 +47,12 @@ class CellPages(Dataset):
     def __init__(self, local: Local, recipe: Recipe, tokenizer: Tokenizer, stride: int):
         self._local, self._seed, self._global_batch = local, recipe.seed, recipe.global_batch
         self._tokenizer, self._stride = tokenizer, stride
-        self._blank = tokenizer.encode("\n", opening=False)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, list[Tensor]]:
         document = draw(self._local, self._seed, number, self._global_batch)
-        ids = cell_tokens(document, self._stride, self._tokenizer)
-        return document.page.pixels, [torch.tensor(cell or self._blank) for cell in ids]
+        texts = cell_texts(document, self._stride)
+        ids = [torch.tensor(self._tokenizer.encode(text or "\n", opening=False)) for text in texts]
+        return document.page.pixels, ids
 
 
 def _stack(pages: Sequence[tuple[np.ndarray, list[Tensor]]]) -> PageBatch:
@@ -116,8 +105,7 @@ class AlignTask:
     def loss(self, batch: PageBatch) -> Loss:
         found = self.model((batch.pixels - self._mean) / self._std).flatten(0, 1).float()  # [B * T, D]
         present = batch.labels != NO_TOKEN
-        weights = present * FADING ** torch.arange(present.shape[1], device=present.device)
-        wanted = (self._embedding[batch.labels.clamp(min=0)] * weights[..., None]).sum(1)
+        wanted = (self._embedding[batch.labels.clamp(min=0)] * present[..., None]).sum(1)
         errors = (found - wanted).square().mean(-1) / self._scale
         spread = (wanted - wanted.mean(0)).square().mean() / self._scale * len(wanted)
         # what the mean embedding would not explain: 0 is no better than a constant, 1 is exact

@@ -1,6 +1,5 @@
 """Projector initialisation by regression onto the language model's embeddings."""
 
-import itertools
 import json
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 
 from tests.conftest import run_module
 from tests.train.test_local import page_with
-from train.align import FADING, NO_TOKEN, AlignTask, cell_tokens
-from train.data.tokenizer import load_tokenizer
+from train.align import NO_TOKEN, AlignTask, cell_texts
 from train.distributed import World
 from train.local import PageBatch
 from train.model import load_model
@@ -39,30 +37,10 @@ def recipe(conformance, tmp_path):
     return str(file)
 
 
-class Pairs:
-    """Tokens of two characters; their ids are those characters."""
-
-    def spans(self, text: str) -> list[tuple[str, int, int]]:
-        return [(text[at : at + 2], at, min(at + 2, len(text))) for at in range(0, len(text), 2)]
-
-
-def test_a_cell_has_the_tokens_whose_centres_it_covers_in_order():
-    """Words are cut as they are behind a space, and what stands for the space alone is nothing to see."""
+def test_a_cell_has_the_characters_of_its_centres_in_order():
     document = page_with(("a", 3, 5), ("b", 60, 5), ("c", 64, 5), ("d", 5, 63), ("e", 127.9, 63.9))
-    document.page.words[:] = [0, 0, 0, 1, 2]
-    assert cell_tokens(document, 64, Pairs()) == [[" a", "bc", " d"], [" e"]]
-    assert cell_tokens(document, 32, Pairs()) == [[" a"], ["bc"], [], [], [" d"], [], [], [" e"]]
-    document.page.words[:] = [0, 0, 0, 0, 0]
-    assert cell_tokens(document, 64, Pairs()) == [[" a", "bc"], ["de"]]
-
-
-def test_tokens_of_the_conformance_tokenizer_cover_their_word(conformance):
-    tokenizer = load_tokenizer(conformance / "checkpoint")
-    for word in (" Total", " 12.50", " x", " Zq!?", " 5€ ~é"):
-        spans = tokenizer.spans(word)
-        assert [token for token, *_ in spans] == tokenizer.encode(word, opening=False)
-        assert spans[0][1] == 0 and spans[-1][2] == len(word)
-        assert all(before[2] == after[1] for before, after in itertools.pairwise(spans))
+    assert cell_texts(document, 64) == ["abd", "ce"]
+    assert cell_texts(document, 32) == ["a", "b", "c", "", "d", "", "", "e"]
 
 
 def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, conformance):
@@ -74,12 +52,7 @@ def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, confo
     image = task._checkpoint.preprocessor
     mean, std = (torch.tensor(image[key]).double().view(3, 1, 1) for key in ("image_mean", "image_std"))
     found = model.image_encoder((batch.pixels / 255.0 - mean) / std).flatten(0, 1)
-    wanted = torch.stack(
-        [
-            (table[(there := ids[ids != NO_TOKEN])] * (FADING ** torch.arange(len(there)))[:, None]).sum(0)
-            for ids in batch.labels
-        ]
-    )
+    wanted = torch.stack([table[ids[ids != NO_TOKEN]].sum(0) for ids in batch.labels])
     errors = (found - wanted).square().mean(1) / table.square().mean()
     assert loss.sum.item() == pytest.approx(errors.sum().item(), rel=1e-4)
     assert loss.count == len(wanted) == 2 * 4

@@ -32,11 +32,6 @@ class Tokenizer(ABC):
             in the middle of one, without a prefix space.
         """
 
-    @abstractmethod
-    def spans(self, text: str) -> list[tuple[int, int, int]]:
-        """(id, begin, end) of each token of a text without special tokens that goes on in the middle of one: it stands
-        for text[begin:end]."""
-
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint's folder. Raises TokenizerError."""
@@ -64,10 +59,6 @@ class FastTokenizer(Tokenizer):
 
     def encode(self, text: str, opening: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def spans(self, text: str) -> list[tuple[int, int, int]]:
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
-        return [(token, *span) for token, span in zip(encoded.ids, encoded.offsets, strict=True)]
 
     def _bos(self, config: dict[str, Any]) -> int | None:
         """The configuration's word, else what the post-processor puts in front."""
@@ -119,16 +110,6 @@ class SentencePieceTokenizer(Tokenizer):
         for special, stretch in zip(parts[1::2], parts[2::2], strict=True):
             ids += [self._special[special], *self._encode_stretch(stretch)]
         return ids
-
-    def spans(self, text: str) -> list[tuple[int, int, int]]:
-        spans, end = [], 0
-        for token in self.encode(text, opening=False):
-            piece = self._pieces.id_to_piece(token)
-            # of a character's bytes, <0x..> each, the first stands for it
-            length = int(piece[3:5], 16) & 0xC0 != 0x80 if self._pieces.is_byte(token) else len(piece)
-            begin, end = end, min(end + length, len(text))
-            spans.append((token, begin, end))
-        return spans
 
     def _encode_stretch(self, text: str) -> list[int]:
         """A text without special tokens."""

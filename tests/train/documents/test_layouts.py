@@ -1,6 +1,5 @@
 """Every template on pages of several sizes: nothing leaves the page or lies on other text, and answers are true."""
 
-import itertools
 import re
 import string
 
@@ -9,7 +8,7 @@ import pytest
 
 from train.data.documents import KINDS, PageOptions
 from train.data.documents.content import Dice
-from train.data.documents.fonts import faces, glyphs
+from train.data.documents.fonts import faces
 from train.data.documents.generate import draw
 from train.data.documents.layouts import FAMILIES, TEMPLATES
 from train.data.documents.page import Box, Page
@@ -185,12 +184,3 @@ def test_every_family_holds_a_template_back():
         assert len(templates) >= 4, family
         assert any(template.unseen for template in templates), family
         assert sum(not template.unseen for template in templates) >= 3, family
-
-
-def test_words_end_at_spaces_and_lines():
-    page = Page.blank(400, 100)
-    line = glyphs(faces("seen")[0], 24)
-    page.text(5, 5, "ab  c", line)
-    page.text(5, 50, "d e", line)
-    groups = itertools.groupby(zip(page.words, page.characters, strict=True), key=lambda pair: pair[0])
-    assert ["".join(character for _, character in group) for _, group in groups] == ["ab", "c", "d", "e"]
