@@ -133,8 +133,8 @@ def write_variants(file: Path) -> dict[str, Path]:
     """Beside the graph `file`, others of the same weights; returns them by their keys in a bundle's manifest."""
     prefill, kernels = file.with_name("prefill.onnx"), file.with_name("kernels.onnx")
     write_prefill(file, prefill)
-    write_kernels(file, kernels)
-    return {"prefill_file": prefill, "kernels_file": kernels}
+    written = {"prefill_file": prefill}
+    return written | {"kernels_file": kernels} if write_kernels(file, kernels) else written
 
 
 def write_prefill(source: Path, target: Path) -> None:
@@ -148,21 +148,24 @@ def write_prefill(source: Path, target: Path) -> None:
     onnx.save(model, str(target))
 
 
-def write_kernels(source: Path, target: Path) -> None:
+def write_kernels(source: Path, target: Path) -> bool:
     """The graph at `source` with this project's operators (`runtime.kernels`) in place of MatMulNBits and of what
     surrounds it. target: a file beside it; the weights are those of `source`.
 
-    Means of blocks become part of BlockMatMul, and two products, SiLU and their multiplication one GatedBlockMatMul. A
-    matrix whose inputs are no multiple of a block stays as it is.
+    Means of blocks become part of BlockMatMul, and two products, SiLU and their multiplication one GatedBlockMatMul.
+    Returns False, and writes nothing, where a matrix's inputs are no multiple of a block.
     """
     model = onnx.load(str(source), load_external_data=False)
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     _replace_nodes(graph, [_block_matmul(node, makers) for node in graph.node])
+    if any(node.op_type == "MatMulNBits" for node in graph.node):
+        return False
     makers = {name: node for node in graph.node for name in node.output}
     _replace_nodes(graph, [_gated(node, makers) for node in graph.node])
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     onnx.save(model, str(target))
+    return True
 
 
 def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
@@ -184,7 +187,8 @@ def _block_matmul(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> on
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     inputs, size, *weights = node.input[0], attributes["K"], *node.input[1:]
     extended = makers.get(inputs)
-    if extended is not None and extended.op_type == "Concat" and makers[extended.input[1]].op_type == "AveragePool":
+    means = makers.get(extended.input[-1]) if extended is not None and extended.op_type == "Concat" else None
+    if means is not None and means.op_type == "AveragePool":
         inputs, size = extended.input[0], size * BLOCK // (BLOCK + 1)
     if size % BLOCK or attributes["block_size"] != BLOCK:
         return node

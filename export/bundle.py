@@ -60,7 +60,7 @@ def export_bundle(
         decoder_file = export_decoder(checkpoint, folder / "decoder", decoder_precision)
         _require(report(check_decoder(checkpoint, decoder_file, decoder_precision)), "decoder")
         variants = write_variants(decoder_file) if decoder_precision in BLOCKS else {}
-        if variants and kernels.unavailable() is None:
+        if "kernels_file" in variants and kernels.unavailable() is None:
             rows = check_decoder(checkpoint, variants["kernels_file"], decoder_precision, "kernels")
             _require(report(rows), "decoder with kernels")
         if portable:
@@ -68,20 +68,19 @@ def export_bundle(
             portable_file = export_decoder(checkpoint, folder / "decoder", portable_precision, "portable", capacity)
             rows = check_decoder(checkpoint, portable_file, portable_precision, "portable")
             _require(report(rows), "portable decoder")
+        part = decoder_part(
+            checkpoint,
+            decoder_precision,
+            "decoder/model.onnx",
+            portable_file="decoder/portable.onnx" if portable else None,
+            **{key: f"decoder/{file.name}" for key, file in variants.items()},
+        )
         return {
             "image": image.to_dict(),
             "prompt": prompt.to_dict(),
             "tokenizer": tokenizer,
             "encoder": asdict(_encoder_part(checkpoint, precision)),
-            "decoder": asdict(
-                decoder_part(
-                    checkpoint,
-                    decoder_precision,
-                    "decoder/model.onnx",
-                    portable_file="decoder/portable.onnx" if portable else None,
-                    **{key: f"decoder/{file.name}" for key, file in variants.items()},
-                )
-            ),
+            "decoder": {key: value for key, value in asdict(part).items() if value is not None},
         }
 
     write_bundle(out, fill, name_of(checkpoint), installed_versions(PRODUCERS))

@@ -50,8 +50,8 @@ class Backends:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What runs a part. runtime: onnxruntime, openvino or tensorrt; provider: where it computes; file: inside the
-    bundle; note: why `auto` took it."""
+    """What runs a part. runtime: onnxruntime, onnxruntime with kernels, openvino or tensorrt; provider: where it
+    computes; file: inside the bundle; note: why `auto` did not take what would be faster."""
 
     runtime: str
     provider: str
@@ -123,8 +123,8 @@ def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[
     decoder = open_decoder(bundle, wanted.threads, wanted.provider, devices.of_provider, with_kernels)
     if decoder.kernels:
         return decoder, Chosen("onnxruntime with kernels", wanted.provider, part.precision, part.kernels_file)
-    blocks = part.precision in ("int4", "int8")
-    note = kernels_missing(bundle) if wanted.decoder == "auto" and wanted.provider == "cpu" and blocks else None
+    would_help = part.precision in ("int4", "int8") and wanted.provider == "cpu" and int8_sums_saturate()
+    note = kernels_missing(bundle) if wanted.decoder == "auto" and would_help else None
     return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file, note or "")
 
 

@@ -4,6 +4,7 @@ They are compiled when the package is installed, where there is a C++ compiler, 
 operators of the domain `convllava`.
 """
 
+import ctypes
 import importlib.util
 from pathlib import Path
 
@@ -22,6 +23,10 @@ def unavailable(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     """Why they cannot be used here, in words; None if they can."""
     if missing := NEEDED - processor_flags(cpuinfo):
         return f"the processor has no {', '.join(sorted(missing))}"
-    if library() is None:
-        return "they were not built, for want of a C++ compiler when the package was installed: pip install it again"
+    if (found := library()) is None:
+        return "they were not built: pip install the package again with a C++ compiler at hand (-v shows what it says)"
+    try:
+        ctypes.CDLL(str(found))
+    except OSError as error:
+        return f"their library cannot be loaded: {error}"
     return None

@@ -4,20 +4,22 @@
 //   GatedBlockMatMul  y = silu(x G^T) * (x U^T), the first half of a Llama's MLP
 //
 // in the domain `convllava`. Weights come as MatMulNBits has them (com.microsoft): quantised uint8 [N, blocks, bytes],
-// scales float [N, blocks], zero points uint8 [N, packed] or none (8, 128). x float [..., K], K a multiple of 32, the block.
-// Where the weights have more blocks than K / 32, the K / 32 columns after the K-th are products with the means of x's
-// blocks (`calib.blocks`), and become part of each block's offset.
+// scales float [N, blocks], zero points uint8 [N, packed] or none (8, 128). x float [..., K], K a multiple of 32, the
+// block. Where the weights have more blocks than K / 32, the K / 32 columns after the K-th are products with the means
+// of x's blocks (`calib.blocks`), and become part of each block's offset.
 //
-// Activations are rounded to 8 bits for each block, as MatMulNBits does at accuracy level 4. What makes this faster is how
-// weights lie: eight rows, four columns of each, in one vector. A broadcast of four activations then meets eight rows at
-// once, sums of 16 products stay within 16 bits for 4-bit weights (16 * 15 * 127 = 30480), and a block costs one horizontal
-// addition for eight rows in place of eight. Each result is the same whatever rows of x it is computed with.
+// Activations are rounded to 8 bits for each block, as MatMulNBits does at accuracy level 4. What makes this faster is
+// how weights lie: eight rows, four columns of each, in one vector. A broadcast of four activations then meets eight
+// rows at once, sums of 16 products stay within 16 bits for 4-bit weights (16 * 15 * 127 = 30480), and a block costs
+// one horizontal addition for eight rows in place of eight. Each result is the same whatever rows of x it is computed
+// with. A row of x with a NaN gives NaN.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -31,10 +33,10 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;  // columns with a scale and an offset of their own
-constexpr int64_t GROUP = 8;   // rows that lie together
-constexpr int64_t TASK = 4;    // groups that a thread takes at once
-constexpr int64_t AHEAD = 8;   // blocks between what is read and what is fetched
+constexpr int64_t BLOCK = 32;      // columns with a scale and an offset of their own
+constexpr int64_t GROUP = 8;       // rows that lie together
+constexpr int64_t TASK = 4;        // groups that a thread takes at once
+constexpr int64_t AHEAD = 8;       // blocks between what is read and what is fetched
 constexpr int64_t ROWS_ALONE = 4;  // rows of x that one thread rounds sooner than two
 
 constexpr size_t record_bytes(int bits) { return GROUP * BLOCK * bits / 8 + 4 * GROUP; }
@@ -68,7 +70,9 @@ struct Stored {
   int64_t blocks;
   int bits;
 
-  const uint8_t* block(int64_t row, int64_t index) const { return quantised + (row * blocks + index) * BLOCK * bits / 8; }
+  const uint8_t* block(int64_t row, int64_t index) const {
+    return quantised + (row * blocks + index) * BLOCK * bits / 8;
+  }
   float scale(int64_t row, int64_t index) const { return scales[row * blocks + index]; }
   int zero(int64_t row, int64_t index) const {
     if (!zeros) return bits == 8 ? 128 : 8;
@@ -78,7 +82,9 @@ struct Stored {
     const uint8_t* in = block(row, column / BLOCK);
     return bits == 8 ? in[column % BLOCK] : half(in, column % BLOCK);
   }
-  static int half(const uint8_t* bytes, int64_t index) { return index % 2 ? bytes[index / 2] >> 4 : bytes[index / 2] & 15; }
+  static int half(const uint8_t* bytes, int64_t index) {
+    return index % 2 ? bytes[index / 2] >> 4 : bytes[index / 2] & 15;
+  }
 };
 
 // What is added to scale * quantised for a weight (of 8 bits: quantised - 128). scale: of the block, as it is kept.
@@ -117,10 +123,12 @@ void pack(Weights& w, const Stored& stored) {
   }
   int exponent = 0;
   std::frexp(largest, &exponent);
+  exponent = std::max(exponent, -100);  // smaller scales become 0, and their inverse would be infinite
   w.unit = std::ldexp(1.0f, exponent - 14);
   const float to_units = std::ldexp(1.0f, 14 - exponent);
 
-  const size_t quantised = GROUP * BLOCK * w.bits / 8, record = record_bytes(w.bits), bytes = w.groups * w.blocks * record;
+  const size_t quantised = GROUP * BLOCK * w.bits / 8, record = record_bytes(w.bits),
+               bytes = w.groups * w.blocks * record;
   w.data.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
   if (!w.data) throw std::string("no memory for packed weights");
   if (w.rows % GROUP) std::memset(w.data.get(), 0, bytes);
@@ -138,19 +146,20 @@ void pack(Weights& w, const Stored& stored) {
 }
 
 AVX2 void quantise(const float* x, Activations& a, int64_t row) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
+  const __m256 sign = _mm256_set1_ps(-0.0f), zero = _mm256_setzero_ps();
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (int64_t block = 0; block < a.blocks; ++block) {
     const float* in = x + (row * a.blocks + block) * BLOCK;
-    __m256 v[4], most = _mm256_setzero_ps();
+    __m256 v[4], most = zero, strange = zero;
     for (int i = 0; i < 4; ++i) {
       v[i] = _mm256_loadu_ps(in + 8 * i);
       most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v[i]));
+      strange = _mm256_or_ps(strange, _mm256_cmp_ps(v[i], v[i], _CMP_UNORD_Q));
     }
     __m128 top = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
     top = _mm_max_ps(top, _mm_movehl_ps(top, top));
     const float largest = _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
-    const __m256 to_levels = _mm256_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+    const __m256 to_levels = _mm256_set1_ps(largest > 1e-30f ? 127.0f / largest : 0.0f);
     __m256i q[4];
     for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], to_levels));
     __m256i sum = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
@@ -159,9 +168,9 @@ AVX2 void quantise(const float* x, Activations& a, int64_t row) {
     four = _mm_hadd_epi32(four, four);
     const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
     const int64_t at = row * a.blocks + block;
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(a.quantised.data() + at * BLOCK), _mm256_permutevar8x32_epi32(packed, order));
-    a.scales[at] = largest / 127.0f;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(a.quantised.data() + at * BLOCK),
+                        _mm256_permutevar8x32_epi32(packed, order));
+    a.scales[at] = _mm256_movemask_ps(strange) ? NAN : largest / 127.0f;
     a.sums[at] = a.scales[at] * _mm_cvtsi128_si32(four);
   }
 }
@@ -187,8 +196,9 @@ AVX2_INLINE void multiply(const Weights& w, int64_t group, const Activations& a,
   for (int m = 0; m < ROWS; ++m) y[m] = _mm256_setzero_ps();
   for (int64_t block = 0; block < w.blocks; ++block, record += RECORD, x += BLOCK) {
     if constexpr (ROWS == 1) {  // the memory is what it waits for
+      const uintptr_t ahead = reinterpret_cast<uintptr_t>(record) + AHEAD * RECORD;  // perhaps behind the last, unread
       for (size_t line = 0; line < RECORD; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(record) + AHEAD * RECORD + line, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
     }
     __m256i total[ROWS];
     for (int m = 0; m < ROWS; ++m) total[m] = _mm256_setzero_si256();
@@ -229,11 +239,11 @@ AVX2_INLINE void multiply(const Weights& w, int64_t group, const Activations& a,
 // e^x, relative error 2e-7: 2^n by the exponent's bits, the rest (at most ln 2 / 2) by Taylor's series to the 7th power
 AVX2_INLINE __m256 exponential(__m256 x) {
   x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.0f)), _mm256_set1_ps(88.0f));
-  const __m256 n = _mm256_round_ps(
-      _mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 n =
+      _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   // ln 2 in two parts, so that nothing of x is lost
-  const __m256 rest = _mm256_fnmadd_ps(
-      n, _mm256_set1_ps(-2.12194440e-4f), _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x));
+  const __m256 rest =
+      _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x));
   __m256 sum = _mm256_set1_ps(1.0f / 5040);
   for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
     sum = _mm256_fmadd_ps(sum, rest, _mm256_set1_ps(term));
@@ -323,7 +333,8 @@ template <typename T>
 const T* constant(const ort::Api& api, const ort::Info* info, size_t index, std::vector<int64_t>& shape) {
   int is_constant = 0;
   const ort::Value* value = nullptr;
-  if (api.constant(info, index, &is_constant, &value) || !is_constant || !value) return nullptr;
+  check(api.constant(info, index, &is_constant, &value));
+  if (!is_constant || !value) return nullptr;
   shape = dims(api, value);
   void* data = nullptr;
   check(api.data(value, &data));
@@ -344,9 +355,10 @@ struct Kernel {
     int64_t columns = 0, bits = 0;
     check(api.integer(info, "K", &columns));
     check(api.integer(info, "bits", &bits));
-    if ((bits != 4 && bits != 8) || columns <= 0 || columns % BLOCK) throw std::string("expected 4 or 8 bits, and K in blocks of 32");
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
-      throw std::string("the processor lacks AVX2, FMA or F16C");
+    if ((bits != 4 && bits != 8) || columns <= 0 || columns % BLOCK)
+      throw std::string("expected 4 or 8 bits, and K in blocks of 32");
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))  // all that have these have F16C
+      throw std::string("the processor lacks AVX2 or FMA");
     for (int matrix = 0; matrix < matrices; ++matrix) {
       std::vector<int64_t> shape, scales_shape, zeros_shape;
       const auto* quantised = constant<uint8_t>(api, info, 3 * matrix + 1, shape);
@@ -363,7 +375,8 @@ struct Kernel {
         throw std::string("expected as many blocks as K has, or as K and the means of its blocks");
       if (elements(scales_shape) != w.rows * stored.blocks) throw std::string("expected a scale for each block");
       const int64_t zero_bytes = w.bits == 8 ? stored.blocks : (stored.blocks + 1) / 2;
-      if (zeros && elements(zeros_shape) != w.rows * zero_bytes) throw std::string("expected a zero point for each block");
+      if (zeros && elements(zeros_shape) != w.rows * zero_bytes)
+        throw std::string("expected a zero point for each block");
       pack(w, stored);
       weights.push_back(std::move(w));
     }
@@ -425,9 +438,12 @@ ort::Status* compute(void* data, ort::Context* context) {
 }
 
 // x, then quantised weights, scales and zero points of each matrix
-ort::ElementType input_type(const ort::CustomOp*, size_t index) { return index % 3 == 1 || (index && index % 3 == 0) ? ort::UINT8 : ort::FLOAT; }
+bool is_zeros(size_t index) { return index && index % 3 == 0; }
+ort::ElementType input_type(const ort::CustomOp*, size_t index) {
+  return index % 3 == 1 || is_zeros(index) ? ort::UINT8 : ort::FLOAT;
+}
 ort::Characteristic input_characteristic(const ort::CustomOp*, size_t index) {
-  return index && index % 3 == 0 ? ort::OPTIONAL : ort::REQUIRED;
+  return is_zeros(index) ? ort::OPTIONAL : ort::REQUIRED;
 }
 
 template <int MATRICES>
@@ -456,15 +472,20 @@ const ort::CustomOp OPERATORS[] = {describe<1>(), describe<2>()};
 }  // namespace
 
 // Called by SessionOptions.register_custom_ops_library
-extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Options* options, const ort::ApiBase* base) {
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Options* options,
+                                                                                 const ort::ApiBase* base) {
   const ort::Api api(base->get(ort::VERSION));
-  static ort::Domain* domain = nullptr;  // one for all sessions, which have to be outlived by it
-  ort::Status* status = nullptr;
-  if (!domain) {
-    status = api.create_domain("convllava", &domain);
+  static std::mutex once;
+  static ort::Domain* registered = nullptr;  // one for all sessions, which have to be outlived by it
+  const std::lock_guard<std::mutex> guard(once);
+  if (!registered) {
+    ort::Domain* domain = nullptr;
+    ort::Status* status = api.create_domain("convllava", &domain);
     for (const ort::CustomOp& op : OPERATORS)
       if (!status) status = api.add_to_domain(domain, &op);
+    if (status) return status;
+    registered = domain;
   }
-  return status ? status : api.add_domain(options, domain);
+  return api.add_domain(options, registered);
 }
 #endif

@@ -2,8 +2,8 @@
 // headers, which its Python package does not carry.
 //
 // The interface is a table of functions that releases append to and never reorder: a function's place in it (its number
-// in struct OrtApi of onnxruntime_c_api.h) is as fixed as its signature. VERSION is the table, and the form of OrtCustomOp,
-// that this file describes; ONNX Runtime hands out any table up to its own.
+// in struct OrtApi of onnxruntime_c_api.h) is as fixed as its signature. VERSION is the table, and the form of
+// OrtCustomOp, that this file describes; ONNX Runtime hands out any table up to its own.
 #pragma once
 
 #include <cstddef>
@@ -15,10 +15,10 @@ constexpr uint32_t VERSION = 17;
 
 struct Status;
 struct Value;
-struct Shape;  // OrtTensorTypeAndShapeInfo
-struct Info;  // OrtKernelInfo
+struct Shape;    // OrtTensorTypeAndShapeInfo
+struct Info;     // OrtKernelInfo
 struct Context;  // OrtKernelContext
-struct Domain;  // OrtCustomOpDomain
+struct Domain;   // OrtCustomOpDomain
 struct Options;  // OrtSessionOptions
 struct CustomOp;
 
@@ -30,10 +30,18 @@ class Api {
  public:
   explicit Api(const void* const* table) : table_(table) {}
 
-  Status* fail(ErrorCode code, const char* message) const { return at<Status*(ErrorCode, const char*)>(0)(code, message); }
-  Status* create_domain(const char* name, Domain** out) const { return at<Status*(const char*, Domain**)>(26)(name, out); }
-  Status* add_to_domain(Domain* domain, const CustomOp* op) const { return at<Status*(Domain*, const CustomOp*)>(27)(domain, op); }
-  Status* add_domain(Options* options, Domain* domain) const { return at<Status*(Options*, Domain*)>(28)(options, domain); }
+  Status* fail(ErrorCode code, const char* message) const {
+    return at<Status*(ErrorCode, const char*)>(0)(code, message);
+  }
+  Status* create_domain(const char* name, Domain** out) const {
+    return at<Status*(const char*, Domain**)>(26)(name, out);
+  }
+  Status* add_to_domain(Domain* domain, const CustomOp* op) const {
+    return at<Status*(Domain*, const CustomOp*)>(27)(domain, op);
+  }
+  Status* add_domain(Options* options, Domain* domain) const {
+    return at<Status*(Options*, Domain*)>(28)(options, domain);
+  }
   Status* data(const Value* value, void** out) const { return at<Status*(const Value*, void**)>(51)(value, out); }
   Status* rank(const Shape* shape, size_t* out) const { return at<Status*(const Shape*, size_t*)>(61)(shape, out); }
   Status* dims(const Shape* shape, int64_t* out, size_t count) const {
@@ -53,9 +61,10 @@ class Api {
   Status* constant(const Info* info, size_t index, int* is_constant, const Value** out) const {
     return at<Status*(const Info*, size_t, int*, const Value**)>(249)(info, index, is_constant, out);
   }
-  // Calls work(data, i) for each i below total on the session's threads, in as many batches as there are of those
+  // Calls work(data, i) for each i below total on the session's threads, which take the next i when they are done
   Status* parallel(const Context* context, void (*work)(void*, size_t), size_t total, void* data) const {
-    return at<Status*(const Context*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, work, total, 0, data);
+    return at<Status*(const Context*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, work, total, 0,
+                                                                                            data);
   }
 
  private:

@@ -122,8 +122,7 @@ def described(model, slots: int) -> str:
         ("context", f"{part.context_length} positions"),
         ("KV cache", f"{slots} slots of up to {per_position * part.context_length / 2**20:.0f} MiB"),
     ]
-    if model.encoder_chosen.note:
-        rows.append(("note", model.encoder_chosen.note))
+    rows += [("note", chosen.note) for chosen in (model.encoder_chosen, model.decoder_chosen) if chosen.note]
     for section in ("encoder", "decoder"):
         for engine in find_engines(model.bundle, section):
             try:

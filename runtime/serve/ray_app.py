@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -49,6 +49,7 @@ class Settings(BaseModel):
     gpus: float = 0
     encoder: str = "auto"
     encoder_precision: str | None = None
+    decoder: Literal["auto", "onnx", "kernels"] = "auto"
     provider: str = "cpu"
     batch_invariant: bool = True
     api_key_file: str | None = None
@@ -83,6 +84,7 @@ class Replica:
 
         backends = Backends(
             encoder=settings.encoder,
+            decoder=settings.decoder,
             provider=settings.provider,
             encoder_precision=settings.encoder_precision,
             threads=settings.threads,

@@ -338,7 +338,7 @@ def test_check_says_what_would_be_served(conformance_bundle):
         (("--host", "0.0.0.0"), "--api-key-file"),
         (("--bundle", "nowhere"), "nowhere"),
         (("--api-key-file", "nowhere"), "--api-key-file nowhere"),
-        (("--decoder", "tensorrt"), "--decoder onnx"),
+        (("--decoder", "tensorrt"), "--decoder auto"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said):

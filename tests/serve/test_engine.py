@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import runtime
+from runtime import kernels
 from runtime.errors import UserError
 from runtime.model import Options, Picture
 from runtime.prompt import first_turn
@@ -136,12 +137,19 @@ def test_pages_that_are_asked_about_in_turn_keep_their_slots(model, engine):
 
 
 @pytest.fixture(scope="module", params=["int4", "int8"])
-def small(request, conformance, tmp_path_factory):
-    """A model whose decoder has weights of few bits."""
+def small_bundle(request, conformance, tmp_path_factory):
+    """With a decoder whose weights have few bits."""
     out = tmp_path_factory.mktemp("small") / request.param
     options = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--decoder-precision", request.param)
     run_module("export.bundle", *options, "--out", out).check_returncode()
-    return runtime.load(out)
+    return out
+
+
+@pytest.fixture(params=["onnx", "kernels"])
+def small(request, small_bundle):
+    if request.param == "kernels" and (reason := kernels.unavailable()):
+        pytest.skip(f"the kernels cannot run: {reason}")
+    return runtime.load(small_bundle, backends=runtime.Backends(decoder=request.param))
 
 
 def test_weights_of_few_bits_do_not_change_an_answer_in_a_crowd(small):
