@@ -129,11 +129,13 @@ class Engine:
         batch_invariant: bool = True,
     ):
         self.model = model
-        self._least = 2 if batch_invariant and not model.decoder.row_invariant else 1  # rows of a run
+        # One id alone goes through attention another way than among several; rows of 4 and 8 bits may do so too
+        self._fed = 2 if batch_invariant else 1  # ids of a prompt's last piece, at least
+        rows = 2 if batch_invariant and not model.decoder.row_invariant else 1  # of a step
         self.crashed: BaseException | None = None
         self.queue_size = queue_size
         self._observer = observer or Observer()
-        self._slots = Slots(model.decoder, slots, model.decoder.capacity, self._least)
+        self._slots = Slots(model.decoder, slots, model.decoder.capacity, rows)
         self._names: list[list[Hashable]] = [[] for _ in range(slots)]  # of what each slot holds
         self._used = [0.0] * slots  # when
         self._active: list[_Running] = []  # decoding, in the slots 0, 1, ...
@@ -303,7 +305,7 @@ class Engine:
                 return
             entry = self._ready[0]
         request, names, embeds = entry
-        known = names[: -self._least]  # the last one is fed for its logits, and not alone if that matters
+        known = names[: -self._fed]  # the last one is fed for its logits, and not alone if that matters
         kept = [
             min(_common_length(held, known), slot.cache.length)
             for held, slot in zip(self._names, self._slots, strict=True)
