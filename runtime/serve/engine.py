@@ -130,7 +130,7 @@ class Engine:
     ):
         self.model = model
         # One id alone goes through attention another way than among several; rows of 4 and 8 bits may do so too
-        self._fed = 2 if batch_invariant else 1  # ids of a prompt's last piece, at least
+        self._least_fed = 2 if batch_invariant else 1  # ids of a prompt's last piece, at least
         rows = 2 if batch_invariant and not model.decoder.row_invariant else 1  # of a step
         self.crashed: BaseException | None = None
         self.queue_size = queue_size
@@ -305,7 +305,7 @@ class Engine:
                 return
             entry = self._ready[0]
         request, names, embeds = entry
-        known = names[: -self._fed]  # the last one is fed for its logits, and not alone if that matters
+        known = names[: -self._least_fed]  # the last one is fed for its logits, and not alone if that matters
         kept = [
             min(_common_length(held, known), slot.cache.length)
             for held, slot in zip(self._names, self._slots, strict=True)
