@@ -4,6 +4,7 @@ One graph serves prefill and decode. An id of 0 or more is a token; an id of -1 
 `image_embeds`, so that several images, or part of one, need nothing else.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class KVCache:
 
 class Decoder:
     """The fused graph on ONNX Runtime. provider, device, operators: see `runtime.session`. prefill: a graph that is
-    equal but for what it costs, for LEAST_PREFILL ids and more.
+    equal but for what it costs, for LEAST_PREFILL ids and more. cuda_graph: runs may be recorded.
 
     row_invariant: what a sequence gets does not depend on how many are computed with it, to the bit. On CPUs ONNX
     Runtime multiplies weights of 4 and 8 bits by one kernel for a single row and by another for several."""
@@ -80,12 +81,13 @@ class Decoder:
         device: Device | None = None,
         prefill: Path | None = None,
         operators: Path | None = None,
+        cuda_graph: bool = False,
     ):
         self.part = part
         self.device = device or Cpu()
         self.kernels = operators is not None
         self.row_invariant = self.kernels or part.precision not in ("int4", "int8")
-        self.session = open_session(file, threads, provider, self.device, operators)
+        self.session = open_session(file, threads, provider, self.device, operators, cuda_graph)
         self.prefill_session = prefill and open_session(prefill, threads, provider, self.device)
         self.embeds_dtype = np.dtype(input_dtype(self.session, "image_embeds"))
         hidden = next(value.shape[1] for value in self.session.get_inputs() if value.name == "image_embeds")
@@ -121,12 +123,26 @@ def open_decoder(
     slow_bytes = provider == "cpu" and int8_sums_saturate()
     if with_kernels is None:
         with_kernels = slow_bytes and kernels_missing(bundle) is None
+    if provider == "cuda" and not with_kernels:
+        return _on_cuda(bundle, device)
     if not with_kernels:
         prefill = bundle.path(part.prefill_file) if part.prefill_file and slow_bytes else None
         return Decoder(bundle.path(part.file), part, threads, provider, device, prefill)
     if (reason := kernels_missing(bundle)) or provider != "cpu":
         raise UserError(f"--decoder kernels: {reason or 'they are for --provider cpu'}")
     return Decoder(bundle.path(part.kernels_file), part, threads, provider, device, operators=kernels.library())
+
+
+def _on_cuda(bundle: Bundle, device: Device) -> Decoder:
+    """With steps recorded as a CUDA graph, where ONNX Runtime can."""
+    from runtime.resident import ResidentDecoder
+
+    file, part = bundle.path(bundle.decoder.file), bundle.decoder
+    try:
+        return ResidentDecoder(file, part, device)
+    except UserError as error:
+        warnings.warn(f"decoding runs without a CUDA graph: {error}", stacklevel=3)
+        return Decoder(file, part, provider="cuda", device=device)
 
 
 def kernels_missing(bundle: Bundle) -> str | None:
@@ -171,12 +187,15 @@ class Sequence(ABC):
 
 
 class OnnxSequence(Sequence):
-    """One sequence on ONNX Runtime."""
+    """One sequence on ONNX Runtime. logits, likeliest: where to write them, see `Sequence`; None: arrays of its own."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache):
+    def __init__(self, decoder: Decoder, cache: KVCache, logits: Array | None = None, likeliest: Array | None = None):
         device, part = decoder.device, decoder.part
-        likeliest = device.zeros((1, 1, 1), np.int64) if decoder.tells_likeliest else None
-        super().__init__(cache, device.zeros((1, 1, part.vocab_size), part.kv_dtype), likeliest)
+        if logits is None:
+            logits = device.zeros((1, 1, part.vocab_size), part.kv_dtype)
+        if likeliest is None and decoder.tells_likeliest:
+            likeliest = device.zeros((1, 1, 1), np.int64)
+        super().__init__(cache, logits, likeliest)
         self._decoder = decoder
         self._mask = device.take(np.ones((cache.capacity,)), np.int64)
         self._options = run_options(device)

@@ -140,6 +140,22 @@ class Cuda:
         self.synchronize()
         return host
 
+    def fill(self, array: CudaArray, byte: int) -> None:
+        """Set every byte of an array."""
+        self._call("cudaMemsetAsync", array.pointer, byte, array.nbytes, self._handle)
+
+    def begin_download(self, pinned: np.ndarray, array: CudaArray) -> "CudaEvent":
+        """Begin to copy; `pinned` may be read after `wait` for what this returns, and other work goes on meanwhile."""
+        self._copy(pinned.ctypes.data, array.pointer, array.nbytes, "cudaMemcpyDeviceToHost")
+        event = CudaEvent(self._call("cudaEventCreateWithFlags", self._cudart.cudaEventDisableTiming))
+        weakref.finalize(event, self._cudart.cudaEventDestroy, event.handle)
+        self._call("cudaEventRecord", event.handle, self._handle)
+        return event
+
+    def wait(self, event: "CudaEvent") -> None:
+        """Until all work before the event is done."""
+        self._call("cudaEventSynchronize", event.handle)
+
     def synchronize(self) -> None:
         self._call("cudaStreamSynchronize", self._handle)
 
@@ -174,6 +190,13 @@ class Cuda:
 
 class CudaGraph:
     """Recorded work; destroyed with the object."""
+
+    def __init__(self, handle: Any):
+        self.handle = handle
+
+
+class CudaEvent:
+    """A place in the stream; destroyed with the object."""
 
     def __init__(self, handle: Any):
         self.handle = handle

@@ -33,11 +33,12 @@ def open_session(
     provider: str = "cpu",
     device: Device | None = None,
     operators: Path | None = None,
+    cuda_graph: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session whose arrays lie on `device` and whose work goes into its stream.
 
     threads: of one operator on the CPU; None lets ONNX Runtime take one a physical core. operators: a library of some
-    that ONNX Runtime lacks.
+    that ONNX Runtime lacks. cuda_graph: let `run_options` name runs that are recorded (`--provider cuda` alone).
     Raises UserError where ONNX Runtime cannot open the graph, or not with this provider: it never falls back to
     another one by itself.
     """
@@ -55,7 +56,9 @@ def open_session(
             options.add_provider_for_devices(_rtx_devices(), stream)
             session = onnxruntime.InferenceSession(str(file), options)
         else:
-            session = onnxruntime.InferenceSession(str(file), options, providers=_providers(provider, device))
+            session = onnxruntime.InferenceSession(
+                str(file), options, providers=_providers(provider, device, cuda_graph)
+            )
     except UserError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -65,13 +68,14 @@ def open_session(
     return session
 
 
-def _providers(provider: str, device: Device | None) -> list:
+def _providers(provider: str, device: Device | None, cuda_graph: bool) -> list:
     """The provider, and those that take what it leaves."""
     if provider == "cpu":
         return ["CPUExecutionProvider"]
     stream = {"user_compute_stream": str(device.stream)}
     # TF32 would round float32 graphs to 10 bits unasked
-    providers = [("CUDAExecutionProvider", {**stream, "use_tf32": "0"}), "CPUExecutionProvider"]
+    cuda = {**stream, "use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
+    providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
     return [("TensorrtExecutionProvider", stream), *providers] if provider == "tensorrt" else providers
 
 
@@ -110,11 +114,19 @@ def _rtx_devices() -> list:
 _rtx_registered: list[str] = []  # a library may be registered once a process
 
 
-def run_options(device: Device) -> onnxruntime.RunOptions:
-    """On a GPU the call returns before the work is done; whoever reads the result waits."""
+NOT_RECORDED = -1  # as ONNX Runtime numbers CUDA graphs
+
+
+def run_options(device: Device, graph: int = NOT_RECORDED) -> onnxruntime.RunOptions:
+    """On a GPU the call returns before the work is done; whoever reads the result waits.
+
+    graph: under which number the first run is recorded; runs with this number replay it. They have to have the same
+    addresses and shapes.
+    """
     options = onnxruntime.RunOptions()
     if isinstance(device, Cuda):
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options.add_run_config_entry("gpu_graph_id", str(graph))
     return options
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from runtime.session import PROVIDERS
+
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -28,6 +30,7 @@ class Cudart:
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaEventDisableTiming = 2
     cudaDeviceAttr = SimpleNamespace(
         cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
     )
@@ -39,6 +42,8 @@ class Cudart:
         self.capture_fails = False
         self.replays = self.destroyed = 0
         self.copied = {1: 0, 2: 0, 3: 0}  # bytes by kind
+        self.arriving: list = []  # copies to the host, which nobody may read before waiting
+        self.events: set[int] = set()
 
     def cudaGetDeviceCount(self):
         return (Status.cudaSuccess if self._devices else Status.cudaErrorNoDevice), self._devices
@@ -50,7 +55,29 @@ class Cudart:
         return Status.cudaSuccess, 77
 
     def cudaStreamSynchronize(self, stream):
+        self._arrive()
         return (Status.cudaSuccess if self.recording is None else Status.cudaErrorStreamCaptureUnsupported,)
+
+    def cudaEventCreateWithFlags(self, flags):
+        assert flags == self.cudaEventDisableTiming
+        self.events.add(event := max(self.events, default=0) + 1)
+        return Status.cudaSuccess, event
+
+    def cudaEventRecord(self, event, stream):
+        return (Status.cudaSuccess if event in self.events else Status.cudaErrorInvalidValue,)
+
+    def cudaEventSynchronize(self, event):
+        self._arrive()
+        return (Status.cudaSuccess if event in self.events else Status.cudaErrorInvalidValue,)
+
+    def cudaEventDestroy(self, event):
+        self.events.remove(event)
+        return (Status.cudaSuccess,)
+
+    def _arrive(self) -> None:
+        for target, content in self.arriving:
+            ctypes.memmove(target, content, len(content))
+        self.arriving.clear()
 
     def cudaMallocAsync(self, size, stream):
         block = (ctypes.c_byte * size)()
@@ -73,7 +100,10 @@ class Cudart:
         return (Status.cudaSuccess,)
 
     def cudaMemcpyAsync(self, target, source, size, kind, stream):
-        self.submit(lambda: ctypes.memmove(target, source, size))
+        if kind == self.cudaMemcpyKind.cudaMemcpyDeviceToHost:
+            self.submit(lambda: self.arriving.append((target, ctypes.string_at(source, size))))
+        else:
+            self.submit(lambda: ctypes.memmove(target, source, size))
         self.copied[kind] += size
         return (Status.cudaSuccess,)
 
@@ -182,6 +212,24 @@ def install(monkeypatch, **gpu) -> Cudart:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", TensorRT(cudart))
     monkeypatch.setattr("runtime.backends.installed_flavours", lambda: {"rtx": TensorRT.__version__})
     return cudart
+
+
+def install_provider(monkeypatch) -> list[bool]:
+    """Let ONNX Runtime's CPU provider pass for CUDA's, on host memory that passes for a GPU's.
+
+    Returns a list, which tells of each session opened from now on whether it was asked to record.
+    """
+    asked = []
+
+    def providers(provider: str, device, cuda_graph: bool) -> list[str]:
+        asked.append(cuda_graph)
+        return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr("runtime.session._require_provider", lambda provider: None)
+    monkeypatch.setattr("runtime.session._providers", providers)
+    monkeypatch.setitem(PROVIDERS, "cuda", ("CPUExecutionProvider", ""))
+    monkeypatch.setattr("runtime.device.Cuda.name", "cpu")
+    return asked
 
 
 def as_engine(model: onnx.ModelProto) -> bytes:

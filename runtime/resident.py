@@ -1,0 +1,142 @@
+"""Greedy decoding that stays on the GPU: a step begins with the token that the step before has left there.
+
+A step has the same addresses and shapes each time, so ONNX Runtime records its kernels as one CUDA graph and replays
+it. The next step is put into the stream before the host has read the token of the last one; if that token was the last
+of the answer, one step was computed for nothing, and is forgotten.
+"""
+
+import itertools
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from runtime.bundle import DecoderPart
+from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, OnnxSequence, Sequence, allocate
+from runtime.device import Array, Cuda, CudaEvent
+from runtime.session import bind_input, bind_output, run_options
+
+ROUND = 256  # capacities are multiples of it, so that few are recorded
+
+
+class ResidentDecoder(Decoder):
+    """A fused graph on ONNX Runtime's CUDA provider. Its sequences hand on what they have recorded once they are gone:
+    ONNX Runtime keeps a recorded graph as long as the session.
+
+    Raises UserError where ONNX Runtime cannot record the graph, which is where the CUDA provider lacks an operator.
+    """
+
+    def __init__(self, file: Path, part: DecoderPart, device: Cuda):
+        super().__init__(file, part, provider="cuda", device=device, cuda_graph=True)
+        self._idle: dict[int, list[_Recorded]] = {}
+        self._numbers = itertools.count(1)
+
+    def start(self, capacity: int) -> "ResidentSequence":
+        """A new sequence with room for `capacity` positions or some more."""
+        capacity = min(-(-capacity // ROUND) * ROUND, self.capacity)
+        idle = self._idle.setdefault(capacity, [])
+        recorded = idle.pop() if idle else _Recorded(self, capacity, next(self._numbers))
+        recorded.cache.rewind(0)
+        sequence = ResidentSequence(self, recorded)
+        weakref.finalize(sequence, idle.append, recorded)
+        return sequence
+
+
+class _Recorded:
+    """What the recorded step of one sequence reads and writes, always at the same addresses. number: by which ONNX
+    Runtime knows it."""
+
+    def __init__(self, decoder: ResidentDecoder, capacity: int, number: int):
+        device, part = decoder.device, decoder.part
+        shape = (1, part.kv_heads, capacity, part.head_dim)
+        self.cache = KVCache(allocate(part.layers, shape, part.kv_dtype, device))
+        self.logits = device.zeros((1, 1, part.vocab_size), part.kv_dtype)
+        self.token = device.zeros((1, 1), np.int64)
+        self.likeliest = device.zeros((1, 1, 1), np.int64)
+        # As wide as the cache is long; the filled positions are 1, and attention goes by their number
+        self.mask = device.zeros((1, capacity), np.int64)
+        self.ones = device.take(np.ones(capacity), np.int64)
+        self.binding = decoder.session.io_binding()
+        inputs = {"input_ids": self.token, "attention_mask": self.mask, "image_embeds": decoder.no_images}
+        outputs = {"logits": self.logits, NEXT_TOKEN: self.likeliest}
+        for name, array in (inputs | self.cache.tensors("past_key_values")).items():
+            bind_input(self.binding, name, array, device)
+        for name, array in (outputs | self.cache.tensors("present")).items():
+            bind_output(self.binding, name, array, device)
+        self.options = run_options(device, number)
+        self.tokens_read = [device.pinned((1, 1, 1), np.int64) for _ in range(2)]
+
+
+class ResidentSequence(Sequence):
+    """One sequence; see the module. Prompts, and tokens that are chosen on the host, take the way of `OnnxSequence`."""
+
+    def __init__(self, decoder: ResidentDecoder, recorded: _Recorded):
+        super().__init__(recorded.cache, recorded.logits, recorded.likeliest)
+        self._device, self._session, self._recorded = decoder.device, decoder.session, recorded
+        self._prompts = OnnxSequence(decoder, recorded.cache, recorded.logits, recorded.likeliest)
+        self._shown = -1  # positions that are 1 in the mask; -1: unknown
+        self._expected: int | None = None  # what `forward_greedy` said last, while `likeliest` holds it
+        self._ahead: CudaEvent | None = (
+            None  # the event after which its successor can be read, if that step is in the stream already
+        )
+        self._turn = 0
+
+    def forward_greedy(self, ids: list[int], image_embeds: Array | None = None) -> int:
+        """As `Sequence.forward_greedy`. Where `ids` is the token that the call before returned, nothing goes to the
+        GPU, and the step has usually begun already."""
+        total = self.cache.room_for(len(ids))
+        if image_embeds is not None or self._expected is None or ids != [self._expected]:
+            self._run(ids, image_embeds)
+            event = self._read()
+        elif self._ahead is not None:
+            event, self._ahead = self._ahead, None
+        else:
+            event = self._step()
+        self.cache.length = total
+        slot = self._turn
+        if total < self.cache.capacity:
+            self._ahead = self._step()
+            self.cache.length = total  # the caller has not asked for it yet
+        self._device.wait(event)
+        self._expected = int(self._recorded.tokens_read[slot][0, 0, 0])
+        return self._expected
+
+    def rewind(self, length: int) -> None:
+        if length != self.cache.length:
+            self._forget()
+        super().rewind(length)
+
+    def _run(self, ids: list[int], image_embeds: Array | None) -> None:
+        self._forget()
+        self._prompts._run(ids, image_embeds)
+
+    def _forget(self) -> None:
+        """A step ahead was for nothing: what it wrote lies behind the cache's length, and will be written over."""
+        self._ahead = self._expected = None
+
+    def _step(self) -> CudaEvent:
+        """Feed the likeliest token; returns the event after which the next one can be read."""
+        recorded, device = self._recorded, self._device
+        total = self.cache.room_for(1)
+        self._show(total)
+        device.copy(recorded.token, recorded.likeliest)
+        self._session.run_with_iobinding(recorded.binding, recorded.options)
+        self.cache.length = total
+        return self._read()
+
+    def _show(self, total: int) -> None:
+        """Make the first `total` positions of the mask 1 and all others 0."""
+        mask, ones, shown = self._recorded.mask, self._recorded.ones, self._shown
+        row = mask.reshape((self.cache.capacity,))
+        if not 0 <= shown <= total:
+            self._device.fill(row, 0)
+            shown = 0
+        if shown < total:
+            self._device.copy(row[shown:total], ones[shown:total])
+        self._shown = total
+
+    def _read(self) -> CudaEvent:
+        """Begin to copy the likeliest token to the host."""
+        self._turn = 1 - self._turn
+        target = self._recorded.tokens_read[self._turn]
+        return self._device.begin_download(target, self._recorded.likeliest)

@@ -1,0 +1,163 @@
+"""Greedy decoding that stays on the GPU, by ONNX Runtime's CPU provider on simulated GPU memory.
+
+The same tokens as on the CPU, whatever comes between the steps, and nothing but a token's id leaves the GPU.
+"""
+
+import gc
+
+import numpy as np
+import pytest
+
+import runtime
+from runtime.backends import Backends
+from runtime.errors import UserError
+from runtime.resident import ROUND, ResidentDecoder
+from tests.runtime import simulated_gpu
+
+PROMPT = [1, 20, 30, 40, 50, 60]
+
+
+@pytest.fixture(scope="module")
+def reference(conformance_bundle):
+    return runtime.load(conformance_bundle, backends=Backends(encoder="onnx", decoder="onnx")).decoder
+
+
+@pytest.fixture
+def cudart(monkeypatch):
+    return simulated_gpu.install(monkeypatch)
+
+
+@pytest.fixture
+def numbers(monkeypatch):
+    """Under which each binding is recorded."""
+    found = []
+    import runtime.resident as module
+
+    original = module.run_options
+    monkeypatch.setattr(module, "run_options", lambda device, graph: found.append(graph) or original(device, graph))
+    return found
+
+
+@pytest.fixture
+def decoder(conformance_bundle, cudart, numbers, monkeypatch):
+    simulated_gpu.install_provider(monkeypatch)
+    model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
+    assert isinstance(model.decoder, ResidentDecoder)
+    return model.decoder
+
+
+def greedy(sequence, token: int, steps: int) -> list[int]:
+    found = []
+    for _ in range(steps):
+        token = sequence.forward_greedy([token])
+        found.append(token)
+    return found
+
+
+def test_the_tokens_are_those_of_the_cpu_and_stay_on_the_gpu(decoder, reference, cudart):
+    sequence, expected = decoder.start(64), reference.start(64)
+    first = sequence.forward_greedy(PROMPT)
+    assert first == expected.forward_greedy(PROMPT)
+    up, down = cudart.copied[1], cudart.copied[2]
+    steps = 40
+    assert greedy(sequence, first, steps) == greedy(expected, first, steps)
+    assert cudart.copied[1] == up, "nothing goes up"
+    assert cudart.copied[2] - down == 8 * steps, "an id a step comes down, of the step ahead too"
+    assert sequence.cache.length == expected.cache.length
+
+
+def test_steps_run_one_ahead_of_the_host(decoder, monkeypatch):
+    sequence = decoder.start(64)
+    happened = []
+    step, wait = sequence._step, sequence._device.wait
+    monkeypatch.setattr(sequence, "_step", lambda: happened.append("step") or step())
+    monkeypatch.setattr(sequence._device, "wait", lambda event: happened.append("wait") or wait(event))
+    greedy(sequence, sequence.forward_greedy(PROMPT), 3)
+    assert happened == ["step", "wait"] * 4, "a step is in the stream before the host waits for the one before"
+
+
+def test_whatever_comes_between_the_steps(decoder, reference):
+    """Tokens chosen elsewhere, prompts, logits, going back, with and without a step ahead."""
+    sequence, expected = decoder.start(128), reference.start(128)
+    random = np.random.default_rng(0)
+    likeliest = sequence.forward_greedy(PROMPT)
+    assert likeliest == expected.forward_greedy(PROMPT)
+    for turn in range(60):
+        what = random.integers(6)
+        if what < 2:
+            ids = [likeliest]
+        elif what == 2:
+            ids = [int(random.integers(3, 200))]
+        else:
+            ids = [int(token) for token in random.integers(3, 200, random.integers(1, 5))]
+        if what == 4:
+            length = int(random.integers(1, expected.cache.length + 1))
+            sequence.rewind(length)
+            expected.rewind(length)
+        if expected.cache.length + len(ids) > 120:
+            sequence.rewind(6)
+            expected.rewind(6)
+        if what == 5:
+            logits, wanted = sequence.forward(ids), expected.forward(ids)
+            assert np.array_equal(logits, wanted), turn
+            likeliest = int(wanted.argmax())
+        else:
+            likeliest = sequence.forward_greedy(ids)
+            assert likeliest == expected.forward_greedy(ids), turn
+        assert sequence.cache.length == expected.cache.length
+
+
+def test_a_full_cache_ends_it_where_it_does_on_the_cpu(decoder):
+    sequence = decoder.start(ROUND)
+    token = sequence.forward_greedy(list(range(3, ROUND + 1)))
+    token = sequence.forward_greedy([token])
+    token = sequence.forward_greedy([token])
+    assert sequence.cache.length == sequence.cache.capacity == ROUND
+    with pytest.raises(ValueError, match=f"{ROUND + 1} positions do not fit"):
+        sequence.forward_greedy([token])
+
+
+def test_what_was_recorded_is_used_again(decoder, reference, numbers):
+    expected = reference.start(64)
+    wanted = greedy(expected, expected.forward_greedy(PROMPT), 8)
+    first, second = decoder.start(60), decoder.start(64)
+    assert numbers == [1, 2], "two at once are recorded apart"
+    assert first.cache.layers[0][0].pointer != second.cache.layers[0][0].pointer
+    greedy(first, first.forward_greedy([9, 8, 7, 6, 5, 4, 3]), 20)
+    del first
+    gc.collect()
+    third = decoder.start(200)  # rounded up to as many positions
+    assert greedy(third, third.forward_greedy(PROMPT), 8) == wanted
+    assert numbers == [1, 2]
+
+
+def test_without_a_graph_where_onnx_runtime_cannot_record(conformance_bundle, reference, cudart, monkeypatch):
+    simulated_gpu.install_provider(monkeypatch)
+    original = runtime.session._providers
+
+    def providers(provider, device, cuda_graph):
+        if cuda_graph:
+            raise UserError("not all nodes are on the CUDA provider")
+        return original(provider, device, cuda_graph)
+
+    monkeypatch.setattr("runtime.session._providers", providers)
+    with pytest.warns(UserWarning, match="without a CUDA graph: not all nodes"):
+        model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
+    sequence, expected = model.decoder.start(64), reference.start(64)
+    first = sequence.forward_greedy(PROMPT)
+    assert first == expected.forward_greedy(PROMPT)
+    assert greedy(sequence, first, 8) == greedy(expected, first, 8)
+
+
+def test_an_answer_on_the_gpu_is_that_of_the_cpu(conformance_bundle, cudart, monkeypatch):
+    """Through the whole chain, several turns and questions."""
+    on_cpu = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", decoder="onnx"))
+    simulated_gpu.install_provider(monkeypatch)
+    on_gpu = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
+    options = runtime.Options(max_new_tokens=12)
+    for prompts in (["What?", "And then?"], ["Why is it so?"]):
+        answers = []
+        for model in (on_cpu, on_gpu):
+            chat = model.chat(options)
+            answers.append([list(chat.ask(prompt))[-1].result.token_ids for prompt in prompts])
+        assert answers[0] == answers[1]
