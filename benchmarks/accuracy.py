@@ -1,7 +1,7 @@
 """How well a bundle reads documents: ANLS, exact match and grounding on held-out rendered pages, through the runtime.
 
     python -m benchmarks.accuracy --bundle DIR [--res 768 1024 1536] [--split test unseen] [--questions 1000]
-                                  [--json FILE] [--png FILE]
+                                  [--preset page-1536] [--kinds KIND ...] [--json FILE] [--png FILE]
 
 A page is drawn once, about as large as the largest resolution, and every resolution sees the same pages and questions:
 what changes is how far the runtime shrinks them. The questions of a page share its encoding and prefill. Decoding is
@@ -10,7 +10,7 @@ greedy.
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,10 +22,10 @@ import runtime
 from benchmarks import record
 from calib.metrics import anls, exact_match, iou
 from runtime.grounding import read_boxes
-from train.data.documents import PRESETS, SPLITS, Document, Question, render
+from train.data.documents import KINDS, PRESETS, SPLITS, Document, PageOptions, Question, render
 
 RESOLUTIONS = (768, 1024, 1536)
-PAGES = PRESETS["page-1536"]
+PRESET = "page-1536"
 MAX_NEW_TOKENS = 48  # a box takes about 26, the longest transcribed line fewer
 NAME = "accuracy"
 
@@ -65,10 +65,10 @@ def main() -> None:
     rows = []
     for split in args.split:
         for res in args.res:
-            row = measure(model, res, split, args.questions, args.seed)
+            row = measure(model, res, split, args.questions, args.seed, PRESETS[args.preset], args.kinds)
             print(f"{row.res} {row.split}: ANLS {row.anls:.3f}, exact {row.exact_match:.3f}, IoU@0.5 {row.iou50:.3f}")
             rows.append(asdict(row))
-    content = {"bundle": model.bundle.name, "seed": args.seed}
+    content = {"bundle": model.bundle.name, "seed": args.seed, "preset": args.preset, "kinds": args.kinds}
     file = record.write(NAME, rows, args.json, content)
     plot(rows, args.png or file.with_suffix(".png"))
 
@@ -80,17 +80,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1000, metavar="N", help="for each resolution and split")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the pages")
     parser.add_argument("--split", nargs="+", default=["test", "unseen"], choices=sorted(SPLITS), metavar="S")
+    parser.add_argument("--preset", choices=PRESETS, default=PRESET, help=f"of the pages; default: {PRESET}")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="of questions")
     parser.add_argument("--threads", type=int, metavar="N", help="of one operator; default: one a physical core")
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"default: {record.RESULTS.name}/{NAME}.json")
     parser.add_argument("--png", type=Path, metavar="FILE", help="default: beside the JSON")
     return parser.parse_args()
 
 
-def measure(model: runtime.Model, res: int, split: str, count: int, seed: int) -> Row:
-    """Ask `count` questions about the pages of a split."""
+def measure(
+    model: runtime.Model,
+    res: int,
+    split: str,
+    count: int,
+    seed: int,
+    options: PageOptions = PRESETS[PRESET],
+    kinds: Sequence[str] = KINDS,
+) -> Row:
+    """Ask `count` questions of some kinds about the pages of a split."""
     answered, visual_tokens = [], []
     with tqdm(total=count, desc=f"{res} {split}", unit="question") as bar:
-        for document, questions in pages(split, count, seed):
+        for document, questions in pages(split, count, seed, options, kinds):
             answers, tokens = ask(model, document, questions, res)
             answered += answers
             visual_tokens.append(tokens)
@@ -111,13 +121,16 @@ def measure(model: runtime.Model, res: int, split: str, count: int, seed: int) -
     )
 
 
-def pages(split: str, count: int, seed: int) -> Iterator[tuple[Document, list[Question]]]:
-    """Pages with questions, `count` of these in all."""
+def pages(
+    split: str, count: int, seed: int, options: PageOptions = PRESETS[PRESET], kinds: Sequence[str] = KINDS
+) -> Iterator[tuple[Document, list[Question]]]:
+    """Pages with questions of some kinds, `count` of these in all."""
     index = 0
     while count > 0:
-        document = render(index, split, seed, PAGES)
-        questions = document.questions[:count]
-        yield document, questions
+        document = render(index, split, seed, options)
+        questions = [question for question in document.questions if question.kind in kinds][:count]
+        if questions:
+            yield document, questions
         count -= len(questions)
         index += 1
 

@@ -80,7 +80,9 @@ class LocalHeads(nn.Module):
 @dataclass(frozen=True)
 class Phase:
     """Part of a curriculum. side: of the square pages, pixels. min_px, max_px: text sizes. steps: how long. dense:
-    share of pages that are full of random strings, the others being documents. strength: of degradation."""
+    share of pages that are full of random strings, the others being documents. strength: of degradation. families: of
+    documents, by name with their weights; those of `PageOptions` where there are none.
+    """
 
     side: int
     min_px: int
@@ -88,6 +90,10 @@ class Phase:
     steps: int
     dense: float = 0.5
     strength: float = 0.5
+    families: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        PageOptions(families=tuple(self.families.items()))
 
 
 @dataclass(frozen=True)
@@ -95,12 +101,14 @@ class Local:
     """The recipe's section `local`.
 
     phases: the curriculum, one after the other; their steps add up to the recipe's. blanks: share of the empty
-    subcells that count in the loss. hidden: features of a subcell in the heads.
+    subcells that count in the loss. hidden: features of a subcell in the heads. contrast: weight of the loss of telling
+    cells apart, in an alignment.
     """
 
     phases: tuple[Phase, ...]
     blanks: float = 0.05
     hidden: int = 64
+    contrast: float = 0.0
 
     def phase(self, step: int) -> Phase:
         for phase in self.phases:
@@ -176,7 +184,10 @@ def draw(local: Local, seed: int, number: int, global_batch: int) -> Document:
     # spread evenly, so that every batch has its share
     if int((number + 1) * phase.dense) > int(number * phase.dense):
         return dense_page(number, "train", seed, size, phase.min_px, phase.max_px, phase.strength)
-    return render(number, "train", seed, PageOptions((size,), phase.min_px, phase.max_px, strength=phase.strength))
+    options = PageOptions((size,), phase.min_px, phase.max_px, strength=phase.strength)
+    if phase.families:
+        options = replace(options, families=tuple(phase.families.items()))
+    return render(number, "train", seed, options)
 
 
 class Pages(Dataset):
@@ -202,7 +213,10 @@ def _stack(pages: Sequence[tuple[np.ndarray, np.ndarray]]) -> PageBatch:
 
 def read_local(recipe: Recipe) -> Local:
     """The recipe's section `local`. Raises RecipeError where it is wrong or its steps are not the recipe's."""
-    local = build(Local, recipe.local, "local.")
+    try:
+        local = build(Local, recipe.local, "local.")
+    except ValueError as error:  # of PageOptions
+        raise RecipeError(f"local.phases: {error}") from error
     if (steps := sum(phase.steps for phase in local.phases)) != recipe.steps:
         raise RecipeError(f"local.phases: their steps add up to {steps}, but steps is {recipe.steps}")
     return local

@@ -9,6 +9,7 @@ import runtime
 from benchmarks import accuracy
 from benchmarks.accuracy import Answered, ask, measure, pages
 from tests.conftest import run_module
+from train.data.documents import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,17 @@ def model(conformance_bundle):
 def test_the_pages_have_as_many_questions_as_asked_for_and_are_those_of_the_split():
     taken = list(pages("test", 25, seed=3))
     assert sum(len(questions) for _, questions in taken) == 25
-    first = accuracy.render(0, "test", 3, accuracy.PAGES)
+    first = accuracy.render(0, "test", 3, PRESETS["page-1536"])
     assert taken[0][0].questions == first.questions
     assert (taken[0][0].page.pixels == first.page.pixels).all()
+
+
+def test_pages_of_a_preset_with_questions_of_some_kinds():
+    kinds = ("count", "label")
+    taken = list(pages("test", 9, 0, PRESETS["figures-320"], kinds))
+    assert {question.kind for _, questions in taken for question in questions} == set(kinds)
+    assert sum(len(questions) for _, questions in taken) == 9
+    assert {document.page.pixels.shape for document, _ in taken} == {(320, 320, 3)}
 
 
 def test_answers_are_the_runtimes(model):

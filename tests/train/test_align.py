@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import run_module
 from tests.train.test_local import page_with
-from train.align import NO_TOKEN, AlignTask, cell_texts
+from train.align import NO_TOKEN, SPREAD, AlignTask, cell_texts, tell_apart
 from train.distributed import World
 from train.local import PageBatch
 from train.model import load_model
@@ -83,3 +83,34 @@ def test_other_parts_are_refused(recipe):
     assert done.returncode == 2
     assert "not language_model" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_cells_are_told_apart_by_their_distance(recipe, conformance):
+    """As if each were drawn from a normal distribution around its text's embedding."""
+    random = torch.Generator().manual_seed(0)
+    texts, which = torch.randn(5, 7, generator=random), torch.tensor([0, 3, 3, 4, 1, 2])
+    found = texts[which] + 0.3 * torch.randn(6, 7, generator=random)
+    loss, right = tell_apart(found, texts, which)
+    normal = torch.distributions.Normal(texts[None].double(), SPREAD**0.5)
+    likely = normal.log_prob(found[:, None].double()).sum(-1)
+    wanted = (likely.logsumexp(1) - likely[torch.arange(6), which]).sum()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert right.tolist() == (likely.argmax(1) == which).tolist()
+
+
+def test_the_loss_of_telling_apart_is_added(recipe):
+    plain, contrasted = (AlignTask(read_recipe(recipe, extra), ALONE) for extra in ([], ["local.contrast=2.0"]))
+    (batch,), *_ = ([micro[0]] for micro in plain.steps(0, 1))
+    without, with_it = plain.loss(batch), contrasted.loss(batch)
+    image = plain._checkpoint.preprocessor
+    mean, std = (255 * torch.tensor(image[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    found = plain.model((batch.pixels - mean) / std).flatten(0, 1)
+    texts = {tuple(ids[ids != NO_TOKEN].tolist()): None for ids in batch.labels}
+    sums = torch.stack([plain._embedding[list(ids)].sum(0) for ids in texts])
+    which = torch.tensor([list(texts).index(tuple(ids[ids != NO_TOKEN].tolist())) for ids in batch.labels])
+    told, right = tell_apart(found, sums, which)
+    assert with_it.sum.item() == pytest.approx(without.sum.item() + 2 * told.item(), rel=1e-4)
+    blank = tuple(plain._tokenizer.encode("\n", opening=False))
+    written = torch.tensor([list(texts)[at] != blank for at in which])
+    assert with_it.metrics["told_apart"] == (right[written].sum(), written.sum())
+    assert "told_apart" not in without.metrics

@@ -119,6 +119,11 @@ def test_pages_follow_the_phases_and_the_share_of_dense_ones():
         local.phase(3)
 
 
+def test_a_phase_may_draw_some_families_alone():
+    local = Local((Phase(320, 20, 48, steps=1, dense=0.0, families={"figures": 1.0}),))
+    assert {draw(local, 0, number, 8).template.partition("/")[0] for number in range(8)} == {"figures"}
+
+
 def test_dense_pages_depend_on_their_arguments_alone():
     first = dense_page(1, "train", 0, (128, 128), 14, 20)
     again = dense_page(1, "train", 0, (128, 128), 14, 20)
@@ -179,6 +184,7 @@ def test_a_run_changes_the_encoder_alone_and_goes_on_bit_equal(recipe, conforman
         ("train=[projector]", "[encoder]"),
         ("local.phase=[]", "local.phase"),
         ("local.blanks=many", "local.blanks"),
+        ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, families: {maps: 1.0}}]", "maps"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(recipe, override, mentions):

@@ -13,7 +13,7 @@ from train.data.documents.questions import grounded
 from train.data.documents.sheet import Sheet
 from train.data.documents.style import allowed_sizes, draw_style
 
-EVEN = dict.fromkeys(FAMILIES, 1.0)
+EVEN = {name: 1.0 for name in FAMILIES if name != "figures"}  # which are no documents
 ATTEMPTS = 8
 
 
@@ -112,6 +112,7 @@ def _with_boxes(document: Document) -> Document:
 PRESETS = {
     # The curriculum: few large words first, then whole documents with ever smaller text
     "line-256": PageOptions(((256, 64),), 20, 36, (("words", 1.0),), strength=0.3),
+    "figures-320": PageOptions(((320, 320),), 20, 48, (("figures", 1.0),), strength=0.3, questions=6),
     "words-256": PageOptions(((256, 256),), 24, 40, (("words", 1.0),), strength=0.3),
     "small-512": PageOptions(SizeRange((512, 512)), 20, 48, tuple((EVEN | {"words": 2.0}).items()), strength=0.4),
     "page-768": PageOptions(SizeRange((768, 768)), 16, 48, tuple((EVEN | {"words": 0.7}).items())),

@@ -2,7 +2,20 @@
 
 from dataclasses import dataclass
 
-from train.data.documents.layouts import bars, flags, form, invoice, lines, note, receipt, screen, sign, table, words
+from train.data.documents.layouts import (
+    bars,
+    figures,
+    flags,
+    form,
+    invoice,
+    lines,
+    note,
+    receipt,
+    screen,
+    sign,
+    table,
+    words,
+)
 from train.data.documents.sheet import Layout
 
 
@@ -45,6 +58,7 @@ FAMILIES: dict[str, tuple[Template, ...]] = {
         ("sign", sign),
         ("screen", screen),
         ("flags", flags),
+        ("figures", figures),
     )
 }
 TEMPLATES = {template.name: template for templates in FAMILIES.values() for template in templates}
