@@ -1,0 +1,163 @@
+"""Llama decoders of several libraries on a GPU (or, to try them out, on the CPU), for `benchmarks.peers.worker`.
+
+spec: device, `cuda` or `cpu`; llama, a Hugging Face folder; graph, a folder with our graph and `part.json`; genai, one
+with GenAI's; and what `benchmarks.peers.decoders.Decoding` takes.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.decoders import Decoding, Peer, Transformers
+
+
+class Ours(Peer):
+    """The fused graph through `runtime.resident`, or on the CPU `runtime.decoder`."""
+
+    def __init__(self, spec: dict[str, Any]):
+        from runtime.bundle import DecoderPart
+        from runtime.decoder import Decoder
+        from runtime.session import open_device
+
+        folder = Path(spec["graph"])
+        part = DecoderPart(**json.loads((folder / "part.json").read_text()))
+        self._device = open_device(spec["device"])
+        if spec["device"] == "cuda":
+            from runtime.resident import ResidentDecoder
+
+            self._decoder = ResidentDecoder(folder / part.file, part, self._device)
+        else:
+            self._decoder = Decoder(folder / part.file, part, spec["threads"])
+        self.reserve(spec["capacity"])
+
+    def reserve(self, positions: int, rows: int = 1) -> None:
+        self._sequence = None  # hands on its memory to the next
+        self._sequence = self._decoder.start(positions)
+
+    def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
+        if embeds is None:
+            return self._sequence.forward_greedy(ids)
+        return self._sequence.forward_greedy(list(range(-1, -1 - len(embeds), -1)), embeds)
+
+    def rewind(self, length: int) -> None:
+        self._sequence.rewind(length)
+
+
+class Torch(Transformers):
+    """transformers' Llama as it comes, with its usual cache, in the weights' own type."""
+
+    batches = False
+
+    def __init__(self, spec: dict[str, Any]):
+        import torch
+        from transformers import LlamaForCausalLM
+
+        self._torch, self._on = torch, spec["device"]
+        self._model = LlamaForCausalLM.from_pretrained(spec["llama"], dtype="auto").eval().to(self._on)
+        self.reserve(spec["capacity"])
+
+    def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
+        if embeds is None:
+            return self._forward(input_ids=self._torch.tensor([ids], device=self._on))[0]
+        embeds = self._torch.from_numpy(embeds)[None].to(self._on, self._model.dtype)
+        return self._forward(inputs_embeds=embeds)[0]
+
+    def _forward(self, **given) -> list[int]:
+        torch = self._torch
+        count = next(iter(given.values())).shape[1]
+        places = torch.arange(self._length, self._length + count, device=self._on)
+        with torch.inference_mode():
+            model = self._model if count > 1 else self._stepped()
+            logits = model(**given, past_key_values=self._cache, cache_position=places, logits_to_keep=1).logits
+        self._length += count
+        return logits[:, -1].argmax(-1).tolist()
+
+    def _stepped(self):
+        return self._model
+
+
+class TorchStatic(Torch):
+    """The same with a cache of fixed size, steps compiled into CUDA graphs."""
+
+    _compiled = None
+
+    def reserve(self, positions: int, rows: int = 1) -> None:
+        from transformers import StaticCache
+
+        if self._compiled is None:
+            mode = "reduce-overhead" if self._on == "cuda" else "default"
+            self._compiled = self._torch.compile(self._model, mode=mode, fullgraph=False)
+        self._cache, self._length = StaticCache(config=self._model.config, max_cache_len=positions), 0
+
+    def rewind(self, length: int) -> None:
+        self._length = length  # positions beyond it are masked and written anew
+
+    def _stepped(self):
+        return self._compiled
+
+
+class Genai(Peer):
+    """ONNX Runtime GenAI's own loop on its own graph."""
+
+    embeds = False
+
+    def __init__(self, spec: dict[str, Any]):
+        import onnxruntime_genai
+
+        self._lib, self._capacity = onnxruntime_genai, spec["capacity"]
+        self._model = onnxruntime_genai.Model(spec["genai"])
+        self.rewind(0)
+
+    def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
+        self._generator.append_tokens(np.array([ids], np.int32))
+        return self.step(None)
+
+    def step(self, token: int | None) -> int:
+        """Feeds what it chose itself."""
+        self._generator.generate_next_token()
+        return int(self._generator.get_next_tokens()[0])
+
+    def rewind(self, length: int) -> None:
+        if length:
+            self._generator.rewind_to(length)
+        else:
+            parameters = self._lib.GeneratorParams(self._model)
+            parameters.set_search_options(max_length=self._capacity, do_sample=False)
+            self._generator = self._lib.Generator(self._model, parameters)
+
+
+PEERS = {"ours": Ours, "transformers": Torch, "transformers-static": TorchStatic, "ort-genai": Genai}
+
+
+class Copying(Decoding):
+    """The pieces of work, and what the GPU can do at best."""
+
+    def limits(self) -> dict:
+        """Bytes a second of a copy, read and written, and operations a second of a product in half precision."""
+        import torch
+
+        values = torch.ones(2**29, dtype=torch.float16, device="cuda")
+        other, square = torch.empty_like(values), torch.randn(8192, 8192, dtype=torch.float16, device="cuda")
+        copy = _least(lambda: other.copy_(values))
+        product = _least(lambda: square @ square)
+        return {"seconds": 0.0, "copy": 2 * values.nbytes / copy, "product": 2 * 8192**3 / product}
+
+
+def _least(work, rounds: int = 20) -> float:
+    import torch
+
+    seconds = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def start(name: str, spec: dict[str, Any]) -> Decoding:
+    return Copying(PEERS[name](spec), spec)
