@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.model.low_rank import add_factors, factors
+from train.model.low_rank import add_factors, factors, factors_or_whole
 
 
 def models(rank: int) -> tuple[dict, dict]:
@@ -37,3 +37,20 @@ def test_what_factors_cannot_stand_for_is_an_error():
         factors(base, base | {"norm.weight": torch.zeros(9)}, 2)
     with pytest.raises(ValueError, match="not the same model"):
         factors(base, {"a.weight": base["a.weight"]}, 2)
+
+
+def test_tensors_of_any_shape_as_factors_or_whole():
+    torch.manual_seed(0)
+    base = {"conv.weight": torch.randn(16, 6, 2, 2), "conv.bias": torch.randn(16), "small.weight": torch.randn(3, 3)}
+    base["same.weight"] = torch.randn(30, 30)
+    change = (torch.randn(16, 2) @ torch.randn(2, 24)).view(16, 6, 2, 2)
+    trained = base | {"conv.weight": base["conv.weight"] + change, "conv.bias": torch.ones(16)}
+    trained["small.weight"] = torch.eye(3)
+    found, error = factors_or_whole(base, trained, 2)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "conv.lora_A": (2, 24), "conv.lora_B": (16, 2), "conv.bias": (16,), "small.weight": (3, 3),
+    }  # fmt: skip
+    assert error < 1e-6
+    add_factors(base, found)
+    for name, value in trained.items():
+        torch.testing.assert_close(base[name], value, rtol=0, atol=1e-5)
