@@ -7,6 +7,9 @@ RUN := $(VENV)/bin/python
 # another build of them.
 EXTRAS := cpu,export,train,calib,openvino,rtx,serve,benchmarks,dev
 
+# The demo model as far as it is trained
+READER := build/runs/convllava-smol/figures/final
+
 PEERS := build/peers
 LLAMA_CPP := llama-cpp-python==0.3.36
 LOCUST := locust==2.47.0
@@ -24,9 +27,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard runtime/kernels/*.
 	touch $@
 
 demo: setup
-	$(RUN) -m export.encoder --res 1536
-	$(RUN) -m export.bundle
-	$(RUN) runtime/infer.py --image assets/coffee.jpg --prompt 'Write one sentence about coffee.' --max-new-tokens 64
+	test -d $(READER) || $(RUN) -m train.model.demo --unpack train/runs/convllava-smol/figures.safetensors $(READER)
+	$(RUN) -m export.encoder --checkpoint $(READER) --res 1536
+	$(RUN) -m export.bundle --checkpoint $(READER) --res 320 --out build/bundle/figures
+	$(RUN) runtime/infer.py --bundle build/bundle/figures --image assets/figures.png --prompt 'Read the page.'
 
 # Each room in a process of its own: PyTorch, TensorRT, OpenVINO and their threads all in one have crashed
 test: setup

@@ -51,4 +51,4 @@ def test_packed_onto_another_file_it_is_the_model_that_went_on(conformance, tmp_
     unpack(file, base, tmp_path / "again")
     found = load_model(tmp_path / "again").state_dict()
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=3e-3)
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=5e-3)

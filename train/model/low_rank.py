@@ -1,4 +1,4 @@
-"""What training changed in a model, as low-rank factors: small enough to ship beside weights that are there already."""
+"""What training changed in a model, small enough to ship beside weights that are there: low-rank factors, 8 bits."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 A, B = ".lora_A", ".lora_B"  # change of `x.weight` = `x.lora_B` @ `x.lora_A`
+SCALE = ".scale"
 
 
 def factors(base: dict[str, Tensor], trained: dict[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
@@ -20,36 +21,55 @@ def factors(base: dict[str, Tensor], trained: dict[str, Tensor], rank: int) -> t
     for name, change in _changes(base, trained):
         if change.ndim != 2 or not name.endswith(".weight"):
             raise ValueError(f"{name} was trained, and is not a matrix that factors could stand for")
-        worst = max(worst, _factorise(found, name, change, rank))
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        root = s[:rank].sqrt()
+        stem = name.removesuffix(".weight")
+        found[stem + B] = (u[:, :rank] * root).float()
+        found[stem + A] = (root[:, None] * v[:rank]).float()
+        worst = max(worst, float(s[rank:].norm() / s.norm()))
     return found, worst
 
 
-def factors_or_whole(base: dict[str, Tensor], trained: dict[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
-    """As `factors`, for tensors of any shape.
+def changed(base: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The difference, float32, of every tensor that has changed. Raises ValueError where the keys differ."""
+    return {name: change.float() for name, change in _changes(base, trained)}
 
-    A convolution's weights [out, in, h, w] are a matrix [out, in * h * w]; what factors would not make smaller is
-    returned as it is, under its own name.
-    """
-    found, worst = {}, 0.0
-    for name, change in _changes(base, trained):
-        matrix = change.flatten(1) if change.ndim > 1 else change[:, None]
-        if not name.endswith(".weight") or rank * sum(matrix.shape) >= matrix.numel():
-            found[name] = trained[name]
-        else:
-            worst = max(worst, _factorise(found, name, matrix, rank))
-    return found, worst
+
+def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices (of convolutions: [out, in * h * w]) in 8 bits with a float32 scale for each row, or each column where
+    there are fewer, as `name.scale`; vectors in float16. The error is at most half a 127th of the row's largest."""
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2:
+            found[name] = tensor.half()
+            continue
+        matrix = tensor.flatten(1).float()
+        axis = 1 if len(matrix) <= matrix.shape[1] else 0
+        scale = matrix.abs().amax(axis, keepdim=True).clamp(min=1e-30) / 127
+        found[name] = (matrix / scale).round().to(torch.int8).view(tensor.shape)
+        found[name + SCALE] = scale
+    return found
+
+
+def restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `rounded` was given, but for rounding, float32."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith(SCALE):
+            continue
+        scale = tensors.get(name + SCALE)
+        whole = tensor.float() if scale is None else tensor.flatten(1).float() * scale
+        found[name] = whole.view(tensor.shape)
+    return found
 
 
 def add_factors(state: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Add the changes to a state_dict in place, in its own types; tensors that came whole take the place of what is
-    there. Raises KeyError for a weight it lacks."""
-    for key, value in found.items():
+    """Add the changes to a state_dict in place, in its own types. Raises KeyError for a weight it lacks."""
+    for key in found:
         if key.endswith(B):
             stem = key.removesuffix(B)
             weight = state[f"{stem}.weight"]
-            weight += (value.float() @ found[stem + A].float()).view_as(weight).to(weight.dtype)
-        elif not key.endswith(A):
-            state[key].copy_(value)
+            weight += (found[key].float() @ found[stem + A].float()).to(weight.dtype)
 
 
 def _changes(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -60,12 +80,3 @@ def _changes(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator[tu
         change = trained[name].double() - before.double()
         if change.any():
             yield name, change
-
-
-def _factorise(found: dict[str, Tensor], name: str, change: Tensor, rank: int) -> float:
-    """Put the factors of a matrix into `found`; returns the relative error."""
-    u, s, v = torch.linalg.svd(change, full_matrices=False)
-    root, stem = s[:rank].sqrt(), name.removesuffix(".weight")
-    found[stem + B] = (u[:, :rank] * root).float()
-    found[stem + A] = (root[:, None] * v[:rank]).float()
-    return float(s[rank:].norm() / s.norm())
