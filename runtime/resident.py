@@ -14,6 +14,7 @@ import numpy as np
 from runtime.bundle import DecoderPart
 from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, OnnxSequence, Sequence, allocate
 from runtime.device import Array, Cuda, CudaEvent
+from runtime.errors import UserError
 from runtime.session import bind_input, bind_output, run_options
 
 ROUND = 256  # capacities are multiples of it, so that few are recorded
@@ -23,11 +24,14 @@ class ResidentDecoder(Decoder):
     """A fused graph on ONNX Runtime's CUDA provider. Its sequences hand on what they have recorded once they are gone:
     ONNX Runtime keeps a recorded graph as long as the session.
 
-    Raises UserError where ONNX Runtime cannot record the graph, which is where the CUDA provider lacks an operator.
+    Raises UserError where ONNX Runtime cannot record the graph, which is where the CUDA provider lacks an operator, and
+    for a graph that does not say the likeliest token.
     """
 
     def __init__(self, file: Path, part: DecoderPart, device: Cuda):
         super().__init__(file, part, provider="cuda", device=device, cuda_graph=True)
+        if not self.tells_likeliest:
+            raise UserError(f"{file} has no output {NEXT_TOKEN}, which decoders have if they are exported anew")
         self._idle: dict[int, list[_Recorded]] = {}
         self._numbers = itertools.count(1)
 
@@ -76,9 +80,8 @@ class ResidentSequence(Sequence):
         self._prompts = OnnxSequence(decoder, recorded.cache, recorded.logits, recorded.likeliest)
         self._shown = -1  # positions that are 1 in the mask; -1: unknown
         self._expected: int | None = None  # what `forward_greedy` said last, while `likeliest` holds it
-        self._ahead: CudaEvent | None = (
-            None  # the event after which its successor can be read, if that step is in the stream already
-        )
+        # After which the successor can be read, if that step is in the stream already
+        self._ahead: CudaEvent | None = None
         self._turn = 0
 
     def forward_greedy(self, ids: list[int], image_embeds: Array | None = None) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peers import decoders
 from benchmarks.peers.decoders import Decoding, Peer, Transformers
 
 
@@ -99,10 +100,8 @@ class TorchStatic(Torch):
         return self._compiled
 
 
-class Genai(Peer):
-    """ONNX Runtime GenAI's own loop on its own graph."""
-
-    embeds = False
+class Genai(decoders.Genai):
+    """ONNX Runtime GenAI's own loop, on the provider that its own graph was made for."""
 
     def __init__(self, spec: dict[str, Any]):
         import onnxruntime_genai
@@ -111,28 +110,11 @@ class Genai(Peer):
         self._model = onnxruntime_genai.Model(spec["genai"])
         self.rewind(0)
 
-    def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
-        self._generator.append_tokens(np.array([ids], np.int32))
-        return self.step(None)
-
-    def step(self, token: int | None) -> int:
-        """Feeds what it chose itself."""
-        self._generator.generate_next_token()
-        return int(self._generator.get_next_tokens()[0])
-
-    def rewind(self, length: int) -> None:
-        if length:
-            self._generator.rewind_to(length)
-        else:
-            parameters = self._lib.GeneratorParams(self._model)
-            parameters.set_search_options(max_length=self._capacity, do_sample=False)
-            self._generator = self._lib.Generator(self._model, parameters)
-
 
 PEERS = {"ours": Ours, "transformers": Torch, "transformers-static": TorchStatic, "ort-genai": Genai}
 
 
-class Copying(Decoding):
+class DecodingOnGpu(Decoding):
     """The pieces of work, and what the GPU can do at best."""
 
     def limits(self) -> dict:
@@ -160,4 +142,4 @@ def _least(work, rounds: int = 20) -> float:
 
 
 def start(name: str, spec: dict[str, Any]) -> Decoding:
-    return Copying(PEERS[name](spec), spec)
+    return DecodingOnGpu(PEERS[name](spec), spec)

@@ -4,14 +4,18 @@ The same tokens as on the CPU, whatever comes between the steps, and nothing but
 """
 
 import gc
+import shutil
 
 import numpy as np
+import onnx
 import pytest
 
 import runtime
 from runtime.backends import Backends
+from runtime.bundle import open_bundle
 from runtime.errors import UserError
 from runtime.resident import ROUND, ResidentDecoder
+from runtime.session import open_device
 from tests.runtime import simulated_gpu
 
 PROMPT = [1, 20, 30, 40, 50, 60]
@@ -147,6 +151,18 @@ def test_without_a_graph_where_onnx_runtime_cannot_record(conformance_bundle, re
     first = sequence.forward_greedy(PROMPT)
     assert first == expected.forward_greedy(PROMPT)
     assert greedy(sequence, first, 8) == greedy(expected, first, 8)
+
+
+def test_a_graph_that_does_not_say_the_likeliest_token(conformance_bundle, tmp_path, cudart, monkeypatch):
+    """As bundles from before there was that output."""
+    simulated_gpu.install_provider(monkeypatch)
+    folder = shutil.copytree(conformance_bundle / "decoder", tmp_path / "decoder")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    (output,) = [value for value in model.graph.output if value.name == "next_token"]
+    model.graph.output.remove(output)
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(UserError, match="no output next_token"):
+        ResidentDecoder(folder / "model.onnx", open_bundle(conformance_bundle).decoder, open_device("cuda"))
 
 
 def test_an_answer_on_the_gpu_is_that_of_the_cpu(conformance_bundle, cudart, monkeypatch):

@@ -6,13 +6,20 @@ from train.model import Checkpoint, load_model, save_checkpoint
 from train.model.demo import pack, unpack
 
 
-def test_packed_and_unpacked_it_is_the_trained_model_in_float16(conformance, tmp_path):
-    base = conformance / "checkpoint"
+def moved(base):
+    """The model with its encoder and projector changed."""
     model = load_model(base)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.image_encoder.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def test_packed_and_unpacked_it_is_the_trained_model_in_float16(conformance, tmp_path):
+    base = conformance / "checkpoint"
+    model = moved(base)
+    with torch.no_grad():
         weight = model.decoder.model.layers[1].mlp.up_proj.weight
         weight += 0.1 * torch.randn(len(weight), 2) @ torch.randn(2, weight.shape[1])
     save_checkpoint(model, Checkpoint.open(base), tmp_path / "trained", torch.float32)
@@ -28,11 +35,7 @@ def test_packed_and_unpacked_it_is_the_trained_model_in_float16(conformance, tmp
 
 def test_packed_onto_another_file_it_is_the_model_that_went_on(conformance, tmp_path):
     base = conformance / "checkpoint"
-    model = load_model(base)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.image_encoder.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+    model = moved(base)
     save_checkpoint(model, Checkpoint.open(base), tmp_path / "first", torch.float32)
     pack(tmp_path / "first", base, tmp_path / "first.safetensors")
     unpack(tmp_path / "first.safetensors", base, tmp_path / "first-again")
