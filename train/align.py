@@ -72,7 +72,8 @@ def tell_apart(found: Tensor, texts: Tensor, which: Tensor) -> tuple[Tensor, Ten
 
     which: [N] int64. Returns the sum, and for each whether the right one is the nearest, bool [N].
     """
-    logits = (found @ texts.T - texts.square().sum(1) / 2) / SPREAD
+    with torch.autocast(found.device.type, enabled=False):  # digits differ in what bfloat16 rounds away
+        logits = (found @ texts.T - texts.square().sum(1) / 2) / SPREAD
     return F.cross_entropy(logits, which, reduction="sum"), logits.argmax(1) == which
 
 
