@@ -7,9 +7,15 @@ to the embedding of a line break. Rendered documents know which characters stand
 
 Embeddings of digits lie close together: which digit it is makes a tenth of the squared distance from a blank. With
 `local.contrast` a cell has to be told from what else is in the batch, too.
+
+Most of the time goes into the stages before the fifth, which stay as they are. With `local.kept` their outputs are kept
+for some thousand pages and gone over several times, in another order each time, before the next pages come.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +30,7 @@ from train.data.documents import Document
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed import World
 from train.local import Local, PageBatch, draw, load_pages, pixel_statistics, read_local, stack_pixels
-from train.loop import Loss
+from train.loop import Loss, autocast, compute_dtype
 from train.model import Checkpoint, ImageEncoder, load_image_encoder, load_language_state, load_model, save_checkpoint
 from train.parts import check_parts, freeze_others, parameter_groups
 from train.recipe import Recipe, RecipeError
@@ -32,6 +38,7 @@ from train.recipe import Recipe, RecipeError
 EMBEDDING = "model.embed_tokens.weight"
 NO_TOKEN = -1
 TRAINABLE = ("projector", "fifth_stage")
+FROZEN = 4  # stages, whatever is trained
 SPREAD = 0.3  # variance of a cell's embedding around its text's where cells are told apart; digits are 3 apart, squared
 
 
@@ -78,14 +85,42 @@ def tell_apart(found: Tensor, texts: Tensor, which: Tensor) -> tuple[Tensor, Ten
 
 
 class AlignedEncoder(nn.Module):
-    """An image encoder under the name that a recipe's parts go by: pixel_values -> image embeds."""
+    """An image encoder under the name that a recipe's parts go by: pixel_values -> image embeds.
 
-    def __init__(self, image_encoder: ImageEncoder):
+    kept: it is given what `frozen` makes of the pixels, [B, C, H/32, W/32], in their place.
+    """
+
+    def __init__(self, image_encoder: ImageEncoder, kept: bool = False):
         super().__init__()
-        self.image_encoder = image_encoder
+        self.image_encoder, self._kept = image_encoder, kept
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.image_encoder(pixel_values)
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self._kept:
+            return self.image_encoder(inputs)
+        features = inputs
+        for stage in self.image_encoder.encoder.stages[FROZEN:]:
+            features = stage(features)
+        return self.image_encoder.projector(features.flatten(2).transpose(1, 2))
+
+    @torch.no_grad()
+    def frozen(self, pixel_values: Tensor) -> Tensor:
+        features = self.image_encoder.encoder.stem(pixel_values)
+        for stage in self.image_encoder.encoder.stages[:FROZEN]:
+            features = stage(features)
+        return features
+
+
+@dataclass
+class KeptPages:
+    """One process's pages of some steps: features [N, C, H/32, W/32] on the device that made them; labels [N, T, K]."""
+
+    features: Tensor
+    labels: Tensor
+
+    def batches(self, size: int, order: np.ndarray) -> list[PageBatch]:
+        """All of them in that order, `size` at a time."""
+        chosen = torch.from_numpy(order).split(size)
+        return [PageBatch(self.features[at], self.labels[at].flatten(0, 1), NO_TOKEN) for at in chosen]
 
 
 class AlignTask:
@@ -107,7 +142,9 @@ class AlignTask:
         self._embedding = load_language_state(self._checkpoint, torch.float32)[EMBEDDING].to(world.device)
         self._scale = self._embedding.square().mean()
         self._blank = self._tokenizer.encode("\n", opening=False)[0]
-        self.model = AlignedEncoder(load_image_encoder(self._checkpoint))
+        if self._local.kept and recipe.fsdp and world.size > 1:
+            raise RecipeError("local.kept: the frozen stages are needed as a whole; remove it or fsdp")
+        self.model = AlignedEncoder(load_image_encoder(self._checkpoint), bool(self._local.kept))
         freeze_others(self.model, recipe.train)
         self._mean, self._std = pixel_statistics(self._checkpoint, world.device)
 
@@ -116,10 +153,42 @@ class AlignTask:
 
     def steps(self, first: int, last: int) -> Iterator[Sequence[PageBatch]]:
         pages = CellPages(self._local, self._recipe, self._tokenizer, self._checkpoint.encoder_config.stride)
-        return load_pages(pages, _stack, self._recipe, self._world, first, last)
+        load = partial(load_pages, pages, _stack, self._recipe, self._world)
+        return self._kept_steps(load, first, last) if self._local.kept else load(first, last)
+
+    def _kept_steps(
+        self, load: Callable[[int, int], Iterator[list]], first: int, last: int
+    ) -> Iterator[list[PageBatch]]:
+        """load: the pages of the steps from one to another, were each page gone over once."""
+        kept, micro_batch = self._local.kept, self._recipe.micro_batch
+        span = kept * self._local.passes
+        micro_batches = self._recipe.accumulation(self._world.size)
+        first_round, last_round = first // span, math.ceil(last / span)
+        loaded = load(first_round * kept, last_round * kept)
+        for number in range(first_round, last_round):
+            pages = self._keep([batch for _ in range(kept) for batch in next(loaded)])
+            for step in range(number * span, min((number + 1) * span, last)):
+                at_pass, at = divmod(step % span, kept)
+                if at == 0:
+                    random = np.random.default_rng((self._recipe.seed, self._world.rank, number, at_pass))
+                    batches = pages.batches(micro_batch, random.permutation(len(pages.features)))
+                if step >= first:
+                    yield batches[at * micro_batches : (at + 1) * micro_batches]
+
+    def _keep(self, batches: Iterable[PageBatch]) -> KeptPages:
+        features, labels = [], []
+        for batch in batches:
+            pixels = (batch.inputs.to(self._world.device) - self._mean) / self._std
+            with autocast(self._world.device, compute_dtype(self._recipe, self._world)):
+                features.append(self.model.frozen(pixels))
+            labels += batch.labels.unflatten(0, (batch.samples, -1))
+        longest = max(page.shape[1] for page in labels)
+        padded = [F.pad(page, (0, longest - page.shape[1]), value=NO_TOKEN) for page in labels]
+        return KeptPages(torch.cat(features), torch.stack(padded))
 
     def loss(self, batch: PageBatch) -> Loss:
-        found = self.model((batch.pixels - self._mean) / self._std).flatten(0, 1).float()  # [B * T, D]
+        inputs = batch.inputs if self._local.kept else (batch.inputs - self._mean) / self._std
+        found = self.model(inputs).flatten(0, 1).float()  # [B * T, D]
         present = batch.labels != NO_TOKEN
         wanted = (self._embedding[batch.labels.clamp(min=0)] * present[..., None]).sum(1)
         errors = (found - wanted).square().mean(-1) / self._scale

@@ -101,14 +101,19 @@ class Local:
     """The recipe's section `local`.
 
     phases: the curriculum, one after the other; their steps add up to the recipe's. blanks: share of the empty
-    subcells that count in the loss. hidden: features of a subcell in the heads. contrast: weight of the loss of telling
-    cells apart, in an alignment.
+    subcells that count in the loss. hidden: features of a subcell in the heads.
+
+    For an alignment alone: contrast: weight of the loss of telling cells apart. kept: how many steps' pages go through
+    the frozen stages at a time, whose outputs are kept in memory until each page was gone over `passes` times; 0 takes
+    every step's pages through them, and each page once.
     """
 
     phases: tuple[Phase, ...]
     blanks: float = 0.05
     hidden: int = 64
     contrast: float = 0.0
+    kept: int = 0
+    passes: int = 1
 
     def phase(self, step: int) -> Phase:
         for phase in self.phases:
@@ -154,17 +159,17 @@ def local_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class PageBatch:
-    """pixels: [B, 3, H, W] uint8. labels: integers, what is to be told from them; `nothing` where there is nothing to
-    tell. See `train.loop.Batch` for the rest."""
+    """inputs: pixels [B, 3, H, W], uint8, or what frozen stages made of them. labels: integers, what is to be told from
+    them; `nothing` where there is nothing to tell. See `train.loop.Batch` for the rest."""
 
-    pixels: Tensor
+    inputs: Tensor
     labels: Tensor
     nothing: int
     skipped: list[Skipped] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
-        return len(self.pixels)
+        return len(self.inputs)
 
     images = samples
 
@@ -173,13 +178,13 @@ class PageBatch:
         return int((self.labels != self.nothing).sum())
 
     def to(self, device: torch.device) -> Self:
-        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.labels))
-        return replace(self, pixels=pixels, labels=labels)
+        inputs, labels = (tensor.to(device, non_blocking=True) for tensor in (self.inputs, self.labels))
+        return replace(self, inputs=inputs, labels=labels)
 
 
 def draw(local: Local, seed: int, number: int, global_batch: int) -> Document:
-    """Page `number` of a run; number // global_batch is the step that takes it."""
-    phase = local.phase(number // global_batch)
+    """Page `number` of a run; number // global_batch is the step that takes it, were each page gone over once."""
+    phase = local.phase(number // global_batch * local.passes)
     size = (phase.side, phase.side)
     # spread evenly, so that every batch has its share
     if int((number + 1) * phase.dense) > int(number * phase.dense):
@@ -219,6 +224,13 @@ def read_local(recipe: Recipe) -> Local:
         raise RecipeError(f"local.phases: {error}") from error
     if (steps := sum(phase.steps for phase in local.phases)) != recipe.steps:
         raise RecipeError(f"local.phases: their steps add up to {steps}, but steps is {recipe.steps}")
+    if local.kept < 0 or local.passes < 1:
+        raise RecipeError(f"local: kept {local.kept} and passes {local.passes}, expected at least 0 and 1")
+    if local.passes > 1 and not local.kept:
+        raise RecipeError(f"local.passes: {local.passes}, but no pages are kept to be gone over; give local.kept")
+    if local.kept and any(phase.steps % (local.kept * local.passes) for phase in local.phases):
+        whole = local.kept * local.passes
+        raise RecipeError(f"local.phases: their steps must be multiples of {whole}, local.kept times local.passes")
     return local
 
 
@@ -264,6 +276,8 @@ class LocalTask:
 
     def __init__(self, recipe: Recipe, world: World):
         self._recipe, self._world, self._local = recipe, world, read_local(recipe)
+        if self._local.kept:
+            raise RecipeError("local.kept: task local trains the whole encoder, so that no output can be kept")
         if recipe.train != ("encoder",):
             raise RecipeError(
                 f"train: task local trains the whole encoder and nothing else: [encoder], not {list(recipe.train)}"
@@ -284,7 +298,7 @@ class LocalTask:
         wanted = grid.flatten()[cells]
         characters = int((wanted != BLANK).sum())
         total, metrics = 0.0, {}
-        logits = self.model((batch.pixels - self._mean) / self._std, cells)
+        logits = self.model((batch.inputs - self._mean) / self._std, cells)
         for stride, stage in zip(self.model.heads.strides, logits, strict=True):
             loss, right = local_loss(stage, wanted)
             total = total + loss

@@ -161,7 +161,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     mine = _Sums()
     for batch in batches:
-        with _autocast(world.device, compute):
+        with autocast(world.device, compute):
             loss = task.loss(batch.to(world.device))
         if loss.sum.requires_grad:  # not so for text where nothing but the projector is trained
             loss.sum.backward()
@@ -242,6 +242,13 @@ def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:
     return torch.float32
 
 
+def autocast(device: torch.device, compute: torch.dtype) -> contextlib.AbstractContextManager:
+    """Forward passes in `compute`, on weights of that type or float32."""
+    if compute == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, compute)
+
+
 def place(model: nn.Module, recipe: Recipe, world: World, compute: torch.dtype) -> None:
     """Bring the model to where and how it computes.
 
@@ -261,9 +268,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _autocast(device: torch.device, compute: torch.dtype) -> contextlib.AbstractContextManager:
-    if compute == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, compute)

@@ -78,12 +78,7 @@ def _holds(part: str, name: str) -> bool:
         return stage == 4
     if match := _FROM_STAGE.fullmatch(part):
         return stage is not None and stage >= int(match[1])
-    prefix = {
-        "projector": "image_encoder.projector.",
-        "encoder": "image_encoder.encoder.",
-        "language_model": "decoder.",
-    }
-    return name.startswith(prefix[part])
+    return name.startswith(_PREFIX[part])
 
 
 def _precedence(part: str) -> int:

@@ -51,7 +51,7 @@ def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, confo
     table = model.decoder.get_input_embeddings().weight
     image = task._checkpoint.preprocessor
     mean, std = (torch.tensor(image[key]).double().view(3, 1, 1) for key in ("image_mean", "image_std"))
-    found = model.image_encoder((batch.pixels / 255.0 - mean) / std).flatten(0, 1)
+    found = model.image_encoder((batch.inputs / 255.0 - mean) / std).flatten(0, 1)
     wanted = torch.stack([table[ids[ids != NO_TOKEN]].sum(0) for ids in batch.labels])
     errors = (found - wanted).square().mean(1) / table.square().mean()
     assert loss.sum.item() == pytest.approx(errors.sum().item(), rel=1e-4)
@@ -104,7 +104,7 @@ def test_the_loss_of_telling_apart_is_added(recipe):
     without, with_it = plain.loss(batch), contrasted.loss(batch)
     image = plain._checkpoint.preprocessor
     mean, std = (255 * torch.tensor(image[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
-    found = plain.model((batch.pixels - mean) / std).flatten(0, 1)
+    found = plain.model((batch.inputs - mean) / std).flatten(0, 1)
     texts = {tuple(ids[ids != NO_TOKEN].tolist()): None for ids in batch.labels}
     sums = torch.stack([plain._embedding[list(ids)].sum(0) for ids in texts])
     which = torch.tensor([list(texts).index(tuple(ids[ids != NO_TOKEN].tolist())) for ids in batch.labels])
@@ -114,3 +114,73 @@ def test_the_loss_of_telling_apart_is_added(recipe):
     written = torch.tensor([list(texts)[at] != blank for at in which])
     assert with_it.metrics["told_apart"] == (right[written].sum(), written.sum())
     assert "told_apart" not in without.metrics
+
+
+KEPT = ("micro_batch=1", "local.kept=2", "local.passes=2")  # 8 pages in each of two rounds
+
+
+def test_kept_outputs_give_the_loss_of_their_pages(recipe):
+    plain, keeping = (AlignTask(read_recipe(recipe, extra), ALONE) for extra in (KEPT[:1], KEPT))
+    losses = ([[task.loss(batch) for batch in step] for step in task.steps(0, 2)] for task in (plain, keeping))
+    wanted, found = (sorted(loss.sum.item() for step in task for loss in step) for task in losses)
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_kept_pages_are_gone_over_in_another_order_before_the_next_come(recipe):
+    task = AlignTask(read_recipe(recipe, KEPT), ALONE)
+    batches = [batch for step in task.steps(0, 8) for batch in step]
+    pages = [batch.inputs.numpy().tobytes() for batch in batches]
+    passes = [pages[at : at + 8] for at in range(0, len(pages), 8)]
+    assert len(pages) == 8 * 4 and len(set(pages)) == 16
+    assert set(passes[0]) == set(passes[1]) and set(passes[2]) == set(passes[3])
+    assert passes[0] != passes[1] and passes[2] != passes[3]
+    labels = {page: batch.labels.tolist() for page, batch in zip(pages, batches, strict=True)}
+    assert all(labels[page] == batch.labels.tolist() for page, batch in zip(pages, batches, strict=True))
+
+
+def test_a_run_goes_on_within_a_round_with_what_it_would_have_got(recipe):
+    whole, rest = (list(AlignTask(read_recipe(recipe, KEPT), ALONE).steps(first, 8)) for first in (0, 3))
+    assert len(rest) == 5
+    for wanted, found in zip(whole[3:], rest, strict=True):
+        assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(wanted, found, strict=True))
+        assert all(torch.equal(a.labels, b.labels) for a, b in zip(wanted, found, strict=True))
+
+
+def test_processes_keep_different_pages(recipe):
+    worlds = [World(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    mine, others, alone = (
+        [
+            page.numpy().tobytes()
+            for step in AlignTask(read_recipe(recipe, KEPT), world).steps(0, 2)
+            for batch in step
+            for page in batch.inputs
+        ]
+        for world in (*worlds, ALONE)
+    )
+    assert len(mine) == len(others) == 4
+    assert sorted(mine + others) == sorted(alone)
+
+
+def test_a_run_that_keeps_outputs_trains_the_same_parts(recipe, conformance, tmp_path):
+    done = run_module("train", recipe, *KEPT)
+    assert done.returncode == 0, done.stderr
+    before, after = (load_model(path).state_dict() for path in (conformance / "checkpoint", tmp_path / "run" / "final"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = ("image_encoder.projector.", "image_encoder.encoder.stages.4.")
+    assert changed == {name for name in before if name.startswith(trained)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mentions"),
+    [
+        (("local.passes=2",), "local.kept"),
+        (("local.kept=3",), "multiples of 3"),
+        (("local.kept=-1",), "at least 0"),
+        (("local.kept=2", "task=local", "train=[encoder]"), "no output can be kept"),
+    ],
+)
+def test_what_cannot_be_kept_is_an_error(recipe, overrides, mentions):
+    done = run_module("train", recipe, *overrides)
+    assert done.returncode == 2
+    assert mentions in done.stderr
+    assert "Traceback" not in done.stderr
