@@ -10,12 +10,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from calib.blocks import write_variants
 from export import encoder as encoder_export
 from export.cli import ParityError, choose_resolution, installed_versions, name_of, open_checkpoint, report, run
 from export.decoder import BLOCKS, CAPACITY_HELP, check_decoder, check_options, decoder_part, export_decoder
+from export.sampler import sampler_graph
 from export.tokenizer import export_tokenizer
 from runtime import kernels
 from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
@@ -73,8 +75,10 @@ def export_bundle(
             decoder_precision,
             "decoder/model.onnx",
             portable_file="decoder/portable.onnx" if portable else None,
+            sampler_file="decoder/sampler.onnx",
             **{key: f"decoder/{file.name}" for key, file in variants.items()},
         )
+        onnx.save(sampler_graph(part.vocab_size, part.kv_dtype), str(folder / part.sampler_file))
         return {
             "image": image.to_dict(),
             "prompt": prompt.to_dict(),

@@ -106,11 +106,10 @@ def decoder_part(
     checkpoint: Checkpoint,
     precision: str,
     file: str,
-    portable_file: str | None = None,
-    **variants: str,
+    **others: str | None,
 ) -> DecoderPart:
-    """What the manifest says of a fused graph at `file`, a path inside the bundle. variants: `prefill_file` and
-    `kernels_file`, of the same weights."""
+    """What the manifest says of a fused graph at `file`, a path inside the bundle. others: `DecoderPart`'s other files,
+    by name."""
     llama = checkpoint.llama_config
     return DecoderPart(
         file=file,
@@ -121,8 +120,7 @@ def decoder_part(
         context_length=llama.max_position_embeddings,
         kv_dtype="float16" if precision == "fp16" else "float32",
         vocab_size=llama.vocab_size,
-        portable_file=portable_file,
-        **variants,
+        **others,
     )
 
 

@@ -52,7 +52,8 @@ class EncoderPart:
 class DecoderPart:
     """file, precision: as for the encoder; portable_file: the graph of standard operators, or None; prefill_file: the
     same graph as `file` with the same weights, whose products are computed in float32 rather than in 8 bits, or None;
-    kernels_file: the same with this project's own operators (`runtime.kernels`), or None.
+    kernels_file: the same with this project's own operators (`runtime.kernels`), or None. sampler_file: the graph that
+    draws tokens on a GPU, or None.
 
     layers, kv_heads, head_dim, context_length: the KV cache is, a layer, a key and a value of
     [batch, kv_heads, context_length, head_dim] in `kv_dtype` (a numpy name). vocab_size: width of the logits.
@@ -69,6 +70,7 @@ class DecoderPart:
     portable_file: str | None = None
     prefill_file: str | None = None
     kernels_file: str | None = None
+    sampler_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def open_bundle(folder: str | os.PathLike | None) -> Bundle:
         manifest["files"],
     )
     decoder = bundle.decoder
-    graphs = (decoder.portable_file, decoder.prefill_file, decoder.kernels_file)
+    graphs = (decoder.portable_file, decoder.prefill_file, decoder.kernels_file, decoder.sampler_file)
     optional = [file for file in graphs if file is not None]
     for file in (bundle.encoder.file, bundle.tokenizer.get("file"), decoder.file, *optional):
         if not isinstance(file, str) or file not in manifest["files"]:

@@ -16,6 +16,7 @@ from runtime import kernels
 from runtime.bundle import Bundle, DecoderPart
 from runtime.device import Array, Cpu, Device, int8_sums_saturate, to_numpy
 from runtime.errors import UserError
+from runtime.sampling import Sampling, next_token
 from runtime.session import bind_input, bind_output, input_dtype, open_session, run_options
 
 KINDS = ("key", "value")
@@ -139,7 +140,7 @@ def _on_cuda(bundle: Bundle, device: Device) -> Decoder:
 
     file, part = bundle.path(bundle.decoder.file), bundle.decoder
     try:
-        return ResidentDecoder(file, part, device)
+        return ResidentDecoder(file, part, device, part.sampler_file and bundle.path(part.sampler_file))
     except UserError as error:
         warnings.warn(f"decoding runs without a CUDA graph: {error}", stacklevel=3)
         return Decoder(file, part, provider="cuda", device=device)
@@ -180,6 +181,12 @@ class Sequence(ABC):
         if self._likeliest is None:
             return int(to_numpy(self._logits)[0, 0].argmax())
         return int(to_numpy(self._likeliest)[0, 0, 0])
+
+    def forward_sampled(
+        self, ids: list[int], image_embeds: Array | None, sampling: Sampling, random: np.random.Generator
+    ) -> int:
+        """As `forward`, but returns a token drawn by `sampling`, a plain one, with the next number of `random`."""
+        return next_token(self.forward(ids, image_embeds), [], sampling, random)
 
     @abstractmethod
     def _run(self, ids: list[int], image_embeds: Array | None) -> None:

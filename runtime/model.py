@@ -347,9 +347,11 @@ class _Choice:
         self._chosen: list[int] = []
 
     def after(self, sequence: DecoderSequence, ids: list[int], embeds: Array | None = None) -> int:
-        """Feed `ids` and choose the token after them; greedy, the logits stay where they are."""
+        """Feed `ids` and choose the token after them; where a device can choose, the logits stay there."""
         if self._sampling.greedy and self._grammar is None:
             return sequence.forward_greedy(ids, embeds)
+        if self._sampling.plain and self._grammar is None:
+            return sequence.forward_sampled(ids, embeds, self._sampling, self._random)
         return self.among(sequence.forward(ids, embeds))
 
     def among(self, logits: np.ndarray) -> int:

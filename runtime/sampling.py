@@ -28,6 +28,11 @@ class Sampling:
         """Whether the likeliest token is always the one."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn, whatever was chosen before."""
+        return self.temperature > 0 and self.repetition_penalty == 1
+
     def __post_init__(self):
         for name, good, expected in (
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),

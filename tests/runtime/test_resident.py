@@ -1,4 +1,4 @@
-"""Greedy decoding that stays on the GPU, by ONNX Runtime's CPU provider on simulated GPU memory.
+"""Decoding that stays on the GPU, by ONNX Runtime's CPU provider on simulated GPU memory.
 
 The same tokens as on the CPU, whatever comes between the steps, and nothing but a token's id leaves the GPU.
 """
@@ -15,6 +15,7 @@ from runtime.backends import Backends
 from runtime.bundle import open_bundle
 from runtime.errors import UserError
 from runtime.resident import ROUND, ResidentDecoder
+from runtime.sampling import Sampling
 from runtime.session import open_device
 from tests.runtime import simulated_gpu
 
@@ -68,6 +69,65 @@ def test_the_tokens_are_those_of_the_cpu_and_stay_on_the_gpu(decoder, reference,
     assert cudart.copied[1] == up, "nothing goes up"
     assert cudart.copied[2] - down == 8 * steps, "an id a step comes down, of the step ahead too"
     assert sequence.cache.length == expected.cache.length
+
+
+SAMPLINGS = (
+    Sampling(temperature=1.0, seed=3),
+    Sampling(temperature=2.0, top_k=20, top_p=0.9, seed=4),
+    Sampling(temperature=0.7, top_k=10**6, seed=5),
+)
+
+
+def drawn(sequence, token: int, steps: int, sampling: Sampling, random: np.random.Generator) -> list[int]:
+    found = []
+    for _ in range(steps):
+        token = sequence.forward_sampled([token], None, sampling, random)
+        found.append(token)
+    return found
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_drawn_tokens_are_those_of_the_cpu_and_stay_on_the_gpu(decoder, reference, cudart, sampling):
+    sequence, expected = decoder.start(64), reference.start(64)
+    random, same = (np.random.default_rng(sampling.seed) for _ in range(2))
+    first = sequence.forward_sampled(PROMPT, None, sampling, random)
+    assert first == expected.forward_sampled(PROMPT, None, sampling, same)
+    up, down = cudart.copied[1], cudart.copied[2]
+    steps = 40
+    found = drawn(sequence, first, steps, sampling, random)
+    assert found == drawn(expected, first, steps, sampling, same)
+    assert len(set(found)) > 10
+    assert cudart.copied[1] - up == 8 * steps, "a random number a step goes up"
+    assert cudart.copied[2] - down == 8 * steps, "an id a step comes down"
+
+
+def test_drawn_and_likeliest_tokens_in_turn(decoder, reference):
+    """With a generator for each answer, as the chain has them."""
+    sequence, expected = decoder.start(256), reference.start(256)
+    token = sequence.forward_greedy(PROMPT)
+    assert token == expected.forward_greedy(PROMPT)
+    for turn in range(6):
+        sampling = SAMPLINGS[turn % len(SAMPLINGS)]
+        random, same = (np.random.default_rng(turn) for _ in range(2))
+        found = drawn(sequence, token, 7, sampling, random)
+        assert found == drawn(expected, token, 7, sampling, same)
+        known = greedy(sequence, found[-1], 3)
+        assert known == greedy(expected, found[-1], 3)
+        token = known[-1]
+        if turn % 2:
+            sequence.rewind(20)
+            expected.rewind(20)
+    assert sequence.cache.length == expected.cache.length
+
+
+def test_without_a_sampling_graph_the_host_draws(conformance_bundle, reference, cudart, monkeypatch):
+    """As with bundles from before there was one."""
+    simulated_gpu.install_provider(monkeypatch)
+    bundle = open_bundle(conformance_bundle)
+    decoder = ResidentDecoder(bundle.path(bundle.decoder.file), bundle.decoder, open_device("cuda"))
+    sequence, expected = decoder.start(64), reference.start(64)
+    random, same = (np.random.default_rng(0) for _ in range(2))
+    assert drawn(sequence, 20, 10, SAMPLINGS[0], random) == drawn(expected, 20, 10, SAMPLINGS[0], same)
 
 
 def test_steps_run_one_ahead_of_the_host(decoder, monkeypatch):
@@ -165,12 +225,15 @@ def test_a_graph_that_does_not_say_the_likeliest_token(conformance_bundle, tmp_p
         ResidentDecoder(folder / "model.onnx", open_bundle(conformance_bundle).decoder, open_device("cuda"))
 
 
-def test_an_answer_on_the_gpu_is_that_of_the_cpu(conformance_bundle, cudart, monkeypatch):
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), *SAMPLINGS, Sampling(temperature=1.0, repetition_penalty=1.3, seed=1)], ids=str
+)
+def test_an_answer_on_the_gpu_is_that_of_the_cpu(conformance_bundle, cudart, monkeypatch, sampling):
     """Through the whole chain, several turns and questions."""
     on_cpu = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", decoder="onnx"))
     simulated_gpu.install_provider(monkeypatch)
     on_gpu = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
-    options = runtime.Options(max_new_tokens=12)
+    options = runtime.Options(max_new_tokens=12, sampling=sampling)
     for prompts in (["What?", "And then?"], ["Why is it so?"]):
         answers = []
         for model in (on_cpu, on_gpu):
