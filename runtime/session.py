@@ -34,11 +34,13 @@ def open_session(
     device: Device | None = None,
     operators: Path | None = None,
     cuda_graph: bool = False,
+    channels_last: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session whose arrays lie on `device` and whose work goes into its stream.
 
     threads: of one operator on the CPU; None lets ONNX Runtime take one a physical core. operators: a library of some
-    that ONNX Runtime lacks. cuda_graph: let `run_options` name runs that are recorded (`--provider cuda` alone).
+    that ONNX Runtime lacks. Of `--provider cuda` alone: cuda_graph: let `run_options` name runs that are recorded;
+    channels_last: convolve images as [B, H, W, C].
     Raises UserError where ONNX Runtime cannot open the graph, or not with this provider: it never falls back to
     another one by itself.
     """
@@ -57,7 +59,7 @@ def open_session(
             session = onnxruntime.InferenceSession(str(file), options)
         else:
             session = onnxruntime.InferenceSession(
-                str(file), options, providers=_providers(provider, device, cuda_graph)
+                str(file), options, providers=_providers(provider, device, cuda_graph, channels_last)
             )
     except UserError:
         raise
@@ -68,13 +70,14 @@ def open_session(
     return session
 
 
-def _providers(provider: str, device: Device | None, cuda_graph: bool) -> list:
+def _providers(provider: str, device: Device | None, cuda_graph: bool, channels_last: bool) -> list:
     """The provider, and those that take what it leaves."""
     if provider == "cpu":
         return ["CPUExecutionProvider"]
     stream = {"user_compute_stream": str(device.stream)}
     # TF32 would round float32 graphs to 10 bits unasked
-    cuda = {**stream, "use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
+    switches = {"use_tf32": False, "enable_cuda_graph": cuda_graph, "prefer_nhwc": channels_last}
+    cuda = stream | {name: str(int(on)) for name, on in switches.items()}
     providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
     return [("TensorrtExecutionProvider", stream), *providers] if provider == "tensorrt" else providers
 

@@ -118,14 +118,18 @@ class DecodingOnGpu(Decoding):
     """The pieces of work, and what the GPU can do at best."""
 
     def limits(self) -> dict:
-        """Bytes a second of a copy, read and written, and operations a second of a product in half precision."""
-        import torch
+        return {"seconds": 0.0, **gpu_limits()}
 
-        values = torch.ones(2**29, dtype=torch.float16, device="cuda")
-        other, square = torch.empty_like(values), torch.randn(8192, 8192, dtype=torch.float16, device="cuda")
-        copy = _least(lambda: other.copy_(values))
-        product = _least(lambda: square @ square)
-        return {"seconds": 0.0, "copy": 2 * values.nbytes / copy, "product": 2 * 8192**3 / product}
+
+def gpu_limits() -> dict[str, float]:
+    """Bytes a second of a copy, read and written, and operations a second of a product in half precision."""
+    import torch
+
+    values = torch.ones(2**29, dtype=torch.float16, device="cuda")
+    other, square = torch.empty_like(values), torch.randn(8192, 8192, dtype=torch.float16, device="cuda")
+    copy = _least(lambda: other.copy_(values))
+    product = _least(lambda: square @ square)
+    return {"copy": 2 * values.nbytes / copy, "product": 2 * 8192**3 / product}
 
 
 def _least(work, rounds: int = 20) -> float:

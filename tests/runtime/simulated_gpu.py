@@ -221,7 +221,7 @@ def install_provider(monkeypatch) -> list[bool]:
     """
     asked = []
 
-    def providers(provider: str, device, cuda_graph: bool) -> list[str]:
+    def providers(provider: str, device, cuda_graph: bool, channels_last: bool) -> list[str]:
         asked.append(cuda_graph)
         return ["CPUExecutionProvider"]
 

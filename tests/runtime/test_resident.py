@@ -199,10 +199,10 @@ def test_without_a_graph_where_onnx_runtime_cannot_record(conformance_bundle, re
     simulated_gpu.install_provider(monkeypatch)
     original = runtime.session._providers
 
-    def providers(provider, device, cuda_graph):
+    def providers(provider, device, cuda_graph, channels_last):
         if cuda_graph:
             raise UserError("not all nodes are on the CUDA provider")
-        return original(provider, device, cuda_graph)
+        return original(provider, device, cuda_graph, channels_last)
 
     monkeypatch.setattr("runtime.session._providers", providers)
     with pytest.warns(UserWarning, match="without a CUDA graph: not all nodes"):
