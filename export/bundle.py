@@ -1,7 +1,7 @@
 """Checkpoint -> bundle: encoder, decoder, tokenizer and manifest in one folder, written whole or not at all.
 
 python -m export.bundle --checkpoint DIR --res N --out DIR [--precision fp32|fp16]
-                        [--decoder-precision fp32|fp16|int8|int4] [--portable-decoder [--capacity N]]
+                        [--decoder-precision fp32|fp16|int8|int4|w4a16] [--portable-decoder [--capacity N]]
                         [--template NAME]
 """
 
@@ -145,7 +145,7 @@ def main() -> int:
     parser.add_argument("--res", type=int, help="default side of the images, pixels; default: the checkpoint's")
     parser.add_argument("--out", type=Path, help="the bundle's folder; default: build/bundle/<checkpoint>")
     parser.add_argument("--precision", default="fp32", help="of the encoder: fp32 or fp16; default: fp32")
-    parser.add_argument("--decoder-precision", default="fp32", help="fp32, fp16, int8 or int4; default: fp32")
+    parser.add_argument("--decoder-precision", default="fp32", help="fp32, fp16, int8, int4 or w4a16; default: fp32")
     parser.add_argument("--portable-decoder", action="store_true", help="add the decoder of standard operators")
     parser.add_argument("--capacity", type=int, metavar="N", help=CAPACITY_HELP)
     parser.add_argument("--template", help=f"one of {', '.join(TEMPLATES)}; default: the checkpoint's, or vicuna_v1")

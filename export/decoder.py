@@ -1,6 +1,7 @@
 """Llama -> one ONNX graph with a KV cache that takes token ids and image embeds alike.
 
-    python -m export.decoder [--checkpoint DIR] [--precision fp32|fp16|int8|int4] [--graph fused|portable] [--out DIR]
+    python -m export.decoder [--checkpoint DIR] [--precision fp32|fp16|int8|int4|w4a16] [--graph fused|portable]
+                             [--out DIR]
 
 fused: ONNX Runtime GenAI's model builder (GroupQueryAttention with the rotary embedding inside, MatMulNBits), for ONNX
 Runtime; the cache is updated in place and only the last position gets logits.
@@ -8,7 +9,8 @@ portable: our own graph of ONNX's standard operators (`export.llama`), which Ten
 nodes that overflow FP16 stay in FP32 (`export.half`). Its cache is updated in place too, and has a fixed capacity.
 
 Both start from token ids only. Neither can begin with an image, so `merge_image_embeds` adds an input: image_embeds
-[N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 round the weights alone (`calib.blocks`).
+[N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 round the weights alone (`calib.blocks`);
+w4a16 is int4 for GPUs, all else in float16.
 """
 
 import argparse
@@ -45,15 +47,17 @@ from train.model import Checkpoint, load_language_state
 CAPACITY_HELP = "positions of the portable graph's KV cache; default: the model's context"
 LEAST_CAPACITY = 32  # what `check_decoder` asks of a graph
 GRAPHS = ("fused", "portable")
-# precision -> builder's execution provider. fp16 is written for CUDA, the provider that computes in it; on a CPU ONNX
-# Runtime runs the same graph by way of float32.
-PROVIDERS = {"fp32": "cpu", "fp16": "cuda"}
+# precision -> builder's precision and execution provider. fp16 is written for CUDA, the provider that computes in it;
+# on a CPU ONNX Runtime runs the same graph by way of float32. The builder rounds to 4 bits by itself: by the formats of
+# `calib.blocks` a GPU would multiply more slowly.
+BUILDER = {"fp32": ("fp32", "cpu"), "fp16": ("fp16", "cuda"), "w4a16": ("int4", "cuda")}
+HALF = ("fp16", "w4a16")  # with activations in float16
 # precision -> bits and method of `calib.blocks`, which rounds the weights of the float32 graph
 BLOCKS = {"int8": (8, "rtn"), "int4": (4, "q4_1")}
-PRECISIONS = (*PROVIDERS, *BLOCKS)
+PRECISIONS = (*BUILDER, *BLOCKS)
 # Relative error of the logits against PyTorch in float32. Weight-only quantisation has no fixed error: these bounds
 # catch a broken graph, and accuracy is for a task's questions to tell.
-BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1, "int4": 0.8}
+BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1, "int4": 0.8, "w4a16": 0.8}
 
 
 def export_decoder(
@@ -118,7 +122,7 @@ def decoder_part(
         kv_heads=llama.num_key_value_heads,
         head_dim=getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads,
         context_length=llama.max_position_embeddings,
-        kv_dtype="float16" if precision == "fp16" else "float32",
+        kv_dtype="float16" if precision in HALF else "float32",
         vocab_size=llama.vocab_size,
         **others,
     )
@@ -233,8 +237,7 @@ def _build_fused(source: Path, out: Path, precision: str) -> None:
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
     except ImportError as error:
         raise UserError(f"--graph fused needs onnxruntime-genai, whose import failed: {error}") from error
-    provider, cache = PROVIDERS[precision], source.parent / "cache"
-    paths = ("llama", str(source), str(out), precision, provider, str(cache))
+    paths = ("llama", str(source), str(out), *BUILDER[precision], str(source.parent / "cache"))
     options = parse_extra_options(*paths, ["prune_lm_head=true"])
     create_model(*paths, **options)
 

@@ -87,7 +87,7 @@ class Decoder:
         self.part = part
         self.device = device or Cpu()
         self.kernels = operators is not None
-        self.row_invariant = self.kernels or part.precision not in ("int4", "int8")
+        self.row_invariant = self.kernels or part.precision not in ("int4", "int8", "w4a16")
         self.session = open_session(file, threads, provider, self.device, operators, cuda_graph)
         self.prefill_session = prefill and open_session(prefill, threads, provider, self.device)
         self.embeds_dtype = np.dtype(input_dtype(self.session, "image_embeds"))
@@ -142,7 +142,8 @@ def _on_cuda(bundle: Bundle, device: Device) -> Decoder:
     try:
         return ResidentDecoder(file, part, device, part.sampler_file and bundle.path(part.sampler_file))
     except UserError as error:
-        warnings.warn(f"decoding runs without a CUDA graph: {error}", stacklevel=3)
+        better = "" if part.kv_dtype == "float16" else "; for a GPU there are --decoder-precision fp16 and w4a16"
+        warnings.warn(f"decoding runs without a CUDA graph: {error}{better}", stacklevel=3)
         return Decoder(file, part, provider="cuda", device=device)
 
 

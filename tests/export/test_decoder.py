@@ -17,15 +17,18 @@ def checkpoint(conformance):
     return Checkpoint.open(conformance / "checkpoint")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4", "w4a16"])
 def test_fused_graph_is_within_its_bound(checkpoint, tmp_path, precision):
     file = export_decoder(checkpoint, tmp_path, precision)
     rows = check_decoder(checkpoint, file, precision)
     assert len(rows) == 5
     assert all(row.ok for row in rows), rows
-    operators = {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}
+    graph = onnx.load(file, load_external_data=False).graph
+    operators = {node.op_type for node in graph.node}
     assert "GroupQueryAttention" in operators
-    assert ("MatMulNBits" in operators) == (precision in ("int8", "int4"))
+    assert ("MatMulNBits" in operators) == (precision in ("int8", "int4", "w4a16"))
+    half = TensorProto.FLOAT16 if precision in ("fp16", "w4a16") else TensorProto.FLOAT
+    assert {value.type.tensor_type.elem_type for value in graph.input if value.name.startswith("past_")} == {half}
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
 
 
