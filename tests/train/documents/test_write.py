@@ -94,7 +94,7 @@ def test_the_command_writes_and_says_how_fast(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "2 records of 2 pages" in done.stdout and "pages/s" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and "is there already" in again.stderr
+    assert again.returncode == 2 and "is there already" in again.stderr
 
 
 def test_documents_need_no_torch():

@@ -30,7 +30,7 @@ def main() -> int:
         records = write(job, arguments.out, arguments.workers)
     except (FileExistsError, ValueError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2
     seconds = time.perf_counter() - start
     print(f"{arguments.out}: {records} records of {job.pages} pages, {job.pages / seconds:.1f} pages/s")
     return 0

@@ -221,6 +221,8 @@ def _ask(sheet: Sheet, drawn: list[tuple[Printed, Printed]]) -> None:
     for _, box in rows:
         whole = whole | box
     sheet.ask("transcribe", READ_ALL, " ".join(text for text, _ in rows), whole)
+    for text, box in numbers:
+        sheet.ground(f'the number "{text}"', box)
     if len(drawn) == 1:
         sheet.ask("field", READ_ONE, *numbers[0])
         return
