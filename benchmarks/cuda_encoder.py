@@ -19,7 +19,6 @@ import torch
 from benchmarks import record
 from benchmarks.cuda_decode import device_name
 from benchmarks.encoder import operations, size
-from benchmarks.peers.cuda_decoders import gpu_limits
 from benchmarks.peers.cuda_encoders import DTYPES, PEERS, random_encoder
 from benchmarks.peers.turns import Running, compared, in_turn
 from export.cli import BUILD
@@ -48,8 +47,8 @@ def main() -> None:
         export_encoder(encoder, file, "fp16" if args.device == "cuda" else "fp32")
         spec = {"device": args.device, "variant": args.variant, "fifth_stage": args.fifth_stage}
         spec |= {"hidden": args.hidden, "graph": str(file)}
-        limits = gpu_limits() if args.device == "cuda" else {}
         workers = {name: Running(KIND, name, spec) for name in ("ours", *args.peers)}
+        limits = workers["ours"].ask("limits") if args.device == "cuda" else {}
         rows = [row for at in args.sizes for row in measured(workers, args, encoder, at, limits)]
         for worker in workers.values():
             worker.close()

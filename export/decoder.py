@@ -10,7 +10,8 @@ nodes that overflow FP16 stay in FP32 (`export.half`). Its cache is updated in p
 
 Both start from token ids only. Neither can begin with an image, so `merge_image_embeds` adds an input: image_embeds
 [N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 round the weights alone (`calib.blocks`);
-w4a16 is int4 for GPUs, all else in float16.
+w4a16
+is for GPUs: 4 bits around zero by the model builder, all else in float16.
 """
 
 import argparse
@@ -48,8 +49,8 @@ CAPACITY_HELP = "positions of the portable graph's KV cache; default: the model'
 LEAST_CAPACITY = 32  # what `check_decoder` asks of a graph
 GRAPHS = ("fused", "portable")
 # precision -> builder's precision and execution provider. fp16 is written for CUDA, the provider that computes in it;
-# on a CPU ONNX Runtime runs the same graph by way of float32. The builder rounds to 4 bits by itself: by the formats of
-# `calib.blocks` a GPU would multiply more slowly.
+# on a CPU ONNX Runtime runs the same graph by way of float32. The builder rounds to 4 bits by itself: ONNX Runtime's
+# quick products on a GPU have no offsets as `calib.blocks` has them.
 BUILDER = {"fp32": ("fp32", "cpu"), "fp16": ("fp16", "cuda"), "w4a16": ("int4", "cuda")}
 HALF = ("fp16", "w4a16")  # with activations in float16
 # precision -> bits and method of `calib.blocks`, which rounds the weights of the float32 graph

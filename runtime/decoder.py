@@ -144,7 +144,8 @@ def _on_cuda(bundle: Bundle, device: Device) -> Decoder:
     except UserError as error:
         better = "" if part.kv_dtype == "float16" else "; for a GPU there are --decoder-precision fp16 and w4a16"
         warnings.warn(f"decoding runs without a CUDA graph: {error}{better}", stacklevel=3)
-        return Decoder(file, part, provider="cuda", device=device)
+    # Once the error is gone, and with it what holds the weights
+    return Decoder(file, part, provider="cuda", device=device)
 
 
 def kernels_missing(bundle: Bundle) -> str | None:

@@ -7,10 +7,12 @@ token of the last one; if that token was the last of the answer, one step was co
 """
 
 import itertools
+import warnings
 import weakref
 from pathlib import Path
 
 import numpy as np
+from onnxruntime import InferenceSession
 
 from runtime.bundle import DecoderPart
 from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, OnnxSequence, Sequence, allocate
@@ -26,8 +28,8 @@ class ResidentDecoder(Decoder):
     """A fused graph on ONNX Runtime's CUDA provider. Its sequences hand on what they have recorded once they are gone:
     ONNX Runtime keeps a recorded graph as long as the session.
 
-    sampler: the graph that draws tokens; None leaves that to the host.
-    Raises UserError where ONNX Runtime cannot record the graph, which is where the CUDA provider lacks an operator, and
+    sampler: the graph that draws tokens; None, or one that cannot be recorded, leaves that to the host.
+    Raises UserError where ONNX Runtime cannot record a step, which is where the CUDA provider lacks an operator, and
     for a graph that does not say the likeliest token.
     """
 
@@ -35,9 +37,21 @@ class ResidentDecoder(Decoder):
         super().__init__(file, part, provider="cuda", device=device, cuda_graph=True)
         if not self.tells_likeliest:
             raise UserError(f"{file} has no output {NEXT_TOKEN}, which decoders have if they are exported anew")
-        self.sampler = sampler and open_session(sampler, None, "cuda", device, cuda_graph=True)
+        self.sampler: InferenceSession | None = None
         self._idle: dict[int, list[_Recorded]] = {}
         self._numbers = itertools.count(1)
+        # Whether it can be recorded shows in the first run alone, and how it fails is ONNX Runtime's affair
+        try:
+            self.start(ROUND).forward_greedy([0])
+        except Exception as error:
+            raise UserError(f"{file}: ONNX Runtime cannot record its steps: {error}") from error
+        if sampler:
+            try:
+                self.sampler = open_session(sampler, None, "cuda", device, cuda_graph=True)
+                self.start(ROUND).forward_sampled([0], None, Sampling(temperature=1.0), np.random.default_rng(0))
+            except Exception as error:
+                self.sampler = None
+                warnings.warn(f"tokens are drawn on the host, as {sampler} cannot be recorded: {error}", stacklevel=4)
 
     def start(self, capacity: int) -> "ResidentSequence":
         """A new sequence with room for `capacity` positions or some more."""
@@ -73,7 +87,7 @@ class _Recorded:
             bind_output(self.binding, name, array, device)
         self.options = run_options(device, number)
         self.tokens_read = [device.pinned((1, 1, 1), np.int64) for _ in range(2)]
-        self.draws = _Draws(decoder, self) if decoder.sampler else None
+        self.draws: _Draws | None = None  # once one was asked for
 
 
 class _Draws:
@@ -110,7 +124,8 @@ class ResidentSequence(Sequence):
 
     def __init__(self, decoder: ResidentDecoder, recorded: _Recorded):
         super().__init__(recorded.cache, recorded.logits, recorded.likeliest)
-        self._device, self._session, self._recorded = decoder.device, decoder.session, recorded
+        self._decoder, self._device, self._session, self._recorded = decoder, decoder.device, decoder.session, recorded
+        self._vocab_size = decoder.part.vocab_size  # what is drawn where that cannot be
         self._prompts = OnnxSequence(decoder, recorded.cache, recorded.logits, recorded.likeliest)
         self._shown = -1  # positions that are 1 in the mask; -1: unknown
         self._expected: int | None = None  # the token that was returned last, while it is what the next step is fed
@@ -130,8 +145,9 @@ class ResidentSequence(Sequence):
     ) -> int:
         """As `Sequence.forward_sampled`; as `forward_greedy` but for a random number that goes to the GPU. `random` is
         one number ahead of the tokens that were returned."""
-        if self._recorded.draws is None:
+        if self._decoder.sampler is None:
             return super().forward_sampled(ids, image_embeds, sampling, random)
+        self._recorded.draws = self._recorded.draws or _Draws(self._decoder, self._recorded)
         return self._forward(ids, image_embeds, sampling, random)
 
     def rewind(self, length: int) -> None:
@@ -166,6 +182,8 @@ class ResidentSequence(Sequence):
             self.cache.length = total  # the caller has not asked for it yet
         self._device.wait(event)
         self._expected = int(self._recorded.tokens_read[slot][0, 0, 0])
+        if self._expected == self._vocab_size:
+            raise ValueError("the logits are not numbers")
         return self._expected
 
     def _run(self, ids: list[int], image_embeds: Array | None) -> None:

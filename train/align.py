@@ -12,6 +12,7 @@ Most of the time goes into the stages before the fifth, which stay as they are. 
 for some thousand pages and gone over several times, in another order each time, before the next pages come.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,9 +105,13 @@ class AlignedEncoder(nn.Module):
 
     @torch.no_grad()
     def frozen(self, pixel_values: Tensor) -> Tensor:
+        """What the frozen stages say, without their stochastic depth."""
+        training = self.training
+        self.eval()
         features = self.image_encoder.encoder.stem(pixel_values)
         for stage in self.image_encoder.encoder.stages[:FROZEN]:
             features = stage(features)
+        self.train(training)
         return features
 
 
@@ -117,9 +122,9 @@ class KeptPages:
     features: Tensor
     labels: Tensor
 
-    def batches(self, size: int, order: np.ndarray) -> list[PageBatch]:
-        """All of them in that order, `size` at a time."""
-        chosen = torch.from_numpy(order).split(size)
+    def batches(self, pages: np.ndarray, size: int) -> list[PageBatch]:
+        """Those of the numbers `pages`, in that order, `size` at a time."""
+        chosen = torch.from_numpy(pages).split(size)
         return [PageBatch(self.features[at], self.labels[at].flatten(0, 1), NO_TOKEN) for at in chosen]
 
 
@@ -142,8 +147,6 @@ class AlignTask:
         self._embedding = load_language_state(self._checkpoint, torch.float32)[EMBEDDING].to(world.device)
         self._scale = self._embedding.square().mean()
         self._blank = self._tokenizer.encode("\n", opening=False)[0]
-        if self._local.kept and recipe.fsdp and world.size > 1:
-            raise RecipeError("local.kept: the frozen stages are needed as a whole; remove it or fsdp")
         self.model = AlignedEncoder(load_image_encoder(self._checkpoint), bool(self._local.kept))
         freeze_others(self.model, recipe.train)
         self._mean, self._std = pixel_statistics(self._checkpoint, world.device)
@@ -159,32 +162,39 @@ class AlignTask:
     def _kept_steps(
         self, load: Callable[[int, int], Iterator[list]], first: int, last: int
     ) -> Iterator[list[PageBatch]]:
-        """load: the pages of the steps from one to another, were each page gone over once."""
-        kept, micro_batch = self._local.kept, self._recipe.micro_batch
-        span = kept * self._local.passes
-        micro_batches = self._recipe.accumulation(self._world.size)
+        """load: the pages of the steps from one to another, were each page gone over once.
+
+        Each process goes over its own pages. Unlike without `kept`, a run that goes on within a round with another
+        number of processes, or another micro_batch on several, meets some pages more often and others less.
+        """
+        kept, span = self._local.kept, self._local.kept * self._local.passes
+        mine = self._recipe.global_batch // self._world.size
         first_round, last_round = first // span, math.ceil(last / span)
         loaded = load(first_round * kept, last_round * kept)
         for number in range(first_round, last_round):
-            pages = self._keep([batch for _ in range(kept) for batch in next(loaded)])
-            for step in range(number * span, min((number + 1) * span, last)):
+            pages = None  # before the next ones come
+            pages = self._keep(itertools.chain.from_iterable(itertools.islice(loaded, kept)), kept * mine)
+            for step in range(max(number * span, first), min((number + 1) * span, last)):
                 at_pass, at = divmod(step % span, kept)
-                if at == 0:
-                    random = np.random.default_rng((self._recipe.seed, self._world.rank, number, at_pass))
-                    batches = pages.batches(micro_batch, random.permutation(len(pages.features)))
-                if step >= first:
-                    yield batches[at * micro_batches : (at + 1) * micro_batches]
+                random = np.random.default_rng((self._recipe.seed, self._world.rank, number, at_pass))
+                chosen = random.permutation(kept * mine)[at * mine : (at + 1) * mine]
+                yield pages.batches(chosen, self._recipe.micro_batch)
 
-    def _keep(self, batches: Iterable[PageBatch]) -> KeptPages:
-        features, labels = [], []
+    def _keep(self, batches: Iterable[PageBatch], count: int) -> KeptPages:
+        """The next `count` pages, encoded as they come."""
+        features, labels, begin = None, [], 0
         for batch in batches:
             pixels = (batch.inputs.to(self._world.device) - self._mean) / self._std
             with autocast(self._world.device, compute_dtype(self._recipe, self._world)):
-                features.append(self.model.frozen(pixels))
+                found = self.model.frozen(pixels)
+            if features is None:
+                features = found.new_empty((count, *found.shape[1:]))
+            features[begin : begin + len(found)] = found
+            begin += len(found)
             labels += batch.labels.unflatten(0, (batch.samples, -1))
         longest = max(page.shape[1] for page in labels)
         padded = [F.pad(page, (0, longest - page.shape[1]), value=NO_TOKEN) for page in labels]
-        return KeptPages(torch.cat(features), torch.stack(padded))
+        return KeptPages(features, torch.stack(padded))
 
     def loss(self, batch: PageBatch) -> Loss:
         inputs = batch.inputs if self._local.kept else (batch.inputs - self._mean) / self._std

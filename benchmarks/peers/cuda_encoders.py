@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.peers.cuda_decoders import gpu_limits
 from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
 
 SAMPLES = 256  # values of an encoding that are compared
@@ -61,6 +62,7 @@ class InTorch:
     """The model in PyTorch; contiguous or channels last, eager or compiled for each size."""
 
     def __init__(self, spec: dict[str, Any], memory_format: torch.memory_format, compiled: bool):
+        torch.backends.cudnn.benchmark = True  # as ONNX Runtime, which tries out all algorithms, too
         self._device, self._format, dtype = spec["device"], memory_format, DTYPES[spec["device"]]
         encoder = random_encoder(spec["variant"], spec["fifth_stage"], spec["hidden"])
         self._encoder = encoder.to(self._device, dtype).to(memory_format=memory_format)
@@ -79,7 +81,8 @@ class InTorch:
         return run, lambda: found[0][0].float().cpu().numpy()
 
     def depthwise(self, image: np.ndarray, rounds: int = 10) -> float:
-        """Seconds that the depthwise convolutions alone take, each on what it is given."""
+        """Seconds that the depthwise convolutions alone take, each on what it is given, over and over: what is small
+        stays in the GPU's cache."""
         layers = [m for m in self._encoder.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
         seconds = []
 
@@ -132,6 +135,9 @@ class Encoding:
             seconds.append(time.perf_counter() - begin)
         values = np.asarray(result(), np.float32).ravel()
         return {"seconds": min(seconds), "values": values[:: max(len(values) // SAMPLES, 1)].tolist()}
+
+    def limits(self) -> dict:
+        return {"seconds": 0.0, **gpu_limits()}
 
     def depthwise(self, height: int, width: int) -> dict:
         return {"seconds": self._prepare.depthwise(_image(height, width))}

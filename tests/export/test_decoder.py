@@ -34,7 +34,7 @@ def test_fused_graph_is_within_its_bound(checkpoint, tmp_path, precision):
 
 def test_block_wise_weights_have_the_bits_asked_for(checkpoint, tmp_path):
     found = {}
-    for precision in ("int8", "int4"):
+    for precision in ("int8", "int4", "w4a16"):
         graph = onnx.load(export_decoder(checkpoint, tmp_path / precision, precision), load_external_data=False).graph
         found[precision] = [
             next(attribute.i for attribute in node.attribute if attribute.name == "bits")
@@ -42,6 +42,7 @@ def test_block_wise_weights_have_the_bits_asked_for(checkpoint, tmp_path):
             if node.op_type == "MatMulNBits"
         ]
     assert set(found["int8"]) == {8}
+    assert set(found["w4a16"]) == {4}
     assert sorted(set(found["int4"])) == [4, 8]  # the head keeps 8
     assert found["int4"].count(8) == 1
 

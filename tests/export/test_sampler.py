@@ -87,3 +87,12 @@ def test_the_drawn_tokens_have_the_probabilities():
     counts = np.bincount([drawn(session, logits, Sampling(temperature=1.0, top_k=4), u) for u in grid], minlength=5)
     wanted = np.array([0.1, 0.4, 0, 0.25, 0.2]) / 0.95
     assert np.abs(counts / 2000 - wanted).max() < 1e-3
+
+
+def test_logits_that_are_no_numbers_give_no_token():
+    session = onnxruntime.InferenceSession(
+        sampler_graph(300, "float32").SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    logits = np.zeros(300, np.float32)
+    logits[7] = np.nan
+    assert drawn(session, logits, Sampling(temperature=1.0), 0.5) == 300

@@ -43,6 +43,7 @@ class Cudart:
         self.replays = self.destroyed = 0
         self.copied = {1: 0, 2: 0, 3: 0}  # bytes by kind
         self.arriving: list = []  # copies to the host, which nobody may read before waiting
+        self.leaving: list = []  # copies from the host, whose source nobody may change before waiting
         self.events: set[int] = set()
 
     def cudaGetDeviceCount(self):
@@ -78,6 +79,9 @@ class Cudart:
         for target, content in self.arriving:
             ctypes.memmove(target, content, len(content))
         self.arriving.clear()
+        for source, content in self.leaving:
+            assert ctypes.string_at(source, len(content)) == content, "changed before it had been copied"
+        self.leaving.clear()
 
     def cudaMallocAsync(self, size, stream):
         block = (ctypes.c_byte * size)()
@@ -104,6 +108,8 @@ class Cudart:
             self.submit(lambda: self.arriving.append((target, ctypes.string_at(source, size))))
         else:
             self.submit(lambda: ctypes.memmove(target, source, size))
+        if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice and self.recording is None:
+            self.leaving.append((source, ctypes.string_at(source, size)))
         self.copied[kind] += size
         return (Status.cudaSuccess,)
 

@@ -349,3 +349,15 @@ def test_images_of_one_size_are_a_batch_where_the_device_is_no_cpu(reference, co
     images = [random.standard_normal((3, *size), dtype=np.float32) for size in sizes]
     np.testing.assert_allclose(encoder(images), reference.encoder(images), rtol=1e-4, atol=1e-5)
     assert len(batches) == 3
+
+
+def test_what_the_cuda_provider_is_told():
+    from runtime.session import _providers
+
+    device = SimpleNamespace(stream=77)
+    for cuda_graph, channels_last in ((True, False), (False, True)):
+        (name, options), last = _providers("cuda", device, cuda_graph, channels_last)
+        assert (name, last) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+        assert options["user_compute_stream"] == "77" and options["use_tf32"] == "0"
+        assert options["enable_cuda_graph"] == str(int(cuda_graph))
+        assert options["prefer_nhwc"] == str(int(channels_last))

@@ -130,6 +130,32 @@ def test_without_a_sampling_graph_the_host_draws(conformance_bundle, reference, 
     assert drawn(sequence, 20, 10, SAMPLINGS[0], random) == drawn(expected, 20, 10, SAMPLINGS[0], same)
 
 
+def test_a_sampling_graph_that_cannot_be_recorded(conformance_bundle, reference, tmp_path, cudart, monkeypatch):
+    """Greedy steps stay recorded."""
+    simulated_gpu.install_provider(monkeypatch)
+    bundle, broken = open_bundle(conformance_bundle), tmp_path / "sampler.onnx"
+    broken.write_bytes(b"no graph")
+    with pytest.warns(UserWarning, match="drawn on the host, as .*sampler.onnx"):
+        decoder = ResidentDecoder(bundle.path(bundle.decoder.file), bundle.decoder, open_device("cuda"), broken)
+    sequence, expected = decoder.start(64), reference.start(64)
+    random, same = (np.random.default_rng(0) for _ in range(2))
+    assert drawn(sequence, 20, 10, SAMPLINGS[0], random) == drawn(expected, 20, 10, SAMPLINGS[0], same)
+    assert greedy(sequence, 20, 4) == greedy(expected, 20, 4)
+
+
+def test_a_step_that_cannot_be_recorded(conformance_bundle, cudart, monkeypatch):
+    """ONNX Runtime says so in the first run."""
+    simulated_gpu.install_provider(monkeypatch)
+
+    def step(self):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("runtime.resident.ResidentSequence._step", step)
+    with pytest.warns(UserWarning, match="without a CUDA graph: .*cannot record its steps: operation not permitted"):
+        model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
+    assert not isinstance(model.decoder, ResidentDecoder)
+
+
 def test_steps_run_one_ahead_of_the_host(decoder, monkeypatch):
     sequence = decoder.start(64)
     happened = []

@@ -184,3 +184,11 @@ def test_what_cannot_be_kept_is_an_error(recipe, overrides, mentions):
     assert done.returncode == 2
     assert mentions in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_kept_pages_follow_the_phases(recipe):
+    phases = "local.phases=[{side: 128, min_px: 24, max_px: 32, dense: 1.0, steps: 4}, \
+               {side: 192, min_px: 24, max_px: 32, dense: 1.0, steps: 4}]"
+    task = AlignTask(read_recipe(recipe, [*KEPT, phases]), ALONE)
+    sides = [32 * batch.inputs.shape[-1] for step in task.steps(0, 8) for batch in step]
+    assert sides == 16 * [128] + 16 * [192]
