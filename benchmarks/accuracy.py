@@ -28,6 +28,7 @@ RESOLUTIONS = (768, 1024, 1536)
 PRESET = "page-1536"
 MAX_NEW_TOKENS = 48  # a box takes about 26, the longest transcribed line fewer
 NAME = "accuracy"
+PATIENCE = 500  # pages
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,12 @@ def measure(
 def pages(
     split: str, count: int, seed: int, options: PageOptions = PRESETS[PRESET], kinds: Sequence[str] = KINDS
 ) -> Iterator[tuple[Document, list[Question]]]:
-    """Pages with questions of some kinds, `count` of these in all."""
-    index = 0
+    """Pages with questions of some kinds, `count` of these in all. Raises ValueError where the first PATIENCE pages
+    have none."""
+    index, wanted = 0, count
     while count > 0:
+        if index == PATIENCE and count == wanted:
+            raise ValueError(f"no question of kind {', '.join(kinds)} on {index} pages")
         document = render(index, split, seed, options)
         questions = [question for question in document.questions if question.kind in kinds][:count]
         if questions:

@@ -26,9 +26,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks import record
-from benchmarks.decode import same
 from benchmarks.peers.cuda_decoders import PEERS
-from benchmarks.peers.turns import Running, compared, in_turn
+from benchmarks.peers.turns import Running, compared, in_turn, same
 from export.cli import BUILD
 from export.decoder import add_next_token, merge_image_embeds, quietly
 from runtime.bundle import DecoderPart

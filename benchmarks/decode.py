@@ -26,7 +26,7 @@ from benchmarks import record
 from benchmarks.calibration import english
 from benchmarks.limits import matmul_rate, read_bandwidth
 from benchmarks.peers.decoders import PEERS
-from benchmarks.peers.turns import Running, compared, in_turn, versions_of_peers, with_llama_cpp
+from benchmarks.peers.turns import Running, compared, in_turn, same, versions_of_peers, with_llama_cpp
 from export.bundle import export_bundle
 from export.cli import BUILD, open_checkpoint
 from export.decoder import quietly, write_llama
@@ -133,11 +133,6 @@ def measured(ours: dict[str, Running], theirs: dict[str, Running], args: argpars
             row |= {"load_s": round(ours[precision].load_s, 2), "peer_load_s": round(theirs[peer].load_s, 2)}
             rows.append(row)
     return rows
-
-
-def same(one: list[int], other: list[int]) -> int:
-    """How many ids agree before the first that differs."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
 
 
 def limit_of(row: dict, size: int, checkpoint, limits: dict[str, float]) -> dict:

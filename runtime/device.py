@@ -159,14 +159,21 @@ class Cuda:
     def synchronize(self) -> None:
         self._call("cudaStreamSynchronize", self._handle)
 
-    def capture(self, work: Callable[[], None]) -> "CudaGraph":
-        """What `work()` puts into the stream, recorded rather than run; `replay` runs it."""
-        mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", self._handle, mode)
+    def capture(self, work: Callable[[int], None]) -> "CudaGraph":
+        """What `work(stream)` puts into that stream, recorded rather than run; `replay` runs it. The stream is another
+        than `self.stream`, into which other threads may be putting work."""
+        mode, stream = (
+            self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal,
+            self._call("cudaStreamCreate"),
+        )
         try:
-            work()
+            self._call("cudaStreamBeginCapture", stream, mode)
+            try:
+                work(int(stream))
+            finally:
+                graph = self._call("cudaStreamEndCapture", stream)
         finally:
-            graph = self._call("cudaStreamEndCapture", self._handle)
+            self._call("cudaStreamDestroy", stream)
         handle = self._call("cudaGraphInstantiate", graph, 0)
         self._call("cudaGraphDestroy", graph)
         recorded = CudaGraph(handle)
@@ -229,6 +236,15 @@ def concatenate(arrays: list[Array]) -> Array:
         device.copy(whole[begin : begin + len(array)], array)
         begin += len(array)
     return whole
+
+
+def copied(array: Array) -> Array:
+    """The same in memory of its own."""
+    if not isinstance(array, CudaArray):
+        return array.copy()
+    copy = array.device.zeros(array.shape, array.dtype)
+    array.device.copy(copy, array)
+    return copy
 
 
 def pointer(array: Array) -> int:

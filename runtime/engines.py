@@ -85,7 +85,11 @@ def choose_engine(
         )
     problems = []
     for engine in fitting:
-        verify_engine(bundle, engine)
+        try:
+            verify_engine(bundle, engine)
+        except UserError as error:
+            problems.append(str(error))
+            continue
         problem = version_problem(engine, versions)
         if problem is None:
             if target is None:

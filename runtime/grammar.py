@@ -51,8 +51,11 @@ class JsonGrammar:
 
     def allow(self, logits: np.ndarray) -> np.ndarray:
         """A copy of logits [V] with minus infinity where a token may not come; the end of the sequence may, once the
-        answer is whole."""
-        mask = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        answer is whole. Raises UserError where the schema has become too much for llguidance."""
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():  # it would allow the end alone
+            raise UserError(f"a JSON schema: {self._matcher.get_error().splitlines()[0]}")
+        mask = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
         allowed = logits.copy()
         allowed[: len(mask)][mask[: len(logits)] == 0] = -np.inf
         allowed[len(mask) :] = -np.inf

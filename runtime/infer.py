@@ -216,7 +216,7 @@ def _dump(folder: Path, trace) -> None:
     """pixel_values.npy [3, H, W] (several images: pixel_values-0.npy, ...), image_embeds.npy, first_logits.npy."""
     import numpy as np
 
-    for old in folder.glob("pixel_values*.npy"):
+    for old in (*folder.glob("pixel_values*.npy"), *folder.glob("image_embeds.npy")):
         old.unlink()
     for number, pixel_values in enumerate(trace.pixel_values):
         suffix = "" if len(trace.pixel_values) == 1 else f"-{number}"

@@ -246,13 +246,18 @@ class Conversation:
         options = self._options
         grammar = self._model.grammars.of_schema(options.json_schema) if options.json_schema is not None else None
         choose = _Choice(options.sampling, grammar)
-        if trace is None:
-            token = choose.after(sequence, ids, pictures.embeds)
-        else:
-            logits = sequence.forward(ids, pictures.embeds)
-            trace.pixel_values, trace.first_logits = pictures.pixel_values, logits.copy()
-            trace.image_embeds = None if pictures.embeds is None else to_numpy(pictures.embeds)
-            token = choose.among(logits)
+        before = sequence.cache.length
+        try:
+            if trace is None:
+                token = choose.after(sequence, ids, pictures.embeds)
+            else:
+                logits = sequence.forward(ids, pictures.embeds)
+                trace.pixel_values, trace.first_logits = pictures.pixel_values, logits.copy()
+                trace.image_embeds = None if pictures.embeds is None else to_numpy(pictures.embeds)
+                token = choose.among(logits)
+        except BaseException:  # an interrupt may come once the cache is longer
+            sequence.rewind(before)
+            raise
         prefill_ms = _ms_since(prefill_begin)
         self._sequence, self._unfed = sequence, []
 

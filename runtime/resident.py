@@ -21,7 +21,7 @@ from runtime.errors import UserError
 from runtime.sampling import Sampling
 from runtime.session import bind_input, bind_output, open_session, run_options
 
-ROUND = 256  # capacities are multiples of it, so that few are recorded
+LEAST = 256  # positions; capacities are powers of two from there on, so that few are recorded, and kept
 
 
 class ResidentDecoder(Decoder):
@@ -42,20 +42,20 @@ class ResidentDecoder(Decoder):
         self._numbers = itertools.count(1)
         # Whether it can be recorded shows in the first run alone, and how it fails is ONNX Runtime's affair
         try:
-            self.start(ROUND).forward_greedy([0])
+            self.start(LEAST).forward_greedy([0])
         except Exception as error:
             raise UserError(f"{file}: ONNX Runtime cannot record its steps: {error}") from error
         if sampler:
             try:
                 self.sampler = open_session(sampler, None, "cuda", device, cuda_graph=True)
-                self.start(ROUND).forward_sampled([0], None, Sampling(temperature=1.0), np.random.default_rng(0))
+                self.start(LEAST).forward_sampled([0], None, Sampling(temperature=1.0), np.random.default_rng(0))
             except Exception as error:
                 self.sampler = None
                 warnings.warn(f"tokens are drawn on the host, as {sampler} cannot be recorded: {error}", stacklevel=4)
 
     def start(self, capacity: int) -> "ResidentSequence":
         """A new sequence with room for `capacity` positions or some more."""
-        capacity = min(-(-capacity // ROUND) * ROUND, self.capacity)
+        capacity = min(max(LEAST, 1 << (capacity - 1).bit_length()), self.capacity)
         idle = self._idle.setdefault(capacity, [])
         recorded = idle.pop() if idle else _Recorded(self, capacity, next(self._numbers))
         recorded.cache.rewind(0)

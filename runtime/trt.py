@@ -8,6 +8,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,9 @@ class EngineRunner:
             self._contexts.append(context)
         device.synchronize()
 
-    def run(self, tensors: dict[str, CudaArray], inputs: set[str], profile: int = 0) -> None:
-        """Put one execution into the device's stream. tensors: every input and output by name; inputs: those that are.
+    def run(self, tensors: dict[str, CudaArray], inputs: set[str], profile: int = 0, stream: int | None = None) -> None:
+        """Put one execution into a stream, None: the device's. tensors: every input and output by name; inputs: those
+        that are.
 
         Raises UserError where a shape is outside the profile, or the execution fails.
         """
@@ -57,12 +59,12 @@ class EngineRunner:
                 raise UserError(f"{self.file}: {name} of shape {array.shape} is outside the engine's profile {profile}")
             if not context.set_tensor_address(name, array.pointer):
                 raise UserError(f"{self.file}: has no tensor {name!r}")
-        if not context.execute_async_v3(self._device.stream):
+        if not context.execute_async_v3(self._device.stream if stream is None else stream):
             raise UserError(f"{self.file}: the execution failed, see what TensorRT said above")
 
 
-def _recorded(device: Cuda, work: Callable[[], None], what: Path) -> CudaGraph | None:
-    """A CUDA graph of `work`; None, with a warning, where it cannot be recorded."""
+def _recorded(device: Cuda, work: Callable[[int], None], what: Path) -> CudaGraph | None:
+    """A CUDA graph of `work(stream)`; None, with a warning, where it cannot be recorded."""
     device.synchronize()
     try:
         return device.capture(work)
@@ -136,14 +138,15 @@ class EngineEncoder:
             self.device.zeros((1, tokens, self._hidden), self._embeds_dtype),
         )
         self._execute(recorded)  # TensorRT prepares itself for a shape at its first execution, which cannot be recorded
-        recorded.graph = _recorded(self.device, lambda: self._execute(recorded), self._runner.file)
+        recorded.graph = _recorded(self.device, partial(self._execute, recorded), self._runner.file)
         if len(self._recorded) == MOST_GRAPHS:
             del self._recorded[next(iter(self._recorded))]
         self._recorded[shape] = recorded
         return recorded
 
-    def _execute(self, recorded: _Recorded) -> None:
-        self._runner.run({"pixel_values": recorded.pixels, "image_embeds": recorded.embeds}, {"pixel_values"})
+    def _execute(self, recorded: _Recorded, stream: int | None = None) -> None:
+        tensors = {"pixel_values": recorded.pixels, "image_embeds": recorded.embeds}
+        self._runner.run(tensors, {"pixel_values"}, stream=stream)
 
 
 class EngineDecoder:
@@ -209,13 +212,13 @@ class EngineSequence(Sequence):
         if self._graph is not None:
             self._decoder.device.replay(self._graph)
             return
-        step = lambda: self._execute(self._numbers[:1].reshape((1, 1)), self._decoder.no_images, self.DECODE)  # noqa: E731
+        step = partial(self._execute, self._numbers[:1].reshape((1, 1)), self._decoder.no_images, self.DECODE)
         step()
         if not self._stepped:
             self._stepped = True
             self._graph = _recorded(self._decoder.device, step, self._decoder.runner.file)
 
-    def _execute(self, input_ids: CudaArray, embeds: CudaArray, profile: int) -> None:
+    def _execute(self, input_ids: CudaArray, embeds: CudaArray, profile: int, stream: int | None = None) -> None:
         inputs = {"input_ids": input_ids, "image_embeds": embeds}
         caches = self.cache.tensors("past_key_values")
-        self._decoder.runner.run(self._tensors | inputs, {*inputs, *caches, "write_indices"}, profile)
+        self._decoder.runner.run(self._tensors | inputs, {*inputs, *caches, "write_indices"}, profile, stream)

@@ -8,6 +8,7 @@ The same command again goes on from the newest checkpoint in the recipe's `out`.
 
 import argparse
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def main() -> int:
     parser.add_argument("recipe", help="YAML file; `train/recipes` has some")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe; dotted where nested")
     args = parser.parse_args()
+    # Readers hand over each tensor by a descriptor of its own, and 1,024 are soon used up
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         recipe = read_recipe(args.recipe, args.overrides)
         recipe.accumulation(int(os.environ.get("WORLD_SIZE", "1")))
@@ -36,10 +40,12 @@ def is_users(error: Exception) -> bool:
     """Whether the user can put it right: then it is one line without a traceback."""
     if isinstance(error, RecipeError):
         return True
+    from train.data.tokenizer import TokenizerError
+    from train.loop import DivergedError
     from train.model import CheckpointError
     from train.report import TooManySkipped
 
-    return isinstance(error, CheckpointError | TooManySkipped)
+    return isinstance(error, CheckpointError | DivergedError | OSError | TokenizerError | TooManySkipped)
 
 
 def run(recipe: Recipe) -> None:

@@ -137,11 +137,12 @@ class AlignTask:
     steps_in_epoch = None
 
     def __init__(self, recipe: Recipe, world: World):
-        self._recipe, self._world, self._local = recipe, world, read_local(recipe)
+        self._recipe, self._world = recipe, world
         if unknown := [part for part in recipe.train if part not in TRAINABLE]:
             raise RecipeError(f"train: task align trains {' and '.join(TRAINABLE)}, not {', '.join(unknown)}")
         self._checkpoint = Checkpoint.open(recipe.checkpoint)
         config = self._checkpoint.encoder_config
+        self._local = read_local(recipe, config.stride)
         check_parts(recipe.train, len(config.depths), self._checkpoint.config.get("mm_projector_type", "linear"))
         self._tokenizer = load_tokenizer(self._checkpoint.folder)
         self._embedding = load_language_state(self._checkpoint, torch.float32)[EMBEDDING].to(world.device)

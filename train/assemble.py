@@ -163,7 +163,7 @@ def _encoder_to_build(encoder: Encoder) -> tuple[EncoderConfig, dict[str, Any]]:
     """The shape of a new model's encoder, fifth stage included, and its preprocessor_config.json."""
     if encoder.variant:
         try:
-            config = EncoderConfig.from_variant(encoder.variant, layer_scale=encoder.layer_scale)
+            config = EncoderConfig.from_variant(encoder.variant, layer_scale=1e-6)
         except ValueError as error:
             raise RecipeError(f"encoder.variant: {error}") from None
         preprocessor = _preprocessor(MEAN, STD)
@@ -176,6 +176,10 @@ def _encoder_to_build(encoder: Encoder) -> tuple[EncoderConfig, dict[str, Any]]:
         config = tower.encoder_config
         statistics = (tower.preprocessor.get("image_mean", MEAN), tower.preprocessor.get("image_std", STD))
         preprocessor = _preprocessor(*statistics)
+    if encoder.layer_scale is not None:
+        if config.layer_scale <= 0:
+            raise RecipeError("encoder.layer_scale: this encoder's blocks have none; remove the key")
+        config = dataclasses.replace(config, layer_scale=encoder.layer_scale)  # what is loaded overwrites its own
     if encoder.fifth_stage is None:
         return config, preprocessor
     if len(config.depths) == 5:

@@ -125,7 +125,8 @@ class ConversationTask:
         self.steps_in_epoch = self._sampler.steps_in_epoch
         self.model = AnswerLoss(_trainable_model(source, recipe, world))
         # The loop keeps frozen weights in the type it computes in; a checkpoint gets them as they were.
-        frozen = {} if recipe.fsdp or not world.main else dict(self.model.named_parameters())
+        sharded = recipe.fsdp and world.size > 1  # then they are float32 anyway
+        frozen = {} if sharded or not world.main else dict(self.model.named_parameters())
         self._frozen = {name: weight.data for name, weight in frozen.items() if not weight.requires_grad}
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from train.assemble import MEAN, STD
 from train.data.documents import Document, PageOptions, render
 from train.data.documents.dense import dense_page
 from train.distributed import World
@@ -177,6 +178,10 @@ class PageBatch:
     def tokens(self) -> int:
         return int((self.labels != self.nothing).sum())
 
+    def pin_memory(self) -> Self:
+        """As torch's DataLoader asks for it."""
+        return replace(self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory())
+
     def to(self, device: torch.device) -> Self:
         inputs, labels = (tensor.to(device, non_blocking=True) for tensor in (self.inputs, self.labels))
         return replace(self, inputs=inputs, labels=labels)
@@ -216,14 +221,17 @@ def _stack(pages: Sequence[tuple[np.ndarray, np.ndarray]]) -> PageBatch:
     return PageBatch(stack_pixels(pixels), torch.from_numpy(np.stack(grids)), BLANK)
 
 
-def read_local(recipe: Recipe) -> Local:
-    """The recipe's section `local`. Raises RecipeError where it is wrong or its steps are not the recipe's."""
+def read_local(recipe: Recipe, stride: int) -> Local:
+    """The recipe's section `local`, for an encoder of this stride. Raises RecipeError where it is wrong or its steps
+    are not the recipe's."""
     try:
         local = build(Local, recipe.local, "local.")
     except ValueError as error:  # of PageOptions
         raise RecipeError(f"local.phases: {error}") from error
     if (steps := sum(phase.steps for phase in local.phases)) != recipe.steps:
         raise RecipeError(f"local.phases: their steps add up to {steps}, but steps is {recipe.steps}")
+    if wrong := [phase.side for phase in local.phases if phase.side % stride]:
+        raise RecipeError(f"local.phases: side {wrong[0]} is not a multiple of {stride}")
     if local.kept < 0 or local.passes < 1:
         raise RecipeError(f"local: kept {local.kept} and passes {local.passes}, expected at least 0 and 1")
     if local.passes > 1 and not local.kept:
@@ -262,7 +270,8 @@ def load_pages(
 def pixel_statistics(checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a checkpoint's images, [3, 1, 1] each, of pixels from 0 to 255."""
     image = checkpoint.preprocessor
-    mean, std = (255 * torch.tensor(image[key], device=device).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    values = (image.get("image_mean", MEAN), image.get("image_std", STD))
+    mean, std = (255 * torch.tensor(value, device=device).view(3, 1, 1) for value in values)
     return mean, std
 
 
@@ -275,19 +284,19 @@ class LocalTask:
     steps_in_epoch = None
 
     def __init__(self, recipe: Recipe, world: World):
-        self._recipe, self._world, self._local = recipe, world, read_local(recipe)
+        self._recipe, self._world, self._checkpoint = recipe, world, Checkpoint.open(recipe.checkpoint)
+        self._local = read_local(recipe, self._checkpoint.encoder_config.stride)
         if self._local.kept:
             raise RecipeError("local.kept: task local trains the whole encoder, so that no output can be kept")
         if recipe.train != ("encoder",):
             raise RecipeError(
                 f"train: task local trains the whole encoder and nothing else: [encoder], not {list(recipe.train)}"
             )
-        self._checkpoint = Checkpoint.open(recipe.checkpoint)
         self.model = ReadingEncoder(load_image_encoder(self._checkpoint).encoder, self._local.hidden)
         self._mean, self._std = pixel_statistics(self._checkpoint, world.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return parameter_groups(self.model, self._recipe)
+        return parameter_groups(self.model, self._recipe, "image_encoder.")  # the heads are no part
 
     def steps(self, first: int, last: int) -> Iterator[Sequence[PageBatch]]:
         return load_pages(Pages(self._local, self._recipe), _stack, self._recipe, self._world, first, last)

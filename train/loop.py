@@ -26,6 +26,10 @@ from train.recipe import Recipe, RecipeError
 from train.report import Report
 
 
+class DivergedError(Exception):
+    """A gradient that is no number; the message says what to do."""
+
+
 class Skipped(NamedTuple):
     """A record that was left out. name: what identifies it to the user, and is counted once. reason: one line."""
 
@@ -157,7 +161,7 @@ def train_step(
     world: World,
     compute: torch.dtype,
 ) -> StepResult:
-    """Gradients of one global batch, then the optimiser's step (not the scheduler's)."""
+    """Gradients of one global batch, then the optimiser's step (not the scheduler's). Raises DivergedError."""
     optimizer.zero_grad(set_to_none=True)
     mine = _Sums()
     for batch in batches:
@@ -171,6 +175,10 @@ def train_step(
     world.sum_gradients(parameters)
     per_count = 1 / max(sums.count, 1)
     norm = gradient_norm(parameters) * per_count
+    if not math.isfinite(norm):  # it would make every weight NaN, and soon every checkpoint
+        raise DivergedError(
+            f"{recipe.out}: a gradient is {norm}; lower learning_rate, or go on from an earlier checkpoint"
+        )
     scale = per_count * min(1.0, recipe.max_grad_norm / (norm + 1e-6))
     for parameter in parameters:
         parameter.grad.mul_(scale)

@@ -55,8 +55,8 @@ def freeze_others(model: nn.Module, train: Iterable[str]) -> None:
         parameter.requires_grad_(part_of(name, train) is not None)
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """AdamW's groups for the trained parameters of a ConvLLaVA.
+def parameter_groups(model: nn.Module, recipe: Recipe, prefix: str = "") -> list[dict[str, Any]]:
+    """AdamW's groups for the trained parameters of a ConvLLaVA, or of a module that is `prefix` in one.
 
     Each at its part's learning rate. Weight decay is for matrices and kernels: as in the original's trainer, biases and
     norms have none, and nor have layer scales.
@@ -64,7 +64,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = part_of(name, recipe.train)
+            part = part_of(prefix + name, recipe.train)
             rate = recipe.learning_rates.get(part, recipe.learning_rate)
             decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
             group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})

@@ -41,14 +41,14 @@ class Encoder:
     timm: name of a ConvNeXt in timm, with timm's weights, such as `convnext_large_mlp.clip_laion2b_ft_320`.
     variant: a name in `train.model.VARIANTS`; weights drawn from `seed`.
     fifth_stage: [blocks, channels] of a new fifth stage behind the four, or null for none.
-    layer_scale: initial layer scale of what is drawn from `seed`.
+    layer_scale: initial layer scale of what is drawn from `seed`; None: 1e-6, or the encoder's it comes behind.
     """
 
     pretrained: str | None = None
     timm: str | None = None
     variant: str | None = None
     fifth_stage: tuple[int, int] | None = None
-    layer_scale: float = 1e-6
+    layer_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import decoders
-from benchmarks.peers.decoders import Decoding, Peer, Transformers
+from benchmarks.peers.decoders import Decoding, Peer, Transformers, static_rewind
 
 
 class Ours(Peer):
@@ -95,6 +95,7 @@ class TorchStatic(Torch):
 
     def rewind(self, length: int) -> None:
         self._length = length  # positions beyond it are masked and written anew
+        static_rewind(self._cache, length)
 
     def _stepped(self):
         return self._compiled

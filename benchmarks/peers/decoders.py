@@ -263,6 +263,13 @@ class Transformers(Peer):
         self._length = length
 
 
+def static_rewind(cache: Any, length: int) -> None:
+    """Since version 5 transformers' static caches count by themselves what was written to them."""
+    for layer in cache.layers:
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length.fill_(length)
+
+
 class TransformersStatic(Transformers):
     """The same with a cache of fixed size, as large as the work; not compiled."""
 
@@ -275,6 +282,7 @@ class TransformersStatic(Transformers):
 
     def rewind(self, length: int) -> None:
         self._length = length  # positions beyond it are masked and written anew
+        static_rewind(self._cache, length)
 
 
 class Optimum(Peer):

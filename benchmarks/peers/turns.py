@@ -99,3 +99,8 @@ def compared(own: list[dict], other: list[dict], amount: float | None = None) ->
         "peak_mib": max(answer["mib"] for answer in own),
         "peer_peak_mib": max(answer["mib"] for answer in other),
     }
+
+
+def same(one: list[int], other: list[int]) -> int:
+    """How many ids agree before the first that differs."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))

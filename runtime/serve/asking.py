@@ -23,6 +23,7 @@ from runtime.serve.protocol import ApiError, ChatRequest, conversation, image_by
 RETRY_AFTER = 2  # seconds
 GRACE = 30  # seconds after its deadline, until a request is given up of which the engine says nothing
 NICE = 5  # of the threads that open images; with it Linux gives them a third of what a thread beside them gets
+LONGEST_TOKEN = 256  # characters
 FETCHES = 8  # remote images at once, of all requests
 
 
@@ -48,19 +49,27 @@ class Asking:
     ):
         self.model, self.engine, self.limits = model, engine, limits or Limits()
         self._fetch = fetch
+        self._coming = 0  # answers that are asked for by requests which are being prepared
         self._fetching = ThreadPoolExecutor(FETCHES, "fetch")  # of their own: other hosts may be slow
         self._preparing = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "prepare", _yield_to_others)
 
     async def begin(self, body: bytes) -> "Answering":
         """Raises ApiError for whatever is wrong with the request, and where the engine takes no more."""
         loop, said = asyncio.get_running_loop(), asyncio.Queue()
+        deadline = time.monotonic() + self.limits.seconds
         chat = await asyncio.to_thread(_parsed, body)
         check_model(chat.model, self.model.bundle.name)
+        if chat.choices > self.engine.places:
+            raise ApiError(400, f"n is {chat.choices}, this server has room for {self.engine.places}", param="n")
         with _as_api_errors(self.engine):  # before anything is fetched and opened
-            self.engine.check_room(chat.choices)
-        prompt, urls = self._conversation(chat)
-        fetched = await self._fetched(urls)
-        prepared, grammars = await loop.run_in_executor(self._preparing, self._prepare, chat, prompt, urls, fetched)
+            self.engine.check_room(chat.choices + self._coming)
+        self._coming += chat.choices
+        try:
+            prompt, urls = self._conversation(chat)
+            fetched = await self._fetched(urls)
+            prepared, grammars = await loop.run_in_executor(self._preparing, self._prepare, chat, prompt, urls, fetched)
+        finally:
+            self._coming -= chat.choices
 
         def sink(index: int) -> Callable[[Token | Failed], None]:
             def put(event: Token | Failed) -> None:
@@ -69,7 +78,6 @@ class Asking:
 
             return put
 
-        deadline = time.monotonic() + self.limits.seconds
         requests = []
         for index in range(chat.choices):
             drawn = None if chat.seed is None else (chat.seed + index) % 2**63
@@ -106,6 +114,9 @@ class Asking:
             temperature=1.0 if chat.temperature is None else chat.temperature,
             top_p=1.0 if chat.top_p is None else chat.top_p,
         )
+        if len(prompt) > LONGEST_TOKEN * model.decoder.capacity:  # which takes long to find out by cutting it up
+            message = f"the prompt has {len(prompt)} characters, the context is {model.decoder.capacity} tokens"
+            raise ApiError(400, message, param="messages", code="context_length_exceeded")
         try:
             options = Options(limits.output_tokens, sampling, chat.stops)
             pictures = [self._picture(url, fetched, options) for url in urls]
@@ -262,8 +273,9 @@ def _as_api_errors(engine: Engine) -> Iterator[None]:
     try:
         yield
     except Busy as busy:
-        status, kind = (429, "rate_limit_error") if engine.accepting else (503, "server_error")
-        raise ApiError(status, str(busy), kind, code="queue_full", headers={"Retry-After": str(RETRY_AFTER)}) from busy
+        full = (429, "rate_limit_error", "queue_full")
+        status, kind, code = full if engine.accepting else (503, "server_error", "stopping")
+        raise ApiError(status, str(busy), kind, code=code, headers={"Retry-After": str(RETRY_AFTER)}) from busy
     except Failed as failed:
         raise _api_error(failed) from failed
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.answer import Answer
-from runtime.device import Array, Cpu, concatenate
+from runtime.device import Array, Cpu, concatenate, copied
 from runtime.errors import UserError
 from runtime.grammar import JsonGrammar
 from runtime.model import Model, Options, Picture
@@ -179,6 +179,11 @@ class Engine:
             raise Busy("the server is about to stop")
         if self.waiting + count > self.queue_size + self._free:
             raise Busy(f"{self.waiting} requests are waiting already")
+
+    @property
+    def places(self) -> int:
+        """Requests that there is room for when there are none."""
+        return self.queue_size + len(self._slots)
 
     @property
     def waiting(self) -> int:
@@ -375,10 +380,14 @@ class Engine:
         request, answer = running.request, running.answer
         logprob = None
         if logits is not None:
-            allowed = request.grammar.allow(logits) if request.grammar else logits
-            token = next_token(allowed, answer.token_ids, request.options.sampling, running.random)
-            if request.grammar:
-                request.grammar.push(token)
+            try:
+                token = _chosen(running, logits)
+            except (UserError, ValueError) as error:  # a schema that grew too large; logits that are no numbers
+                self._leave(running)
+                reason = "request" if isinstance(error, UserError) else "crash"
+                self._observer.finished(reason)
+                request.sink(Failed(reason, str(error)))
+                return
             if request.logprobs is not None:
                 logprob = logprob_of(logits, token, request.logprobs)
         text = answer.push(token)
@@ -407,7 +416,7 @@ class Engine:
             found, failed = {}, {}
             try:
                 self._embeds([picture for request in requests for picture in request.pictures], found)
-            except UserError:  # of one of them
+            except Exception:  # of one of them, or too many at once for a GPU's memory
                 failed = self._try_alone(requests, found)
             entries = [(request, *_named(request, found)) for request in requests if id(request) not in failed]
             with self._lock:
@@ -449,9 +458,20 @@ class Engine:
         embeds, row = self.model.encoder([picture.pixel_values for picture in by_size]), 0
         self._observer.encoded(time.monotonic() - started)
         for picture in by_size:
-            found[picture.key] = embeds[row : row + picture.tokens]
+            rows = embeds[row : row + picture.tokens]
+            # One that stays in the cache is not to hold all others that were computed with it
+            found[picture.key] = copied(rows) if len(by_size) > 1 else rows
             self.model.cache.put(picture.key, found[picture.key])
             row += picture.tokens
+
+
+def _chosen(running: _Running, logits: np.ndarray) -> int:
+    request = running.request
+    allowed = request.grammar.allow(logits) if request.grammar else logits
+    token = next_token(allowed, running.answer.token_ids, request.options.sampling, running.random)
+    if request.grammar:
+        request.grammar.push(token)
+    return token
 
 
 def _named(request: Request, embeds: dict[Hashable, Array]) -> tuple[list[Hashable], Array | None]:

@@ -182,19 +182,19 @@ def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str
         raise ApiError(400, "a conversation begins and ends with a message of the user", param="messages")
     if any(message.urls for message in messages if message.role in ("system", "developer")):
         raise ApiError(400, "a system message has an image", param="messages")
-    prompt, urls = "", []
+    pieces, urls = [], []
     for role, said in turns:
         text = "\n".join(message.text for message in said)
         if role == "assistant":
-            prompt = with_answer(prompt, text)
+            pieces[-1] = with_answer(pieces[-1], text)
             continue
         images = [url for message in said for url in message.urls]
         urls += images
-        if prompt:
-            prompt += next_turn(template, text, len(images))
+        if pieces:
+            pieces.append(next_turn(template, text, len(images)))
         else:
-            prompt = first_turn(template, text, len(images), system or None)
-    return prompt, urls
+            pieces.append(first_turn(template, text, len(images), system or None))
+    return "".join(pieces), urls
 
 
 def image_bytes(url: str, most: int) -> bytes | None:

@@ -45,9 +45,10 @@ def test_template_is_vicunas_unless_something_says_otherwise(checkpoint):
         prompt_template(checkpoint, "alpaca")
 
 
-@pytest.mark.parametrize("seconds", [1.0, 3.0, 4.5, 6.0, 8.0])
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 3.0, 5.0])
 def test_killed_export_leaves_nothing_the_runtime_would_accept(conformance, tmp_path, seconds):
-    """SIGKILL at several moments; whatever lies in the folder afterwards is no bundle, unless it is the whole one."""
+    """SIGKILL at several moments after it has begun to write; whatever lies in the folder afterwards is no bundle,
+    unless it is the whole one."""
     out = tmp_path / "bundle"
     command = [
         sys.executable,
@@ -59,10 +60,14 @@ def test_killed_export_leaves_nothing_the_runtime_would_accept(conformance, tmp_
         str(out),
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.02)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    for folder in tmp_path.iterdir():
+    left = list(tmp_path.iterdir())
+    assert left
+    for folder in left:
         if folder == out:
             assert open_bundle(folder).name == "checkpoint"  # it had finished: then it is whole
         else:

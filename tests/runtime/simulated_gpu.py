@@ -38,7 +38,9 @@ class Cudart:
     def __init__(self, capability: tuple[int, int] = (8, 9), devices: int = 1):
         self._capability, self._devices = capability, devices
         self.memory: dict[int, ctypes.Array] = {}
+        self.streams = [77]  # the first is the common one
         self.recording: list | None = None
+        self.recorded_stream: int | None = None
         self.capture_fails = False
         self.replays = self.destroyed = 0
         self.copied = {1: 0, 2: 0, 3: 0}  # bytes by kind
@@ -53,11 +55,16 @@ class Cudart:
         return Status.cudaSuccess, self._capability[attribute == "minor"]
 
     def cudaStreamCreate(self):
-        return Status.cudaSuccess, 77
+        self.streams.append(self.streams[-1] + 1)
+        return Status.cudaSuccess, self.streams[-2]
+
+    def cudaStreamDestroy(self, stream):
+        return (Status.cudaSuccess if stream not in (77, self.recorded_stream) else Status.cudaErrorInvalidValue,)
 
     def cudaStreamSynchronize(self, stream):
         self._arrive()
-        return (Status.cudaSuccess if self.recording is None else Status.cudaErrorStreamCaptureUnsupported,)
+        recording = stream == self.recorded_stream
+        return (Status.cudaErrorStreamCaptureUnsupported if recording else Status.cudaSuccess,)
 
     def cudaEventCreateWithFlags(self, flags):
         assert flags == self.cudaEventDisableTiming
@@ -114,11 +121,12 @@ class Cudart:
         return (Status.cudaSuccess,)
 
     def cudaStreamBeginCapture(self, stream, mode):
-        self.recording = []
+        self.recording, self.recorded_stream = [], stream
         return (Status.cudaSuccess,)
 
     def cudaStreamEndCapture(self, stream):
-        recorded, self.recording = self.recording, None
+        assert stream == self.recorded_stream != 77, "other threads put work into the common one"
+        recorded, self.recording, self.recorded_stream = self.recording, None, None
         if self.capture_fails:
             return Status.cudaErrorStreamCaptureUnsupported, None
         return Status.cudaSuccess, recorded
@@ -197,7 +205,7 @@ class Context:
             return False  # as TensorRT: the first execution of a shape cannot be recorded
         self.ran = True
         self._cudart.submit(lambda: self._run(shapes, addresses))
-        return stream == 77
+        return stream == (self._cudart.recorded_stream or 77)
 
     def _run(self, shapes, addresses):
         feeds = {name: array_at(addresses[name], shapes[name], dtype).copy() for name, dtype in self._inputs.items()}

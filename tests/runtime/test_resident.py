@@ -14,7 +14,7 @@ import runtime
 from runtime.backends import Backends
 from runtime.bundle import open_bundle
 from runtime.errors import UserError
-from runtime.resident import ROUND, ResidentDecoder
+from runtime.resident import LEAST, ResidentDecoder
 from runtime.sampling import Sampling
 from runtime.session import open_device
 from tests.runtime import simulated_gpu
@@ -198,12 +198,12 @@ def test_whatever_comes_between_the_steps(decoder, reference):
 
 
 def test_a_full_cache_ends_it_where_it_does_on_the_cpu(decoder):
-    sequence = decoder.start(ROUND)
-    token = sequence.forward_greedy(list(range(3, ROUND + 1)))
+    sequence = decoder.start(LEAST)
+    token = sequence.forward_greedy(list(range(3, LEAST + 1)))
     token = sequence.forward_greedy([token])
     token = sequence.forward_greedy([token])
-    assert sequence.cache.length == sequence.cache.capacity == ROUND
-    with pytest.raises(ValueError, match=f"{ROUND + 1} positions do not fit"):
+    assert sequence.cache.length == sequence.cache.capacity == LEAST
+    with pytest.raises(ValueError, match=f"{LEAST + 1} positions do not fit"):
         sequence.forward_greedy([token])
 
 

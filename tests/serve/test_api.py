@@ -183,11 +183,13 @@ def test_bodies_that_are_no_requests_are_told_so(served, body):
 
 
 def test_who_disconnects_frees_the_slot(served):
+    before = cancelled(served)
     stream = create(served, asked(QUESTION), **LONG)
     next(iter(stream))
     wait_for(lambda: served.engine.running == 1)
     stream.close()
     wait_for(lambda: served.engine.running == 0)
+    assert cancelled(served) == before + 1, "it had not come to its end"
     impatient = served.client().with_options(timeout=0.5)
     with pytest.raises(openai.APITimeoutError):
         name = served.client().models.list().data[0].id
@@ -195,6 +197,13 @@ def test_who_disconnects_frees_the_slot(served):
             model=name, messages=asked(QUESTION), temperature=0, **LONG | {"stream": False}
         )
     wait_for(lambda: served.engine.running == 0)
+    assert cancelled(served) == before + 2
+
+
+def cancelled(served) -> float:
+    """Requests whose clients left."""
+    lines = [line for line in served.get("/metrics")[1].splitlines() if 'finish="cancelled"' in line]
+    return float(lines[0].rsplit(" ", 1)[1]) if lines else 0.0
 
 
 def test_metrics_and_health(served):

@@ -322,12 +322,20 @@ def test_json_lines_and_several_files_are_one_dataset(conformance: Path, tmp_pat
     assert data[3].name == f"{tmp_path / 'b.jsonl'}[1]"
 
 
+def test_records_in_lines_are_known_by_what_is_in_the_file(tmp_path):
+    """As LLaVA's files are named, and after an empty line."""
+    records = [{"id": str(number), "conversations": []} for number in range(3)]
+    (tmp_path / "lines.json").write_text("\n" + "\n".join(map(json.dumps, records)))
+    (tmp_path / "list.json").write_text("\n " + json.dumps(records, indent=1))
+    assert list(read_records(tmp_path / "lines.json")) == list(read_records(tmp_path / "list.json")) == records
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "{}", "expected a list of records"),
-        ("a.json", "[", "not JSON"),
-        ("a.jsonl", "{}\n{", "not JSON"),
+        ("a.json", "{\n}", "neither a list"),
+        ("a.json", "[", "neither a list"),
+        ("a.jsonl", "{}\n{", "neither a list"),
         ("a.json", "[]", "no records in it"),
         ("none.json", None, "No such file"),
     ],

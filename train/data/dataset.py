@@ -115,17 +115,16 @@ def read_records(file: Path) -> Iterator[Any]:
     """The records of a JSON list or of JSON lines. Raises RecipeError for a file that is neither."""
     try:
         with file.open(encoding="utf-8") as stream:
-            if file.suffix == ".jsonl":
+            first = next((line for line in stream if line.strip()), "")
+            stream.seek(0)
+            if first.lstrip().startswith("["):
+                yield from json.load(stream)
+            else:
                 yield from (json.loads(line) for line in stream if line.strip())
-                return
-            content = json.load(stream)
     except OSError as error:
         raise RecipeError(f"data: {file}: {error.strerror or error}") from error
     except ValueError as error:
-        raise RecipeError(f"data: {file}: not JSON: {error}") from error
-    if not isinstance(content, list):
-        raise RecipeError(f"data: {file}: expected a list of records")
-    yield from content
+        raise RecipeError(f"data: {file}: neither a list of records nor one in each line: {error}") from error
 
 
 def length_of(record: Any) -> int:

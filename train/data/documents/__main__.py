@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from train.data.documents.document import KINDS
 from train.data.documents.generate import PRESETS
 from train.data.documents.split import SPLITS
 from train.data.documents.write import FORMATS, Job, write
@@ -48,7 +49,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--format", choices=FORMATS, default="png", help="of the images")
     parser.add_argument("--one-turn", action="store_true", help="a record for each question, not for each page")
-    parser.add_argument("--kinds", nargs="+", default=(), metavar="KIND", help="of questions, such as transcribe")
+    parser.add_argument(
+        "--kinds", nargs="+", default=(), choices=KINDS, metavar="KIND", help=f"of questions: {', '.join(KINDS)}"
+    )
     return parser.parse_args()
 
 
