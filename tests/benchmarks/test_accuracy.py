@@ -71,3 +71,8 @@ def test_the_command_writes_a_row_for_each_resolution_and_split(conformance_bund
     assert all(0 <= row[key] <= 1 for row in rows for key in ("anls", "exact_match", "iou50"))
     with Image.open(file.with_suffix(".png")) as chart:
         assert chart.format == "PNG"
+
+
+def test_kinds_that_no_page_has_are_told():
+    with pytest.raises(ValueError, match="no question of kind total"):
+        list(pages("test", 3, 0, PRESETS["figures-320"], ("total",)))

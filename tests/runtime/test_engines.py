@@ -145,3 +145,11 @@ def test_the_command_line_refuses_before_tensorrt_is_asked(bundle):
     assert_one_line_error(infer(bundle.folder, *arguments), "another encoder/fp32.onnx")
     put(bundle)
     assert_one_line_error(infer(bundle.folder, *arguments), "need an NVIDIA GPU", "rtx-sm89-fp16.engine")
+
+
+def test_a_good_engine_of_another_flavour_is_not_hidden_by_a_damaged_one(bundle):
+    put(bundle).write_bytes(b"")
+    put(bundle, "tensorrt-sm89-fp16")
+    assert choose(bundle, versions={"tensorrt": "1.7.1.116"}).file.name == "tensorrt-sm89-fp16.engine"
+    with pytest.raises(UserError, match="truncated"):
+        choose(bundle, versions={"rtx": "1.7.1.116"})

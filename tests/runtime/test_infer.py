@@ -290,7 +290,21 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, picture):
         with pytest.raises(runtime.UserError, match="context"):
             next(conversation.ask("What? " * 3000))
 
-    assert two_turns(too_long) == two_turns(lambda conversation: None)
+    def interrupted(conversation):
+        """Once the KV cache has grown, as on a GPU, where the wait comes after that."""
+        sequence = conversation._sequence
+        forward = sequence.forward_greedy
+
+        def interrupt(*arguments):
+            forward(*arguments)
+            raise KeyboardInterrupt
+
+        sequence.forward_greedy = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            next(conversation.ask("And what else?", [picture]))
+        sequence.forward_greedy = forward
+
+    assert two_turns(too_long) == two_turns(interrupted) == two_turns(lambda conversation: None)
 
 
 def test_a_first_turn_that_fails_can_be_asked_again(model, picture):

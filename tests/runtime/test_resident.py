@@ -266,3 +266,8 @@ def test_an_answer_on_the_gpu_is_that_of_the_cpu(conformance_bundle, cudart, mon
             chat = model.chat(options)
             answers.append([list(chat.ask(prompt))[-1].result.token_ids for prompt in prompts])
         assert answers[0] == answers[1]
+
+
+def test_capacities_are_powers_of_two_up_to_the_context(decoder):
+    assert [decoder.start(positions).cache.capacity for positions in (1, 256, 257, 700)] == [256, 256, 512, 1024]
+    assert decoder.start(decoder.capacity).cache.capacity == decoder.capacity

@@ -7,12 +7,17 @@ import sys
 import urllib.error
 import urllib.request
 
+import numpy as np
 import openai
 import pytest
+from starlette.testclient import TestClient
 
 import runtime
 from runtime.model import Options
-from runtime.serve.asking import Limits
+from runtime.serve.api import create_app
+from runtime.serve.asking import Asking, Limits
+from runtime.serve.engine import Engine
+from runtime.serve.metrics import Metrics
 from tests.conftest import ROOT
 from tests.serve.served import WAIT, Served, asked, free_port, picture, wait_for
 
@@ -237,6 +242,51 @@ def test_a_full_queue_is_429_with_retry_after(model):
     running.close()
     assert "".join(c.choices[0].delta.content or "" for c in waiting)
     server.close()
+
+
+def test_a_schema_that_grows_too_large_is_an_error_and_no_broken_json(served):
+    """llguidance gives up in the middle of the answer."""
+    schema = {"type": "string", "pattern": "^([a-z]{1,90} ?){90}#$"}
+    wanted = {"type": "json_schema", "json_schema": {"name": "long", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="a JSON schema: "):
+        create(served, asked(QUESTION), response_format=wanted, max_tokens=400)
+    assert served.get("/ready")[0] == 200
+
+
+def test_logits_that_are_no_numbers_fail_their_request_alone(served, monkeypatch):
+    monkeypatch.setattr(served.engine._slots, "logits", lambda count: np.full((count, 512), np.nan, np.float32))
+    with pytest.raises(openai.InternalServerError):
+        create(served, asked(QUESTION), temperature=1, max_tokens=5)
+    monkeypatch.undo()
+    assert create(served, asked(QUESTION), max_tokens=3).usage.completion_tokens == 3
+    assert served.get("/ready")[0] == 200
+
+
+def test_keys_are_wanted_behind_a_prefix(model):
+    """As Ray Serve sets one with --route-prefix."""
+    engine = Engine(model, 1, 1)
+    app = create_app(Asking(model, engine), Metrics(), api_keys=("first-key",))
+    client = TestClient(app, root_path="/llm")
+    assert client.get("/llm/v1/models").status_code == 401
+    assert client.post("/llm/v1/chat/completions", content=b"{}").status_code == 401
+    assert client.get("/llm/v1/models", headers={"Authorization": "Bearer first-key"}).status_code == 200
+    assert client.get("/llm/health").status_code == 200
+    engine.stop(0)
+
+
+def test_more_answers_than_there_is_ever_room_for_are_no_queue(served):
+    with pytest.raises(openai.BadRequestError, match="n is 7, this server has room for 6"):
+        create(served, asked(QUESTION), n=7, max_tokens=3)
+
+
+def test_a_prompt_that_cannot_fit_is_told_before_it_is_cut_into_tokens(served, monkeypatch):
+    def encode(*_):
+        raise AssertionError("was cut into tokens")
+
+    monkeypatch.setattr(served.engine.model.tokenizer, "encode_prompt", encode)
+    with pytest.raises(openai.BadRequestError, match="characters, the context is") as error:
+        create(served, asked("x" * (1 << 21)), max_tokens=3)
+    assert error.value.code == "context_length_exceeded"
 
 
 def test_keys_are_wanted_where_there_are_any(model):

@@ -128,6 +128,15 @@ def test_a_variant_is_drawn_from_the_seed(llama: Path):
     assert not torch.equal(states[0][name], states[2][name])
 
 
+@pytest.mark.parametrize(("given", "expected"), [(0.25, 0.25), (None, 0.5)])
+def test_a_new_fifth_stage_has_the_layer_scale_of_the_recipe(llama: Path, convnext: Path, given, expected):
+    """The four before it keep what they were trained to; without a word it begins as they did."""
+    source = Source.open(recipe_for(llama, Encoder(pretrained=str(convnext), fifth_stage=(1, 24), layer_scale=given)))
+    four, fifth = (source.load().image_encoder.encoder.stages[at].blocks[0].gamma for at in (0, 4))
+    assert torch.equal(four, torch.full_like(four, 0.5))
+    assert torch.equal(fifth, torch.full_like(fifth, expected))
+
+
 def test_what_is_no_part_is_refused(llama: Path, convnext: Path, conformance: Path):
     five = conformance / "checkpoint/vision_tower"
     for encoder, message in (

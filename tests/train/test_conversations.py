@@ -354,11 +354,12 @@ def test_adapters_are_merged_as_peft_merges_them(model: ConvLLaVA):
     assert len(changed) == 2 * model.decoder.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_with_adapters_saves_merged_weights(precision, recipe, start):
+@pytest.mark.parametrize(("precision", "fsdp"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_a_run_with_adapters_saves_merged_weights(precision, fsdp, recipe, start):
     """What is frozen is saved as it was, although it is kept in bfloat16 while that is what is computed in."""
     lora = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj", "v_proj"]}
-    out = train(recipe(train=["projector", "language_model"], lora=lora, learning_rate=0.03, precision=precision))
+    keys = {"learning_rate": 0.03, "precision": precision, "fsdp": fsdp}
+    out = train(recipe(train=["projector", "language_model"], lora=lora, **keys))
     final = weights(out / "final")
     assert final.keys() == {key for key in start if not key.startswith("tower.layernorm.")}
     changed = {key for key in final if not torch.equal(final[key], start[key])}

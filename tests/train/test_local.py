@@ -11,11 +11,13 @@ from tests.conftest import run_module
 from train.data.documents import Page
 from train.data.documents.dense import dense_page
 from train.data.documents.document import Document
+from train.distributed import World
 from train.local import (
     BLANK,
     CHARACTERS,
     Local,
     LocalHeads,
+    LocalTask,
     Phase,
     choose_cells,
     draw,
@@ -24,6 +26,7 @@ from train.local import (
     targets,
 )
 from train.model import ConvNeXtEncoder, EncoderConfig, load_model
+from train.recipe import read_recipe
 
 
 def page_with(*glyphs: tuple[str, float, float]) -> Document:
@@ -184,6 +187,7 @@ def test_a_run_changes_the_encoder_alone_and_goes_on_bit_equal(recipe, conforman
         ("train=[projector]", "[encoder]"),
         ("local.phase=[]", "local.phase"),
         ("local.blanks=many", "local.blanks"),
+        ("local.phases=[{side: 72, min_px: 16, max_px: 24, steps: 4}]", "multiple of 64"),
         ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, families: {maps: 1.0}}]", "maps"),
     ],
 )
@@ -192,3 +196,11 @@ def test_a_wrong_recipe_is_one_line(recipe, override, mentions):
     assert done.returncode == 2, done.stderr
     assert mentions in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_encoder_has_its_own_learning_rate(recipe):
+    alone = World(0, 1, torch.device("cpu"))
+    task = LocalTask(read_recipe(recipe("rates"), ["learning_rates.encoder=0.5", "learning_rate=0.25"]), alone)
+    rates = {id(parameter): group["lr"] for group in task.parameter_groups() for parameter in group["params"]}
+    assert {rates[id(p)] for p in task.model.encoder.parameters()} == {0.5}
+    assert {rates[id(p)] for p in task.model.heads.parameters()} == {0.25}

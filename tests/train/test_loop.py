@@ -237,3 +237,21 @@ def test_a_run_leaves_its_curve_and_scalars(tmp_path: Path):
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(broken: float, tmp_path: Path):
+    recipe = recipe_for(tmp_path / "run", steps=6, save_every=2)
+    task, calls = Regression(recipe), []
+    right = task.loss
+
+    def loss(batch: Points) -> loop.Loss:
+        calls.append(batch)
+        found = right(batch)
+        return loop.Loss(found.sum * (broken if len(calls) > 3 * recipe.accumulation(1) else 1.0), found.count)
+
+    task.loss = loss
+    with pytest.raises(loop.DivergedError, match="lower learning_rate"):
+        loop.train(task, recipe, ALONE)
+    assert all(torch.isfinite(parameter).all() for parameter in task.model.parameters())
+    assert (tmp_path / "run" / "step-000002").is_dir()
