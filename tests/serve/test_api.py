@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import openai
@@ -13,6 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import runtime
+from runtime.grammar import JsonGrammar
 from runtime.model import Options
 from runtime.serve.api import create_app
 from runtime.serve.asking import Asking, Limits
@@ -244,12 +246,25 @@ def test_a_full_queue_is_429_with_retry_after(model):
     server.close()
 
 
-def test_a_schema_that_grows_too_large_is_an_error_and_no_broken_json(served):
-    """llguidance gives up in the middle of the answer."""
-    schema = {"type": "string", "pattern": "^([a-z]{1,90} ?){90}#$"}
-    wanted = {"type": "json_schema", "json_schema": {"name": "long", "schema": schema}}
-    with pytest.raises(openai.BadRequestError, match="a JSON schema: "):
-        create(served, asked(QUESTION), response_format=wanted, max_tokens=400)
+def test_a_schema_that_grows_too_large_is_an_error_and_no_broken_json(served, monkeypatch):
+    """llguidance gives up in the middle of the answer, and would allow its end alone."""
+    asked_for = []
+
+    def is_error(matcher):
+        asked_for.append(matcher)
+        return len(asked_for) > 4
+
+    matcher = SimpleNamespace(
+        compute_bitmask=lambda: b"\xff" * 64,
+        consume_token=lambda token: None,
+        is_error=lambda: is_error(None),
+        get_error=lambda: "too many expressions\nconstructed",
+    )
+    monkeypatch.setattr(served.engine.model.grammars, "of_schema", lambda schema: JsonGrammar(matcher))
+    wanted = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string"}}}
+    with pytest.raises(openai.BadRequestError, match="a JSON schema: too many expressions"):
+        create(served, asked(QUESTION), response_format=wanted, max_tokens=400, extra_body={"ignore_eos": True})
+    assert len(asked_for) == 5
     assert served.get("/ready")[0] == 200
 
 
@@ -284,8 +299,9 @@ def test_a_prompt_that_cannot_fit_is_told_before_it_is_cut_into_tokens(served, m
         raise AssertionError("was cut into tokens")
 
     monkeypatch.setattr(served.engine.model.tokenizer, "encode_prompt", encode)
+    monkeypatch.setattr("runtime.serve.asking.LONGEST_TOKEN", 16)  # else it would be larger than bodies may be here
     with pytest.raises(openai.BadRequestError, match="characters, the context is") as error:
-        create(served, asked("x" * (1 << 21)), max_tokens=3)
+        create(served, asked("x" * (16 * served.engine.model.decoder.capacity)), max_tokens=3)
     assert error.value.code == "context_length_exceeded"
 
 
