@@ -163,7 +163,7 @@ def _encoder_to_build(encoder: Encoder) -> tuple[EncoderConfig, dict[str, Any]]:
     """The shape of a new model's encoder, fifth stage included, and its preprocessor_config.json."""
     if encoder.variant:
         try:
-            config = EncoderConfig.from_variant(encoder.variant, layer_scale=1e-6)
+            config = EncoderConfig.from_variant(encoder.variant)
         except ValueError as error:
             raise RecipeError(f"encoder.variant: {error}") from None
         preprocessor = _preprocessor(MEAN, STD)
