@@ -162,10 +162,8 @@ class Cuda:
     def capture(self, work: Callable[[int], None]) -> "CudaGraph":
         """What `work(stream)` puts into that stream, recorded rather than run; `replay` runs it. The stream is another
         than `self.stream`, into which other threads may be putting work."""
-        mode, stream = (
-            self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal,
-            self._call("cudaStreamCreate"),
-        )
+        mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        stream = self._call("cudaStreamCreate")
         try:
             self._call("cudaStreamBeginCapture", stream, mode)
             try:
