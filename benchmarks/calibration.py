@@ -3,18 +3,18 @@
     python -m benchmarks.calibration quantisers|speed|decoders|final ... [--modelopt PYTHON] [--also NAME=FILE]
 
 quantisers: INT8 encoders of several quantisers from the same images, what they lose, and how fast they are.
-speed: encoders in each precision and runtime, at 1536; it and `decoders` take the encoder that `quantisers` leaves, so
-run that before.
-decoders: decoders of 4 and 8 bits, with perplexity of the answers and of plain English text, and the one of 4 bits by
-q4_1 together with the INT8 encoder.
+speed: encoders in each precision and runtime, at 1536; it takes the encoder that `quantisers` leaves, so run that
+before.
+decoders: decoders of 4 and 8 bits of the demo model as far as it is trained, which answers questions about pages of
+large figures: what its answers lose, perplexity of them and of plain English text.
 final: the bundle that a user would make with --budget: what it loses on the questions of the search, and on 1,000 (an
 hour and a half; a bundle that is there already is taken as it is).
 
-The demo model after its alignment (it sees text, but does not answer yet) on drawn documents of the test split, whose
-known answers are fed token by token. Things are timed in rounds through all of them, so that a slow minute of the
-machine falls on all; medians are recorded. --modelopt: the interpreter of an environment with `nvidia-modelopt[onnx]`,
-which wants other versions of onnx and onnxruntime. --also: further encoder graphs to measure, such as one made with
---budget.
+Encoders are those of the demo model after its alignment (it sees text, but does not answer yet) on drawn documents of
+the test split, whose known answers are fed token by token. Things are timed in rounds through all of them, so that a
+slow minute of the machine falls on all; medians are recorded. --modelopt: the interpreter of an environment with
+`nvidia-modelopt[onnx]`, which wants other versions of onnx and onnxruntime. --also: further encoder graphs to measure,
+such as one made with --budget.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import onnx
 
 from benchmarks import record
 from calib.activations import METHODS, Activations
-from calib.decoder import prompts, quantise_decoder
+from calib.decoder import PROMPTS, prompts, quantise_decoder
 from calib.evaluation import Evaluation
 from calib.images import Page, calibration_pixels, find_pages, pixels_of, split, spread
 from calib.qdq import Calibrated, measure_means
@@ -48,12 +48,12 @@ from runtime.decoder import Decoder
 from runtime.encoder import OnnxEncoder, OpenVinoEncoder
 from runtime.tokenizer import Tokenizer
 
-CARRIED = "train/runs/convllava-smol/align.safetensors"
 BUNDLE, DATA = BUILD / "bundle" / "align", BUILD / "data" / "calibration"
+READER, FIGURES = BUILD / "bundle" / "figures", BUILD / "data" / "figures-test"  # where answers are known
 INT8 = BUILD / "bundle" / "align-int8.onnx"  # this project's encoder, for the parts after the first
 PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 48, 9, 1536
 SEARCHED, BUDGET = 64, 3  # of the bundle that a user would make
-PROMPTS = 16  # that the decoder is calibrated on
+FIGURE_PAGES, ANSWERS = 320, 200  # of the reader's: pages that are drawn, questions that it is asked
 STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
 MODELOPT = """
 import sys, numpy
@@ -70,31 +70,42 @@ def main() -> None:
     parser.add_argument("--modelopt", type=Path, metavar="PYTHON", help="interpreter that has nvidia-modelopt[onnx]")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FILE", help="further encoder graphs to measure")
     args = parser.parse_args()
-    prepare()
     for what in dict.fromkeys(args.what):
         PARTS[what](args)
 
 
-def prepare() -> None:
-    """Make the bundle of the carried weights and draw the pages, where they are not there."""
-    if not (BUNDLE / MANIFEST).is_file():
-        checkpoint = BUILD / "runs" / "convllava-smol" / "align" / "final"
-        run("train.model.demo", "--unpack", CARRIED, checkpoint)
-        run("export.bundle", "--checkpoint", checkpoint, "--out", BUNDLE)
-    if not DATA.is_dir():
-        run("train.data.documents", "--out", DATA, "--pages", PAGES, "--split", "test", "--preset", "page-1536")
+def open_demo(folder: Path) -> Bundle:
+    """The bundle of the carried weights of that name, made where it is not there."""
+    if not (folder / MANIFEST).is_file():
+        checkpoint = BUILD / "runs" / "convllava-smol" / folder.name / "final"
+        if not checkpoint.is_dir():
+            run("train.model.demo", "--unpack", f"train/runs/convllava-smol/{folder.name}.safetensors", checkpoint)
+        run("export.bundle", "--checkpoint", checkpoint, "--out", folder, *(["--res", 320] if folder == READER else []))
+    return open_bundle(folder)
 
 
 def run(module: str, *arguments: object) -> None:
     subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
+def draw(folder: Path, pages: int, *options: str) -> Path:
+    """A dataset of pages of the test split, drawn where it is not there."""
+    if not folder.is_dir():
+        run("train.data.documents", "--out", folder, "--pages", pages, "--split", "test", *options)
+    return folder / "documents.json"
+
+
+def documents() -> Path:
+    """What encoders are calibrated on and asked about."""
+    return draw(DATA, PAGES, "--preset", "page-1536")
+
+
 def pages() -> tuple[list[Page], list[Page]]:
-    return split(find_pages(DATA / "documents.json"), SAMPLES, 1000)
+    return split(find_pages(documents()), SAMPLES, 1000)
 
 
 def quantisers(args: argparse.Namespace) -> None:
-    bundle = open_bundle(BUNDLE)
+    bundle = open_demo(BUNDLE)
     calibration, held_out = pages()
     evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS, scored=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +179,7 @@ def nncf_encoder(source: Path, feeds: list[tuple[str, np.ndarray]], target: Path
 
 
 def speed(args: argparse.Namespace) -> None:
-    bundle = open_bundle(BUNDLE)
+    bundle = open_demo(BUNDLE)
     source, stride = bundle.path(SOURCE), bundle.encoder.stride
     speeds = time_in_turn(
         {
@@ -197,51 +208,50 @@ def time_in_turn(encoders: dict) -> dict:
 
 
 def decoders(args: argparse.Namespace) -> None:
-    bundle = open_bundle(BUNDLE)
+    bundle = open_demo(READER)
     source, part = bundle.path(bundle.decoder.file), bundle.decoder
-    calibration, held_out = pages()
-    evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS, scored=False)
+    kinds = ("--kinds", "transcribe", "field", "label", "count")
+    data = draw(FIGURES, FIGURE_PAGES, "--preset", "figures-320", *kinds)
+    calibration, held_out = split(find_pages(data), max(PROMPTS.values()), ANSWERS)
+    evaluation = Evaluation(bundle, for_search(held_out, ANSWERS), ANSWERS)
     tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
     text = np.array(english(lambda text: tokenizer.encode_prompt(text, []), WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
-    rows, opened = [], {}
+    rows, opened = [], []
     with tempfile.TemporaryDirectory() as folder:
-        feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS)))
         makers = {("fp32", "as exported"): lambda file: source}
-        for precision, method in (("int8", "rtn"), ("int4", "q4_1"), ("int4", "rtn"), ("int4", "awq")):
+        for precision, method in (("int8", "rtn"), *(("int4", method) for method in ("q4_1", "gptq", "rtn", "awq"))):
+            feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS.get(method, 0))))
             makers[precision, method] = partial(_quantised, source, precision, method, feeds)
         for (precision, method), make in makers.items():
             begin = time.perf_counter()
             file = make(Path(folder, f"{precision}-{method}.onnx"))
             seconds = time.perf_counter() - begin
-            decoder = opened[precision, method] = Decoder(file, part)
-            loss = evaluation.loss(decoder=decoder)
+            opened.append(Decoder(file, part))
+            loss = evaluation.loss(decoder=opened[-1])
             rows.append(
                 {
                     "precision": precision,
                     "method": method,
                     "size_mb": round(sum(p.stat().st_size for p in file.parent.glob(f"{file.name}*")) / 1e6, 1),
-                    "text_perplexity": round(perplexity(decoder, text), 2),
-                    "answer_perplexity": round(loss.perplexity, 1),
+                    "anls": round(evaluation.score.anls - loss.anls / 100, 3),
+                    "text_perplexity": round(perplexity(opened[-1], text), 2),
+                    "answer_perplexity": round(loss.perplexity, 2),
                     "differing": round(loss.differing, 1),
                     "seconds": round(seconds, 1),
                 }
             )
             print(rows[-1], flush=True)
-        loss = evaluation.loss(INT8, opened["int4", "q4_1"])
-        both = {"sqnr_db": round(loss.sqnr_db, 1), "differing": round(loss.differing, 1)}
-        print("with the INT8 encoder:", both, flush=True)
-        for row, rate in zip(rows, rates_in_turn(list(opened.values())), strict=True):
+        for row, rate in zip(rows, rates_in_turn(opened), strict=True):
             row["decode_tokens_per_s"] = rate
-        asked = {"questions": evaluation.questions, "next_tokens": evaluation.tokens}
-        record.write("decoder_weights", rows, more=asked | {"int4_with_int8_encoder": both})
+        more = {"questions": evaluation.questions, "next_tokens": evaluation.tokens}
+        record.write("decoder_weights", rows, more=more)
 
 
 def final(args: argparse.Namespace) -> None:
     out = BUNDLE.with_name("align-int8")
     if not (out / MANIFEST).is_file():
-        data = DATA / "documents.json"
         options = ("--questions", SEARCHED, "--budget", BUDGET, "--cache", BUILD / "align-int8.npz")
-        run("calib.quantize", "--bundle", BUNDLE, "--data", data, *options, "--out", out)
+        run("calib.quantize", "--bundle", open_demo(BUNDLE).folder, "--data", documents(), *options, "--out", out)
     report = json.loads((out / REPORT / "encoder-int8.json").read_text())
     rows = [
         {"left": len(step["left"])} | {key: step[key] for key in ("sqnr_db", "differing", "perplexity")}

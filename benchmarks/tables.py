@@ -76,6 +76,7 @@ COLUMNS = {
         ("precision", "precision"),
         ("method", "method"),
         ("size_mb", "size, MB"),
+        ("anls", "ANLS"),
         ("text_perplexity", "perplexity of text"),
         ("answer_perplexity", "perplexity of answers"),
         ("differing", "next tokens that differ, %"),

@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 from onnxruntime.quantization.calibrate import HistogramCollector
 
+from calib.probe import Probe
 from runtime.bundle import file_sha256
 from runtime.errors import UserError
-from runtime.session import open_session
 
 METHODS = ("mse", "minmax", "entropy", "percentile")
 QUANTISED = ("Conv", "MatMul")
@@ -135,7 +135,7 @@ class Activations:
                         raise self._other_images()
                     continue
                 probe = probe or Probe(self._source, [*self.histograms, *self._outputs], Path(folder))
-                self._add(name, probe(pixels))
+                self._add(name, probe({INPUT: pixels}))
                 self._images.append(digest)
                 self._write()
         if seen < len(known):
@@ -192,23 +192,3 @@ class Activations:
 def _hash_of(source: Path) -> str:
     data = source.with_name(f"{source.name}.data")
     return " ".join(file_sha256(file) for file in (source, data) if file.is_file())
-
-
-class Probe:
-    """Runs a graph and gives the tensors `names`, the graph's input among them.
-
-    folder: where the graph with these outputs is put; it must last as long as the probe.
-    """
-
-    def __init__(self, source: Path, names: list[str], folder: Path):
-        model = onnx.load(str(source))
-        self._names, self._inner = names, [name for name in names if name != INPUT]
-        del model.graph.output[:]
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._inner)
-        file = folder / "probe.onnx"
-        onnx.save(model, str(file), save_as_external_data=True, location=f"{file.name}.data")
-        self._session = open_session(file, None)
-
-    def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        found = dict(zip(self._inner, self._session.run(self._inner, {INPUT: pixels}), strict=True))
-        return {name: found.get(name, pixels) for name in self._names}

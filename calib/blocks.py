@@ -14,9 +14,10 @@ Runtime rounds them to 8 bits for each product.
 Matrices are read and written one at a time, so that memory for the largest is enough.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 import onnx
@@ -61,23 +62,56 @@ def nearest(weights: np.ndarray, bits: int) -> Blocks:
 def with_offsets(weights: np.ndarray) -> Blocks:
     """[K, N], K a multiple of BLOCK -> 4-bit blocks of K + K / BLOCK rows: those of `weights`, then what the mean of
     each block of inputs is multiplied by."""
-    blocks = _blocks(weights)
-    lowest, highest = blocks.min(-1), blocks.max(-1)
-    # Far from zero, an offset would leave more than half a step, and coarsen what 31 others leave
-    step = (highest - lowest) / 15
-    far = np.maximum(lowest, -highest) > step / 2
-    lowest, highest = np.where(far, np.minimum(lowest, 0), lowest), np.where(far, np.maximum(highest, 0), highest)
-    scales = (highest - lowest) / 15
-    scales[scales == 0] = 1
-    levels = np.clip(np.rint((blocks - lowest[..., None]) / scales[..., None]), 0, 15).astype(np.uint8)
-    zeros = np.clip(np.rint(-lowest / scales), 0, 15)
-    rest = nearest((BLOCK * (lowest + zeros * scales)).T, 4)
-    return Blocks(
-        4,
-        np.concatenate([levels, rest.levels], 1),
-        np.concatenate([scales, rest.scales], 1),
-        np.concatenate([zeros, np.full(rest.scales.shape, 8)], 1).astype(np.uint8),
-    )
+    return Grid.of(weights).nearest(weights)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sixteen levels for each block of a matrix: level * step + lowest. steps, lowest: float32 [N, blocks]."""
+
+    steps: np.ndarray
+    lowest: np.ndarray
+
+    @classmethod
+    def of(cls, weights: np.ndarray) -> Self:
+        """The least that [K, N] fits on, K a multiple of BLOCK."""
+        blocks = _blocks(weights)
+        lowest, highest = blocks.min(-1), blocks.max(-1)
+        # Far from zero, an offset would leave more than half a step, and coarsen what 31 others leave
+        step = (highest - lowest) / 15
+        far = np.maximum(lowest, -highest) > step / 2
+        lowest = np.where(far, np.minimum(lowest, 0), lowest)
+        highest = np.where(far, np.maximum(highest, 0), highest)
+        steps = (highest - lowest) / 15
+        steps[steps == 0] = 1
+        return cls(steps, lowest)
+
+    def nearest(self, weights: np.ndarray) -> Blocks:
+        """[K, N], each weight rounded to the nearest level."""
+        levels = (_blocks(weights) - self.lowest[..., None]) / self.steps[..., None]
+        return self.stored(np.clip(np.rint(levels), 0, 15).astype(np.uint8))
+
+    def stored(self, levels: np.ndarray) -> Blocks:
+        """levels: uint8 [N, blocks, BLOCK]."""
+        zeros, rest = self._offsets()
+        return Blocks(
+            4,
+            np.concatenate([levels, rest.levels], 1),
+            np.concatenate([self.steps, rest.scales], 1),
+            np.concatenate([zeros, np.full(rest.scales.shape, 8)], 1).astype(np.uint8),
+        )
+
+    def as_stored(self) -> Self:
+        """The levels that products get: `lowest` is rounded when it is stored."""
+        zeros, rest = self._offsets()
+        means = (rest.levels.astype(np.float32) - 8) * rest.scales[..., None]
+        offsets = means.reshape(len(means), -1)[:, : zeros.shape[1]] / BLOCK
+        return replace(self, lowest=(offsets - zeros * self.steps).astype(np.float32))
+
+    def _offsets(self) -> tuple[np.ndarray, Blocks]:
+        """(the whole level that is nearest to zero [N, blocks], what the rest of the offsets is in blocks)."""
+        zeros = np.clip(np.rint(-self.lowest / self.steps), 0, 15)
+        return zeros, nearest((BLOCK * (self.lowest + zeros * self.steps)).T, 4)
 
 
 def _blocks(weights: np.ndarray) -> np.ndarray:
@@ -93,10 +127,17 @@ def _pairs(levels: np.ndarray) -> np.ndarray:
     return padded[..., ::2] | padded[..., 1::2] << 4
 
 
-def quantise_weights(source: Path, target: Path, bits: int | None, method: str = "rtn") -> None:
+def quantise_weights(
+    source: Path,
+    target: Path,
+    bits: int | None,
+    method: str = "rtn",
+    rounding: Callable[[str, np.ndarray], Blocks] | None = None,
+) -> None:
     """Write the fused float graph `source` with rounded weights to `target` (and `target`.data).
 
-    bits: None rounds the head alone. method: a key of `METHODS` that is for these bits.
+    bits: None rounds the head alone. method: a key of `METHODS` that is for these bits. rounding: by which the body's
+    matrices get their blocks, from name and values; None rounds each weight to the nearest.
     Raises UserError for q4_1 where a matrix has a number of inputs that BLOCK does not divide.
     """
     model = onnx.load(str(source), load_external_data=False)
@@ -122,8 +163,11 @@ def quantise_weights(source: Path, target: Path, bits: int | None, method: str =
             read = onnx.TensorProto()
             read.CopyFrom(tensor)  # some versions of onnx keep in it what they read from the file of weights
             values = numpy_helper.to_array(read, str(source.parent))
-            for ending, array in _rounded(values, *plans[name]).tensors().items() if name in plans else ():
-                graph.initializer.append(_stored(f"{name}/{ending}", array, data))
+            if name in plans:
+                by_itself = rounding is None or name == head.input[1]
+                blocks = _rounded(values, *plans[name]) if by_itself else rounding(name, values)
+                for ending, array in blocks.tensors().items():
+                    graph.initializer.append(_stored(f"{name}/{ending}", array, data))
             if name in used:
                 graph.initializer.append(_stored(name, values, data))
     onnx.save(model, str(target))

@@ -1,6 +1,7 @@
 """A decoder's weights in 4 or 8 bits.
 
 rtn, q4_1: rounded by themselves, see `calib.blocks`.
+gptq: 4 bits on the levels of q4_1; what one weight loses the next make up for, see `calib.gptq`.
 awq: 4 bits around zero; weights are scaled first by how large the activations are that they meet, and the scales fitted
 to what the layer then gives (AWQ, arXiv 2306.00978, and NNCF's scale estimation), on prompts with images.
 """
@@ -14,6 +15,7 @@ import onnx
 
 from calib.blocks import BLOCK, quantise_weights
 from calib.blocks import METHODS as BLOCK_METHODS
+from calib.gptq import Compensated
 from calib.images import Page, pixels_of
 from runtime.bundle import Bundle, DecoderPart
 from runtime.decoder import KINDS
@@ -23,7 +25,8 @@ from runtime.prompt import first_turn, with_answer
 from runtime.tokenizer import Tokenizer
 
 BITS = {"int4": 4, "int8": 8}
-METHODS = {**BLOCK_METHODS, "awq": (4,)}  # and the bits it is for
+PROMPTS = {"gptq": 128, "awq": 16}  # that a method is calibrated on
+METHODS = {**BLOCK_METHODS, "gptq": (4,), "awq": (4,)}  # and the bits it is for
 DEFAULTS = {"int4": "q4_1", "int8": "rtn"}
 
 
@@ -42,9 +45,13 @@ def quantise_decoder(
 ) -> None:
     """Write the fused float32 graph `source` with rounded weights to `target` (weights to `target`.data).
 
-    feeds: what awq is calibrated on, as `prompts` makes it. Raises UserError as `check_options` and `quantise_weights`.
+    feeds: what gptq and awq are calibrated on, as `prompts` makes it.
+    Raises UserError as `check_options` and `quantise_weights`.
     """
     check_options(precision, method)
+    if method == "gptq":
+        quantise_weights(source, target, BITS[precision], "q4_1", Compensated(source, feeds))
+        return
     if method != "awq":
         quantise_weights(source, target, BITS[precision], method)
         return

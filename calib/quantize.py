@@ -3,7 +3,7 @@
     python -m calib.quantize --bundle DIR --data FOLDER|dataset.json --out DIR [--precision int8|fp8]
                              [--method mse|minmax|entropy|percentile] [--samples N] [--budget B]
     python -m calib.quantize --part decoder --bundle DIR --data FOLDER|dataset.json --out DIR [--precision int4|int8]
-                             [--method q4_1|rtn|awq]
+                             [--method q4_1|rtn|gptq|awq] [--samples N]
 
 The encoder gets explicit Q/DQ nodes (`calib.qdq`), for ONNX Runtime, OpenVINO and TensorRT alike; the float32 graph
 stays in the bundle beside it. With --budget the layers that lose most are left in higher precision
@@ -152,19 +152,20 @@ def quantise_bundle(bundle: Bundle, out: Path, data: Path, options: Options) -> 
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """precision: int4 or int8. method: see `calib.decoder`; None takes the precision's own. samples: prompts that awq
-    is calibrated on. questions: that losses are measured on. Raises UserError for a value that cannot be."""
+    """precision: int4 or int8. method: see `calib.decoder`; None takes the precision's own. samples: prompts that gptq
+    and awq are calibrated on; None takes the method's own. questions: that losses are measured on. Raises UserError for
+    a value that cannot be."""
 
     precision: str = "int4"
     method: str | None = None
-    samples: int = 16
+    samples: int | None = None
     questions: int = 200
 
     def __post_init__(self):
         decoder.check_options(self.precision, self.method or decoder.DEFAULTS.get(self.precision))
         for name in ("samples", "questions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name} is {value}, expected 1 or more")
 
 
 def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: DecoderOptions) -> Outcome:
@@ -177,11 +178,12 @@ def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
     part = bundle.decoder
     if part.precision != "fp32":
         raise UserError(f"{bundle.folder} has a decoder in {part.precision}; export it with --decoder-precision fp32")
-    calibration, held_out = split(find_pages(data), max(options.samples, LEAST), options.questions)
+    method = options.method or decoder.DEFAULTS[options.precision]
+    samples = options.samples or decoder.PROMPTS.get(method, LEAST)
+    calibration, held_out = split(find_pages(data), max(samples, LEAST), options.questions)
     pages = held_out or spread(calibration, HELD_OUT)
     evaluation = Evaluation(bundle, for_search(pages, options.questions), options.questions)
-    feeds = decoder.prompts(bundle, bundle.path(SOURCE), spread(calibration, options.samples))
-    method = options.method or decoder.DEFAULTS[options.precision]
+    feeds = decoder.prompts(bundle, bundle.path(SOURCE), spread(calibration, samples))
     result = []
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
         about = {
             "precision": options.precision,
             "method": method,
-            "calibration_prompts": min(options.samples, len(calibration)) if method == "awq" else 0,
+            "calibration_prompts": min(samples, len(calibration)) if method in decoder.PROMPTS else 0,
             "bytes": sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")),
             "held_out": bool(held_out),
             **measured_on(evaluation),
@@ -291,9 +293,11 @@ def main() -> int:
     parser.add_argument(
         "--method",
         help="encoder: mse (int8's default), minmax (fp8's), entropy, percentile; "
-        "decoder: q4_1 (int4's default), rtn (int8's), awq",
+        "decoder: q4_1 (int4's default), rtn (int8's), gptq, awq",
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="images to calibrate on; default: 64, decoder 16")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="images to calibrate on; default: 64, gptq 128, awq 16"
+    )
     parser.add_argument("--questions", type=int, metavar="N", help="to measure losses on; default: 200")
     parser.add_argument("--budget", type=float, metavar="B", help="points of ANLS, or else %% of next tokens, to lose")
     parser.add_argument("--depthwise", action="store_true", help="quantise depthwise convolutions too")

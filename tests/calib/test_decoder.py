@@ -75,6 +75,16 @@ def test_more_bits_and_calibration_bring_a_decoder_nearer(bundle, source, feeds,
     assert errors["int4", "awq"] < 0.95 * errors["int4", "rtn"] < 1
 
 
+def test_errors_that_are_carried_on_bring_a_decoder_nearer(bundle, feeds, tmp_path):
+    source, errors = bundle.path(bundle.decoder.file), {}
+    expected = logits(source, bundle, feeds)
+    for method in ("q4_1", "gptq"):
+        quantise_decoder(source, tmp_path / f"{method}.onnx", "int4", method, feeds)
+        found = logits(tmp_path / f"{method}.onnx", bundle, feeds)
+        errors[method] = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert errors["gptq"] < 0.8 * errors["q4_1"]
+
+
 def test_weights_are_the_nearest_of_sixteen_levels(source, rounded):
     """Against the float32 matrix, block by block."""
     original = onnx.load(source).graph
@@ -167,3 +177,5 @@ def test_a_bundle_with_an_int8_encoder_and_an_int4_decoder_answers(conformance_b
         quantise_decoder_bundle(after, tmp_path / "again", dataset, DecoderOptions())
     with pytest.raises(UserError, match="for int4"):
         DecoderOptions("int8", "awq")
+    with pytest.raises(UserError, match="--samples is 0"):
+        DecoderOptions(method="gptq", samples=0)

@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from export.bundle import image_rule, prompt_template
+from export import decoder as decoder_export
+from export.bundle import export_bundle, image_rule, prompt_template
+from export.cli import ParityError
 from runtime.bundle import open_bundle
 from runtime.errors import UserError
 from tests.conftest import ROOT, run_module
@@ -43,6 +45,13 @@ def test_template_is_vicunas_unless_something_says_otherwise(checkpoint):
     assert "<im_start><image><im_end>" in marked.image_format
     with pytest.raises(UserError, match="alpaca"):
         prompt_template(checkpoint, "alpaca")
+
+
+def test_four_bits_that_lose_too_much_are_refused_with_what_loses_less(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setitem(decoder_export.BOUNDS, "int4", 1e-9)
+    with pytest.raises(ParityError, match="--method gptq"):
+        export_bundle(checkpoint, tmp_path / "bundle", 256, decoder_precision="int4")
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0, 3.0, 5.0])

@@ -4,6 +4,7 @@ Digits are tokens of their own for the language model. Where a cell of the encod
 can stand for that very token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from train.data.documents import content
 from train.data.documents.content import Dice, Maker
 from train.data.documents.layouts.parts import disc
 from train.data.documents.page import BLACK, Box, Colour
+from train.data.documents.shapes import polygon_mask
 from train.data.documents.sheet import TRIES, Line, Sheet
 from train.data.documents.style import ink_on, mix
 
@@ -102,6 +104,24 @@ def tiles(sheet: Sheet) -> None:
     def draw(sheet: Sheet, row: Row) -> Box:
         for slot in _slots(row):
             sheet.page.rectangle(slot.padded(-max(1, row.pitch * 0.04)), colour)
+        return _spread(sheet, row, ink_on(colour))
+
+    _rows(sheet, draw)
+
+
+def badges(sheet: Sheet) -> None:
+    """A polygon for each character, turned any way: signs, hexagonal tiles, buttons."""
+    dice = sheet.dice
+    colour: Colour = tuple(dice.whole(0, 255) for _ in range(3))
+    count, turn = dice.whole(4, 6), dice.uniform(0, 2 * math.pi)
+
+    def draw(sheet: Sheet, row: Row) -> Box:
+        side = round(row.box.height)
+        angles = [turn + 2 * math.pi * corner / count for corner in range(count)]
+        corners = [(side / 2 * (1 + math.cos(angle)), side / 2 * (1 + math.sin(angle))) for angle in angles]
+        mask = polygon_mask(side, side, corners)
+        for slot in _slots(row):
+            sheet.page.mask((slot.x0 + slot.x1 - side) / 2, (slot.y0 + slot.y1 - side) / 2, mask, colour)
         return _spread(sheet, row, ink_on(colour))
 
     _rows(sheet, draw)
@@ -231,5 +251,13 @@ def _ask(sheet: Sheet, drawn: list[tuple[Printed, Printed]]) -> None:
     sheet.ask("count", ("How many numbers are on the page?", "How many numbers do you see?"), str(len(drawn)))
 
 
-SEEN = {"boxed": boxed, "display": display, "spaced": spaced, "tiles": tiles, "grid": grid, "keypad": keypad}
+SEEN = {
+    "boxed": boxed,
+    "display": display,
+    "spaced": spaced,
+    "tiles": tiles,
+    "badges": badges,
+    "grid": grid,
+    "keypad": keypad,
+}
 UNSEEN = {"discs": discs}

@@ -1,0 +1,147 @@
+"""GPTQ against its definition in float64, and what it keeps that rounding to the nearest loses."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from calib import gptq
+from calib.blocks import BLOCK, Blocks, Grid, with_offsets
+from calib.gptq import DAMPING, Compensated
+
+
+def restored(blocks: Blocks) -> np.ndarray:
+    """Blocks with offsets -> float64 [K, N], what a product with them computes."""
+    values = (blocks.levels.astype(np.float64) - blocks.zeros[..., None]) * blocks.scales[..., None]
+    size = blocks.levels.shape[1] * BLOCK // (BLOCK + 1)  # blocks of weights; the others are their offsets
+    values = values.reshape(len(values), -1)
+    weights, means = values[:, : size * BLOCK], values[:, size * BLOCK :][:, :size]
+    return (weights + np.repeat(means / BLOCK, BLOCK, 1)).T
+
+
+def optimal_brain_quantiser(weights: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """[K, N] in float64 by the update of OBQ that GPTQ is derived from: after input q the others still to come move by
+    -error H^-1[:, q] / H^-1[q, q], and q leaves H."""
+    grid = Grid.of(weights).as_stored()
+    energy = np.diag(moments)
+    hessian = moments + DAMPING * energy.mean() * np.eye(len(moments))
+    left, values = list(np.argsort(-energy, kind="stable")), weights.astype(np.float64)
+    while left:
+        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
+        q = left[0]
+        step, lowest = (given[:, q // BLOCK].astype(np.float64) for given in (grid.steps, grid.lowest))
+        rounded = np.clip(np.rint((values[q] - lowest) / step), 0, 15) * step + lowest
+        error = values[q] - rounded
+        values[left] -= np.outer(inverse[:, 0] / inverse[0, 0], error)
+        values[q] = rounded
+        left.pop(0)
+    return values
+
+
+def one_product(weights: np.ndarray, file) -> None:
+    """x -> weights -> hidden -> head -> logits."""
+    info = helper.make_tensor_value_info
+    head = np.eye(weights.shape[1], dtype=np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Identity", ["input_ids"], ["x"]),
+            helper.make_node("MatMul", ["x", "body"], ["hidden"]),
+            helper.make_node("Relu", ["hidden"], ["taken"]),
+            helper.make_node("MatMul", ["taken", "second"], ["last"]),
+            helper.make_node("MatMul", ["last", "head"], ["logits"]),
+        ],
+        "g",
+        [info("input_ids", 1, [1, "s", len(weights)])],
+        [info("logits", 1, [1, "s", weights.shape[1]])],
+        [
+            numpy_helper.from_array(weights, "body"),
+            numpy_helper.from_array(weights[: weights.shape[1]].copy(), "second"),
+            numpy_helper.from_array(head, "head"),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), file)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """[prompts, positions, K] that move together, as activations do, some inputs far more than others."""
+    random = np.random.default_rng(0)
+    mixing = random.standard_normal((24, 3 * BLOCK)) * random.lognormal(0, 1, 3 * BLOCK)
+    return [(random.standard_normal((1, 40, 24)) @ mixing).astype(np.float32) for _ in range(6)]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return np.random.default_rng(1).standard_normal((3 * BLOCK, 2 * BLOCK)).astype(np.float32)
+
+
+@pytest.fixture
+def source(weights, tmp_path):
+    one_product(weights, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def moments_of(inputs: list[np.ndarray]) -> np.ndarray:
+    rows = np.concatenate([values[0] for values in inputs]).astype(np.float64)
+    return rows.T @ rows
+
+
+def test_it_is_the_optimal_brain_quantiser(source, weights, inputs):
+    found = restored(Compensated(source, [{"input_ids": x} for x in inputs])("body", weights))
+    expected = optimal_brain_quantiser(weights, moments_of(inputs))
+    steps = Grid.of(weights).steps.repeat(BLOCK, 1).T
+    levels_off = np.abs(found - expected) / steps
+    # float32 next to float64: a value half-way between two levels may fall to the other side, and move those after it
+    assert np.mean(levels_off < 0.01) > 0.98
+    assert levels_off.max() < 2.01
+
+
+def test_the_layers_output_is_nearer_than_with_each_weight_rounded(source, weights, inputs):
+    x = np.concatenate(inputs, 1)[0].astype(np.float64)
+    compensated = restored(Compensated(source, [{"input_ids": given} for given in inputs])("body", weights))
+    errors = [np.linalg.norm(x @ (values - weights)) for values in (compensated, restored(with_offsets(weights)))]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_changes_of_hundredths_of_a_step_are_kept(source, weights, inputs):
+    """Weights on a grid of 4 bits, then fine-tuned a little: rounding gives back the ones from before."""
+    random = np.random.default_rng(2)
+    before = restored(with_offsets(weights)).astype(np.float32)
+    before = restored(with_offsets(before)).astype(np.float32)  # on the levels that it is stored with
+    change = random.standard_normal((len(before), 2)) @ random.standard_normal((2, before.shape[1]))
+    after = (before + 0.03 * change * Grid.of(before).steps.mean()).astype(np.float32)
+    x = np.concatenate(inputs, 1)[0].astype(np.float64)
+    wanted = np.linalg.norm(x @ (after - before))
+    one_product(after, source)
+    lost = [
+        np.linalg.norm(x @ (values - after))
+        for values in (
+            restored(with_offsets(after)),
+            restored(Compensated(source, [{"input_ids": given} for given in inputs])("body", after)),
+        )
+    ]
+    assert lost[0] > 0.9 * wanted, "all of it, by rounding"
+    assert lost[1] < 0.5 * wanted
+
+
+def test_little_memory_takes_more_rounds_and_gives_the_same(source, weights, inputs, monkeypatch):
+    feeds = [{"input_ids": given} for given in inputs]
+    second = weights[: weights.shape[1]]
+    together = Compensated(source, feeds)
+    expected = [together("body", weights), together("second", second)]
+    monkeypatch.setattr(gptq, "MEMORY", 1)
+    one_by_one = Compensated(source, feeds)
+    for name, values, blocks in (("second", second, expected[1]), ("body", weights, expected[0])):
+        np.testing.assert_array_equal(one_by_one(name, values).levels, blocks.levels)
+        assert len(one_by_one._factors) == 1
+
+
+def test_an_input_that_is_always_zero_is_no_division_by_zero(source, weights, inputs):
+    silent = [given.copy() for given in inputs]
+    for given in silent:
+        given[..., :BLOCK] = 0
+    blocks = Compensated(source, [{"input_ids": given} for given in silent])("body", weights)
+    by_themselves = Grid.of(weights).as_stored().nearest(weights)
+    np.testing.assert_array_equal(blocks.levels[:, 0], by_themselves.levels[:, 0])
+    blocks = Compensated(source, [{"input_ids": 0 * given} for given in silent])("body", weights)
+    assert np.abs(restored(blocks) - weights).max() < 0.6 * Grid.of(weights).steps.max()
