@@ -36,6 +36,7 @@ import onnx
 
 from benchmarks import record
 from calib.activations import METHODS, Activations
+from calib.blocks import write_kernels
 from calib.decoder import PROMPTS, prompts, quantise_decoder
 from calib.evaluation import Evaluation
 from calib.images import Page, calibration_pixels, find_pages, pixels_of, split, spread
@@ -43,6 +44,7 @@ from calib.qdq import Calibrated, measure_means
 from calib.quantize import MEAN_IMAGES, REPORT, SOURCE, for_search
 from calib.sensitivity import depthwise_of, groups_of
 from export.cli import BUILD
+from runtime import kernels
 from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.decoder import Decoder
 from runtime.encoder import OnnxEncoder, OpenVinoEncoder
@@ -53,7 +55,8 @@ READER, FIGURES = BUILD / "bundle" / "figures", BUILD / "data" / "figures-test" 
 INT8 = BUILD / "bundle" / "align-int8.onnx"  # this project's encoder, for the parts after the first
 PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 48, 9, 1536
 SEARCHED, BUDGET = 64, 3  # of the bundle that a user would make
-FIGURE_PAGES, ANSWERS = 320, 200  # of the reader's: pages that are drawn, questions that it is asked
+ORT, BY_KERNELS = "ONNX Runtime", ("rtn", "q4_1", "gptq")  # methods whose decoders the kernels are measured on too
+FIGURE_PAGES, ANSWERS = 320, 150  # of the reader's: pages that are drawn, questions that it is asked
 STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
 MODELOPT = """
 import sys, numpy
@@ -217,30 +220,32 @@ def decoders(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
     text = np.array(english(lambda text: tokenizer.encode_prompt(text, []), WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
     rows, opened = [], []
+
+    def measure(decoder: Decoder, row: dict) -> None:
+        opened.append(decoder)
+        loss = evaluation.loss(decoder=decoder)
+        row |= {
+            "anls": round(evaluation.score.anls - loss.anls / 100, 3),
+            "text_perplexity": round(perplexity(decoder, text), 2),
+            "answer_perplexity": round(loss.perplexity, 2),
+            "differing": round(loss.differing, 1),
+        }
+        rows.append(row)
+        print(row, flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        makers = {("fp32", "as exported"): lambda file: source}
+        measure(Decoder(source, part), {"precision": "fp32", "method": "as exported", "operators": ORT} | size(source))
         for precision, method in (("int8", "rtn"), *(("int4", method) for method in ("q4_1", "gptq", "rtn", "awq"))):
             feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS.get(method, 0))))
-            makers[precision, method] = partial(_quantised, source, precision, method, feeds)
-        for (precision, method), make in makers.items():
+            file = Path(folder, f"{precision}-{method}.onnx")
             begin = time.perf_counter()
-            file = make(Path(folder, f"{precision}-{method}.onnx"))
-            seconds = time.perf_counter() - begin
-            opened.append(Decoder(file, part))
-            loss = evaluation.loss(decoder=opened[-1])
-            rows.append(
-                {
-                    "precision": precision,
-                    "method": method,
-                    "size_mb": round(sum(p.stat().st_size for p in file.parent.glob(f"{file.name}*")) / 1e6, 1),
-                    "anls": round(evaluation.score.anls - loss.anls / 100, 3),
-                    "text_perplexity": round(perplexity(opened[-1], text), 2),
-                    "answer_perplexity": round(loss.perplexity, 2),
-                    "differing": round(loss.differing, 1),
-                    "seconds": round(seconds, 1),
-                }
-            )
-            print(rows[-1], flush=True)
+            quantise_decoder(source, file, precision, method, feeds)
+            seconds = round(time.perf_counter() - begin, 1)
+            about = {"precision": precision, "method": method, "operators": ORT} | size(file) | {"seconds": seconds}
+            measure(Decoder(file, part), about)
+            by_kernels = file.with_suffix(".kernels.onnx")
+            if method in BY_KERNELS and kernels.unavailable() is None and write_kernels(file, by_kernels):
+                measure(Decoder(by_kernels, part, operators=kernels.library()), about | {"operators": "kernels"})
         for row, rate in zip(rows, rates_in_turn(opened), strict=True):
             row["decode_tokens_per_s"] = rate
         more = {"questions": evaluation.questions, "next_tokens": evaluation.tokens}
@@ -261,9 +266,9 @@ def final(args: argparse.Namespace) -> None:
     record.write("quantised", rows, more={key: report[key] for key in (*keys, "sets", "rounds", "alone")})
 
 
-def _quantised(source: Path, precision: str, method: str, feeds: list, file: Path) -> Path:
-    quantise_decoder(source, file, precision, method, feeds)
-    return file
+def size(file: Path) -> dict[str, float]:
+    """Of a decoder's graph and weights."""
+    return {"size_mb": round(sum(path.stat().st_size for path in (file, Path(f"{file}.data"))) / 1e6, 1)}
 
 
 def english(encode: Callable[[str], list[int]], count: int) -> list[int]:

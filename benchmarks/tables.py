@@ -75,6 +75,7 @@ COLUMNS = {
     "decoder_weights": [
         ("precision", "precision"),
         ("method", "method"),
+        ("operators", "operators"),
         ("size_mb", "size, MB"),
         ("anls", "ANLS"),
         ("text_perplexity", "perplexity of text"),

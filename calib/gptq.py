@@ -20,8 +20,8 @@ from calib.probe import Probe
 
 DAMPING = 0.01  # of the mean energy, added to each input's
 AT_ONCE = 128  # inputs whose errors are carried on together
-POSITIONS = 512  # whose second moments are summed in float32
-MEMORY = 4 << 30  # bytes, of the matrices of second moments that are kept at a time
+POSITIONS = 512  # whose second moments are added at a time: adding costs more than a prompt's products
+MEMORY = 12 << 30  # bytes, of the second moments that are kept at a time: two rounds for a 7B
 
 
 class Compensated:
@@ -38,29 +38,33 @@ class Compensated:
         products = [node for node in products if "logits" not in node.output]  # the head is not rounded so
         self._inputs = {node.input[1]: node.input[0] for node in products}
         self._sizes = {node.input[0]: sizes[node.input[1]] for node in products}
-        self._factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._moments: dict[str, np.ndarray] = {}
+        self._factor: tuple[str, np.ndarray, np.ndarray] = ("", np.empty(0), np.empty(0))  # of the input last asked for
 
     def __call__(self, name: str, weights: np.ndarray) -> Blocks:
         """The blocks of the matrix `name`, [K, N]."""
         wanted = self._inputs[name]
-        if wanted not in self._factors:
-            self._factors = {taken: _factor(moments) for taken, moments in self._moments(self._after(wanted)).items()}
-        return compensated(weights, *self._factors[wanted])
+        if wanted != self._factor[0]:
+            if wanted not in self._moments:
+                self._moments = {}  # before others come
+                self._moments = self._collect(self._after(wanted))
+            self._factor = (wanted, *_factor(self._moments[wanted]))
+        return compensated(weights, *self._factor[1:])
 
     def _after(self, first: str) -> list[str]:
         """The products' inputs from `first` on, in the order of the graph, as many as there is room for."""
         names = list(self._sizes)
         taken, used = [], 0
         for name in names[names.index(first) :]:
-            used += 8 * self._sizes[name] ** 2
+            used += 4 * self._sizes[name] ** 2
             if taken and used > MEMORY:
                 break
             taken.append(name)
         return taken
 
-    def _moments(self, names: list[str]) -> dict[str, np.ndarray]:
-        """x^T x over all positions x of each, float64 [K, K]."""
-        sums = {name: np.zeros((self._sizes[name],) * 2) for name in names}
+    def _collect(self, names: list[str]) -> dict[str, np.ndarray]:
+        """x^T x over all positions x of each, float32 [K, K]."""
+        sums = {name: np.zeros((self._sizes[name],) * 2, np.float32) for name in names}
         waiting = {name: [] for name in names}
 
         def add() -> None:
@@ -75,7 +79,7 @@ class Compensated:
                 for name, values in probe(feed).items():
                     waiting[name].append(values)
                 count += feed["input_ids"].size
-                if count >= POSITIONS:  # at a time: adding to the sums costs more than a prompt's products
+                if count >= POSITIONS:
                     add()
                     count = 0
         if count:
@@ -85,9 +89,9 @@ class Compensated:
 
 def _factor(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[K, K] -> (inputs in the order of their energy, the upper Cholesky factor of the inverse in that order)."""
-    energy = np.diag(moments)
+    energy = np.diag(moments).astype(np.float64)
     order = np.argsort(-energy, kind="stable")
-    damped = moments[np.ix_(order, order)]
+    damped = moments[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices_from(damped)] += DAMPING * energy.mean() or 1.0
     return order, np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 

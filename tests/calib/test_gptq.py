@@ -133,7 +133,7 @@ def test_little_memory_takes_more_rounds_and_gives_the_same(source, weights, inp
     one_by_one = Compensated(source, feeds)
     for name, values, blocks in (("second", second, expected[1]), ("body", weights, expected[0])):
         np.testing.assert_array_equal(one_by_one(name, values).levels, blocks.levels)
-        assert len(one_by_one._factors) == 1
+        assert len(one_by_one._moments) == 1
 
 
 def test_an_input_that_is_always_zero_is_no_division_by_zero(source, weights, inputs):
