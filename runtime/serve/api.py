@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from runtime import serve
 from runtime.serve.asking import Answering, Asking, check_model
+from runtime.serve.bodies import Bodies
 from runtime.serve.metrics import Metrics
 from runtime.serve.protocol import ApiError
 
@@ -37,6 +38,7 @@ def create_app(asking: Asking, metrics: Metrics, api_keys: tuple[str, ...] = (),
     """api_keys: one of which clients must send; none: nobody need. stop_seconds: that running requests have once the
     server is told to stop."""
     engine, name = asking.engine, asking.model.bundle.name
+    bodies = Bodies(asking.limits.body_bytes, asking.limits.seconds)
     metrics.watch(engine)
 
     @asynccontextmanager
@@ -48,7 +50,8 @@ def create_app(asking: Asking, metrics: Metrics, api_keys: tuple[str, ...] = (),
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        answering = await asking.begin(await read_body(request, asking.limits.body_bytes))
+        async with bodies.read(request) as body:
+            answering = await asking.begin(body)
         if answering.stream:
             return StreamingResponse(answering.chunks(), media_type="text/event-stream")
         return JSONResponse(await _whole(request, answering))
@@ -118,16 +121,6 @@ def add_page(app: FastAPI) -> None:
         if name not in PAGE_FILES:
             raise ApiError(404, f"there is nothing at /{name}")
         return FileResponse(PAGE / name, media_type=PAGE_FILES[name], headers=PAGE_HEADERS)
-
-
-async def read_body(request: Request, most: int) -> bytes:
-    """Raises ApiError for one of more than `most` bytes, once so many have come."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > most:
-            raise ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
-    return bytes(body)
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -18,9 +18,8 @@ from runtime.grammar import JsonGrammar
 from runtime.model import Model, Options, Picture
 from runtime.sampling import Sampling
 from runtime.serve.engine import Busy, Engine, Failed, Request, Token
-from runtime.serve.protocol import ApiError, ChatRequest, conversation, image_bytes
+from runtime.serve.protocol import RETRY_AFTER, ApiError, ChatRequest, busy, conversation, image_bytes
 
-RETRY_AFTER = 2  # seconds
 GRACE = 30  # seconds after its deadline, until a request is given up of which the engine says nothing
 NICE = 5  # of the threads that open images; with it Linux gives them a third of what a thread beside them gets
 LONGEST_TOKEN = 256  # characters
@@ -177,8 +176,11 @@ class Answering:
         usage = self._usage(sum(len(said) for said in tokens))
         return self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
 
-    async def chunks(self) -> AsyncIterator[str]:
-        """Server-sent events of a chat.completion.chunk each; an error on the way is one of them."""
+    async def chunks(self, raising: bool = False) -> AsyncIterator[str]:
+        """Server-sent events of a chat.completion.chunk each; an error on the way is one of them.
+
+        raising: before the first token it is raised, as ApiError.
+        """
         head = self._head | {"object": "chat.completion.chunk"} | ({"usage": None} if self._with_usage else {})
 
         def chunk(index: int, delta: dict, logprobs: dict | None = None, reason: str | None = None) -> str:
@@ -197,7 +199,9 @@ class Answering:
                     yield chunk(index, {}, None, token.finish_reason)
             if self._with_usage:
                 yield _event(head | {"choices": [], "usage": self._usage(count)})
-        except ApiError as error:  # the status has been sent
+        except ApiError as error:
+            if raising and not count:
+                raise
             yield _event(error.body)
         finally:
             self.cancel()
@@ -272,10 +276,11 @@ def _as_api_errors(engine: Engine) -> Iterator[None]:
     """What an engine says that takes no request."""
     try:
         yield
-    except Busy as busy:
-        full = (429, "rate_limit_error", "queue_full")
-        status, kind, code = full if engine.accepting else (503, "server_error", "stopping")
-        raise ApiError(status, str(busy), kind, code=code, headers={"Retry-After": str(RETRY_AFTER)}) from busy
+    except Busy as full:
+        if engine.accepting:
+            raise busy(str(full)) from full
+        headers = {"Retry-After": str(RETRY_AFTER)}
+        raise ApiError(503, str(full), "server_error", code="stopping", headers=headers) from full
     except Failed as failed:
         raise _api_error(failed) from failed
 

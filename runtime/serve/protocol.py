@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, 
 
 from runtime.prompt import IMAGE_PLACEHOLDER, PromptTemplate, first_turn, next_turn, with_answer
 
+RETRY_AFTER = 2  # seconds
 MAX_STOP, MAX_CHOICES, MAX_TOP_LOGPROBS = 4, 8, 20
 
 
@@ -34,6 +35,11 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def busy(message: str) -> ApiError:
+    """For a client that may come again in RETRY_AFTER seconds."""
+    return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
 
 
 class _Part(BaseModel):

@@ -22,9 +22,10 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import ClientDisconnect
 
-from runtime.serve.api import add_page, error_response, model_card, new_app, read_body
-from runtime.serve.asking import RETRY_AFTER, Limits, check_model
-from runtime.serve.protocol import ApiError
+from runtime.serve.api import add_page, error_response, model_card, new_app
+from runtime.serve.asking import Limits, check_model
+from runtime.serve.bodies import Bodies
+from runtime.serve.protocol import ApiError, busy
 
 TRIES = 5  # of a request whose replica dies
 PAUSE = 0.5  # seconds, times the tries so far
@@ -113,7 +114,7 @@ class Replica:
                 yield {"status": 200, "stream": False}
                 yield json.dumps(whole)
                 return
-            pieces = answering.chunks()
+            pieces = answering.chunks(raising=True)
             # the roles come at once, a token when it is there
             first = [await anext(pieces) for _ in range(answering.choices + 1)]
             yield {"status": 200, "stream": True}
@@ -153,12 +154,11 @@ def build(args: dict[str, str]) -> serve.Application:
         max_queued_requests=settings.max_queue,  # at the ingress, while every replica has so many
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
-    return _ingress(keys).bind(replica.bind(settings))
+    return _ingress(keys, settings.limits).bind(replica.bind(settings))
 
 
-def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
+def _ingress(keys: tuple[str, ...], limits: Limits) -> serve.Deployment:
     app = new_app(keys)
-    body_bytes = Limits().body_bytes
 
     @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
     @serve.ingress(app)
@@ -167,6 +167,7 @@ def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
 
         def __init__(self, replicas: DeploymentHandle):
             self._replicas = replicas
+            self._bodies = Bodies(limits.body_bytes, limits.seconds)
             self._name: str | None = None  # of the model, once a replica has said it
 
         async def _model(self) -> str:
@@ -176,10 +177,10 @@ def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
         @app.post("/v1/chat/completions")
         async def chat_completions(self, request: Request) -> Response:
             try:
-                body = await read_body(request, body_bytes)
+                async with self._bodies.read(request) as body:
+                    head, pieces = await self._begin(body)
             except ClientDisconnect as gone:
                 raise ApiError(499, "the client has gone") from gone
-            head, pieces = await self._begin(body)
             if "body" in head:
                 return JSONResponse(head["body"], head["status"], head["headers"])
             if head["stream"]:
@@ -199,9 +200,7 @@ def _ingress(keys: tuple[str, ...]) -> serve.Deployment:
                     pieces.cancel()
                     raise
                 except BackPressureError as error:
-                    headers = {"Retry-After": str(RETRY_AFTER)}
-                    raise ApiError(429, "every replica has all that it takes", "rate_limit_error", code="queue_full",
-                                   headers=headers) from error  # fmt: skip
+                    raise busy("every replica has all that it takes") from error
                 except RayTaskError as error:  # another replica would do the same
                     raise ApiError(500, f"{type(error.cause).__name__} in a replica", "server_error") from error
                 except (RayError, RayServeException, StopAsyncIteration):  # it died, or was taken away

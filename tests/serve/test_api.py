@@ -1,11 +1,13 @@
 """The server, driven by OpenAI's own client."""
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,7 @@ from runtime.serve.api import create_app
 from runtime.serve.asking import Asking, Limits
 from runtime.serve.engine import Engine
 from runtime.serve.metrics import Metrics
+from runtime.serve.protocol import ApiError
 from tests.conftest import ROOT
 from tests.serve.served import WAIT, Served, asked, free_port, picture, wait_for
 
@@ -339,6 +342,30 @@ def test_a_crash_turns_ready_red_and_fails_requests(model, monkeypatch):
     with pytest.raises(openai.APIError, match="crashed"):
         streamed += list(create(server, asked(QUESTION), max_tokens=5, stream=True))
     server.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_crash_before_the_first_token_is_raised_where_another_engine_could_begin_anew(model, monkeypatch):
+    def crash(*_):
+        raise MemoryError("no more")
+
+    async def pieces(break_at: Callable[[Engine], None]) -> list[str]:
+        engine = Engine(model, 2, 4)
+        break_at(engine)
+        body = {"messages": asked(QUESTION, picture()), "max_tokens": 8, "stream": True, "ignore_eos": True}
+        try:
+            answering = await Asking(model, engine).begin(json.dumps(body).encode())
+            return [piece async for piece in answering.chunks(raising=True)]
+        finally:
+            engine.stop(0)
+
+    with monkeypatch.context() as patch:
+        with pytest.raises(ApiError, match="crashed") as error:
+            asyncio.run(pieces(lambda engine: patch.setattr(model, "encoder", crash)))
+    assert error.value.code == "crash"
+    *_, last, done = asyncio.run(pieces(lambda engine: monkeypatch.setattr(engine._slots, "step", crash)))
+    assert "crashed" in last, "a token has been sent, and the status before it"
+    assert done == "data: [DONE]\n\n"
 
 
 def test_a_deadline_is_told(model):

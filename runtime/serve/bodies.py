@@ -1,0 +1,47 @@
+"""Reading request bodies within the memory and the time that there is for them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import Request
+
+from runtime.serve.protocol import ApiError, busy
+
+TOGETHER = 1 << 30  # bytes
+
+
+class Bodies:
+    """each: bytes that one body may have. together: that all may have which are being read or prepared. seconds: that a
+    client may take to send one."""
+
+    def __init__(self, each: int, seconds: float, together: int = TOGETHER):
+        self._each, self._seconds, self._together = each, seconds, max(together, each)
+        self._held = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, which counts until the block is left.
+
+        Raises ApiError for one that is too large, once so many bytes have come, or too slow, and where there is no room
+        for it now; whatever `Request.stream` raises where the client goes.
+        """
+        body = bytearray()
+        try:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    async for piece in request.stream():
+                        body += piece
+                        self._held += len(piece)
+                        self._check(len(body))
+            except TimeoutError:
+                raise ApiError(408, f"the body has not come within {self._seconds:g} s", code="body_too_slow") from None
+            yield bytes(body)
+        finally:
+            self._held -= len(body)
+
+    def _check(self, size: int) -> None:
+        if size > self._each:
+            raise ApiError(413, f"the body is larger than {self._each} bytes", code="body_too_large")
+        if self._held > self._together:
+            raise busy(f"requests of {self._together} bytes are being read, there is no room for another")
