@@ -77,13 +77,13 @@ def main() -> None:
         PARTS[what](args)
 
 
-def open_demo(folder: Path) -> Bundle:
-    """The bundle of the carried weights of that name, made where it is not there."""
+def open_demo(folder: Path, trained: str, *options: object) -> Bundle:
+    """The bundle of the weights that are carried under this name, made where it is not there."""
     if not (folder / MANIFEST).is_file():
-        checkpoint = BUILD / "runs" / "convllava-smol" / folder.name / "final"
+        checkpoint = BUILD / "runs" / "convllava-smol" / trained / "final"
         if not checkpoint.is_dir():
-            run("train.model.demo", "--unpack", f"train/runs/convllava-smol/{folder.name}.safetensors", checkpoint)
-        run("export.bundle", "--checkpoint", checkpoint, "--out", folder, *(["--res", 320] if folder == READER else []))
+            run("train.model.demo", "--unpack", f"train/runs/convllava-smol/{trained}.safetensors", checkpoint)
+        run("export.bundle", "--checkpoint", checkpoint, "--out", folder, *options)
     return open_bundle(folder)
 
 
@@ -108,7 +108,7 @@ def pages() -> tuple[list[Page], list[Page]]:
 
 
 def quantisers(args: argparse.Namespace) -> None:
-    bundle = open_demo(BUNDLE)
+    bundle = open_demo(BUNDLE, "align")
     calibration, held_out = pages()
     evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS, scored=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +182,7 @@ def nncf_encoder(source: Path, feeds: list[tuple[str, np.ndarray]], target: Path
 
 
 def speed(args: argparse.Namespace) -> None:
-    bundle = open_demo(BUNDLE)
+    bundle = open_demo(BUNDLE, "align")
     source, stride = bundle.path(SOURCE), bundle.encoder.stride
     speeds = time_in_turn(
         {
@@ -211,7 +211,7 @@ def time_in_turn(encoders: dict) -> dict:
 
 
 def decoders(args: argparse.Namespace) -> None:
-    bundle = open_demo(READER)
+    bundle = open_demo(READER, "figures_answers", "--res", 320)
     source, part = bundle.path(bundle.decoder.file), bundle.decoder
     kinds = ("--kinds", "transcribe", "field", "label", "count")
     data = draw(FIGURES, FIGURE_PAGES, "--preset", "figures-320", *kinds)
@@ -256,7 +256,16 @@ def final(args: argparse.Namespace) -> None:
     out = BUNDLE.with_name("align-int8")
     if not (out / MANIFEST).is_file():
         options = ("--questions", SEARCHED, "--budget", BUDGET, "--cache", BUILD / "align-int8.npz")
-        run("calib.quantize", "--bundle", open_demo(BUNDLE).folder, "--data", documents(), *options, "--out", out)
+        run(
+            "calib.quantize",
+            "--bundle",
+            open_demo(BUNDLE, "align").folder,
+            "--data",
+            documents(),
+            *options,
+            "--out",
+            out,
+        )
     report = json.loads((out / REPORT / "encoder-int8.json").read_text())
     rows = [
         {"left": len(step["left"])} | {key: step[key] for key in ("sqnr_db", "differing", "perplexity")}

@@ -22,8 +22,8 @@ from train.data.sampler import Sampler, micro_batches
 from train.data.tokenizer import TokenizerError, load_tokenizer
 from train.distributed import World
 from train.loop import Loss, compute_dtype
-from train.lora import add_lora, merge_lora
-from train.model import IGNORE_INDEX, CheckpointError, ConvLLaVA, save_state
+from train.lora import add_lora, go_on_from, merge_lora
+from train.model import IGNORE_INDEX, Checkpoint, CheckpointError, ConvLLaVA, load_language_state, save_state
 from train.parts import check_parts, freeze_others, parameter_groups
 from train.recipe import Recipe, RecipeError
 
@@ -203,6 +203,9 @@ def _trainable_model(source: Source, recipe: Recipe, world: World) -> ConvLLaVA:
     freeze_others(model, recipe.train)
     if recipe.lora:
         add_lora(model.decoder, recipe.lora)
+        if recipe.lora.base:
+            base = load_language_state(Checkpoint.open(recipe.lora.base), torch.float32)
+            go_on_from(model.decoder, base, recipe.lora)
     model.decoder.set_attn_implementation(attention)
     if recipe.gradient_checkpointing:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})

@@ -2,11 +2,14 @@
 
 import warnings
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from train.model.low_rank import A, B, factors
 from train.recipe import Lora, RecipeError
 
+ROUNDED = 0.1  # of a difference, relative: what a checkpoint in 16 bits may have lost of it
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
@@ -26,6 +29,33 @@ def add_lora(decoder: nn.Module, lora: Lora) -> None:
         raise RecipeError(f"lora.targets: {' '.join(str(error).split())}") from error
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_("lora_" in name)
+
+
+@torch.no_grad()
+def go_on_from(decoder: nn.Module, base: dict[str, Tensor], lora: Lora) -> None:
+    """Put `base`, a decoder's state_dict in float32, under the adapters of `decoder`, which become what its weights
+    have beyond that.
+
+    Raises RecipeError where a weight without an adapter differs, or a difference has a higher rank than adapters.
+    """
+    state = merge_lora(decoder.state_dict(), lora)
+    try:
+        found, error = factors(base, {name: state[name] for name in base}, lora.rank)
+    except (KeyError, ValueError) as wrong:
+        raise RecipeError(f"lora.base: {wrong}") from wrong
+    if error > ROUNDED:
+        raise RecipeError(
+            f"lora.base: what the checkpoint has beyond it is off by {error:.0%} in adapters of rank {lora.rank}"
+        )
+    scale = (lora.rank / lora.alpha) ** 0.5
+    for stem in [key.removesuffix(A) for key in found if key.endswith(A)]:
+        layer = decoder.get_submodule(stem)
+        if not hasattr(layer, "base_layer"):
+            raise RecipeError(f"lora.base: {stem} differs, which none of lora.targets names")
+        a, b = (scale * found[stem + which] for which in (A, B))
+        layer.base_layer.weight.copy_(base[f"{stem}.weight"])
+        layer.lora_A.default.weight[: len(a)] = a
+        layer.lora_B.default.weight[:, : len(a)] = b
 
 
 def merge_lora(state: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:

@@ -55,13 +55,16 @@ class Encoder:
 class Lora:
     """Low-rank adapters on the language model's linear layers (arXiv 2106.09685), in place of its own weights.
 
-    targets: names of the layers, as peft's `target_modules`.
+    targets: names of the layers, as peft's `target_modules`. base: a checkpoint, whose language model the adapters lie
+    on; they begin as what the recipe's `checkpoint` has beyond it, so that the adapters of a run before go on. None: on
+    that of `checkpoint`, and they begin as nothing.
     """
 
     rank: int = 128
     alpha: float = 256.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    base: str | None = None
 
 
 @dataclass(frozen=True)

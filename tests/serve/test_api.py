@@ -359,9 +359,8 @@ def test_a_crash_before_the_first_token_is_raised_where_another_engine_could_beg
         finally:
             engine.stop(0)
 
-    with monkeypatch.context() as patch:
-        with pytest.raises(ApiError, match="crashed") as error:
-            asyncio.run(pieces(lambda engine: patch.setattr(model, "encoder", crash)))
+    with monkeypatch.context() as patch, pytest.raises(ApiError, match="crashed") as error:
+        asyncio.run(pieces(lambda engine: patch.setattr(model, "encoder", crash)))
     assert error.value.code == "crash"
     *_, last, done = asyncio.run(pieces(lambda engine: monkeypatch.setattr(engine._slots, "step", crash)))
     assert "crashed" in last, "a token has been sent, and the status before it"

@@ -25,8 +25,9 @@ from train.data.collate import collate
 from train.data.dataset import Conversation
 from train.distributed import World
 from train.loop import Loss
-from train.lora import add_lora, merge_lora
-from train.model import IGNORE_INDEX, Checkpoint, ConvLLaVA, load_model
+from train.lora import add_lora, go_on_from, merge_lora
+from train.model import IGNORE_INDEX, Checkpoint, ConvLLaVA, load_language_state, load_model
+from train.model.low_rank import factors
 from train.recipe import Lora, RecipeError, read_recipe
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -367,6 +368,54 @@ def test_a_run_with_adapters_saves_merged_weights(precision, fsdp, recipe, start
     assert len(changed) == 2 * 3 + 4
     assert all("lora_" in key or "projector" in key for key in trained(out))
     load_model(out / "final")
+
+
+def test_adapters_go_on_on_the_weights_below_them(model: ConvLLaVA):
+    lora = Lora(rank=4, alpha=6.0, dropout=0.0, targets=("q_proj", "down_proj"))
+    base = {name: weight.clone() for name, weight in model.decoder.state_dict().items()}
+    before, after = copy.deepcopy(model.decoder), copy.deepcopy(model.decoder)
+    add_lora(before, lora)
+    torch.manual_seed(0)
+    for name, parameter in before.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    trained = merge_lora(before.state_dict(), lora)
+    after.load_state_dict(trained)
+    add_lora(after, lora)
+    go_on_from(after, base, lora)
+    state = after.state_dict()
+    for name, weight in state.items():
+        if "base_layer" in name:
+            assert torch.equal(weight, base[name.replace(".base_layer.", ".")])
+    assert_near(merge_lora(state, lora), trained, 1e-5)
+    for rank, targets, message in ((2, lora.targets, "rank 2"), (4, ("q_proj",), "down_proj differs")):
+        other, given = copy.deepcopy(model.decoder), Lora(rank, 6.0, 0.0, targets)
+        other.load_state_dict(trained)
+        add_lora(other, given)
+        with pytest.raises(RecipeError, match=f"lora.base: .*{message}"):
+            go_on_from(other, base, given)
+
+
+def test_a_run_goes_on_with_the_adapters_of_another(recipe, conformance):
+    """What two runs have changed, one after the other, has the rank of one's adapters."""
+    lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q_proj"]}
+    keys = {"train": ["language_model"], "learning_rate": 0.01, "steps": 2}
+    first = train(recipe(out="first", lora=lora, **keys))
+    base = str(conformance / "checkpoint")
+    keys |= {"checkpoint": str(first / "final"), "seed": 1}
+    second = train(recipe(out="second", lora=lora | {"base": base}, **keys))
+    anew = train(recipe(out="anew", lora=lora, **keys))
+
+    def language(folder) -> dict[str, Tensor]:
+        return load_language_state(Checkpoint.open(Path(folder)), torch.float32)
+
+    before, between, after = language(base), language(first / "final"), language(second / "final")
+    changed = [name for name in before if not torch.equal(between[name], after[name])]
+    assert len(changed) == 3
+    assert all("q_proj" in name for name in changed)
+    beyond = factors(before, after, 2)[1]  # but for what saving in float16 rounds away
+    assert beyond < 0.05
+    assert factors(before, language(anew / "final"), 2)[1] > 3 * beyond
 
 
 # Interruptions
