@@ -55,8 +55,8 @@ READER, FIGURES = BUILD / "bundle" / "figures", BUILD / "data" / "figures-test" 
 INT8 = BUILD / "bundle" / "align-int8.onnx"  # this project's encoder, for the parts after the first
 PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 48, 9, 1536
 SEARCHED, BUDGET = 64, 3  # of the bundle that a user would make
-ORT, BY_KERNELS = "ONNX Runtime", ("rtn", "q4_1", "gptq")  # methods whose decoders the kernels are measured on too
-FIGURE_PAGES, ANSWERS = 320, 150  # of the reader's: pages that are drawn, questions that it is asked
+ORT, BY_KERNELS = "ONNX Runtime", ("int8-rtn", "int4-q4_1", "int4-gptq")  # decoders that run by the kernels too
+FIGURE_PAGES, ANSWERS = 320, 64  # of the reader's: pages that are drawn, questions that it is asked
 STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
 MODELOPT = """
 import sys, numpy
@@ -234,7 +234,8 @@ def decoders(args: argparse.Namespace) -> None:
         print(row, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        measure(Decoder(source, part), {"precision": "fp32", "method": "as exported", "operators": ORT} | size(source))
+        about = {"precision": "fp32", "method": "as exported", "operators": ORT} | size(source) | {"seconds": 0.0}
+        measure(Decoder(source, part), about)
         for precision, method in (("int8", "rtn"), *(("int4", method) for method in ("q4_1", "gptq", "rtn", "awq"))):
             feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS.get(method, 0))))
             file = Path(folder, f"{precision}-{method}.onnx")
@@ -244,7 +245,7 @@ def decoders(args: argparse.Namespace) -> None:
             about = {"precision": precision, "method": method, "operators": ORT} | size(file) | {"seconds": seconds}
             measure(Decoder(file, part), about)
             by_kernels = file.with_suffix(".kernels.onnx")
-            if method in BY_KERNELS and kernels.unavailable() is None and write_kernels(file, by_kernels):
+            if file.stem in BY_KERNELS and kernels.unavailable() is None and write_kernels(file, by_kernels):
                 measure(Decoder(by_kernels, part, operators=kernels.library()), about | {"operators": "kernels"})
         for row, rate in zip(rows, rates_in_turn(opened), strict=True):
             row["decode_tokens_per_s"] = rate
