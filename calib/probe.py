@@ -27,7 +27,7 @@ class Probe:
             for entry in tensor.external_data
             if entry.key == "location"
         }:
-            shutil.copyfile(source.with_name(data), folder / data)  # not linked: ONNX Runtime refuses links
+            shutil.copyfile(source.with_name(data), folder / data)  # ONNX Runtime looks for it beside the graph
         file = folder / "probe.onnx"
         onnx.save(model, str(file))
         self._session = open_session(file, None)

@@ -41,7 +41,7 @@ def go_on_from(decoder: nn.Module, base: dict[str, Tensor], lora: Lora) -> None:
     state = merge_lora(decoder.state_dict(), lora)
     try:
         found, error = factors(base, {name: state[name] for name in base}, lora.rank)
-    except (KeyError, ValueError) as wrong:
+    except (KeyError, ValueError, RuntimeError) as wrong:  # other names, or other shapes
         raise RecipeError(f"lora.base: {wrong}") from wrong
     if error > ROUNDED:
         raise RecipeError(
