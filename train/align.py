@@ -8,15 +8,22 @@ to the embedding of a line break. Rendered documents know which characters stand
 Embeddings of digits lie close together: which digit it is makes a tenth of the squared distance from a blank. With
 `local.contrast` a cell has to be told from what else is in the batch, too.
 
-Most of the time goes into the stages before the fifth, which stay as they are. With `local.kept` their outputs are kept
-for some thousand pages and gone over several times, in another order each time, before the next pages come.
+Pieces of words embed to something else than words. With `local.whole_words` the cell with a word's centre stands for
+all of it, its neighbours for nothing of it.
+
+With `local.places` a token also says where its text stands, in directions of its own, see `PlaceCode`: what a language
+model needs that is to answer with boxes, since which of how many tokens it is looking at tells it little.
+
+Where only the fifth stage is trained, most of the time goes into those before it. With `local.kept` their outputs are
+kept for some thousand pages and gone over several times, in another order each time, before the next pages come.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import itemgetter, or_
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +35,56 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from train.data.documents import Document
+from train.data.documents.page import Box, Page
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed import World
 from train.local import Local, PageBatch, draw, load_pages, pixel_statistics, read_local, stack_pixels
 from train.loop import Loss, autocast, compute_dtype
 from train.model import Checkpoint, ImageEncoder, load_image_encoder, load_language_state, load_model, save_checkpoint
 from train.parts import check_parts, freeze_others, parameter_groups
+from train.places import NOWHERE, SIDES, PlaceCode, hundredths
 from train.recipe import Recipe, RecipeError
 
 EMBEDDING = "model.embed_tokens.weight"
 NO_TOKEN = -1
-TRAINABLE = ("projector", "fifth_stage")
-FROZEN = 4  # stages, whatever is trained
+FROZEN = 4  # stages, where outputs are kept
+KEEPABLE = ("projector", "fifth_stage")
 SPREAD = 0.3  # variance of a cell's embedding around its text's where cells are told apart; digits are 3 apart, squared
 
 
-def cell_texts(document: Document, stride: int) -> list[str]:
-    """The characters whose centres lie in each stride x stride cell, cells and characters in reading order."""
+@dataclass
+class Cell:
+    """text: what one visual token stands for, words with a space between them. box: around its ink, pixels; None where
+    there is no text."""
+
+    text: str = ""
+    box: Box | None = None
+
+
+def cells(document: Document, stride: int, whole_words: bool = False) -> list[Cell]:
+    """Of each stride x stride cell the characters whose centres, or the words whose boxes' centres, lie in it; cells,
+    characters and words in reading order."""
     page = document.page
     width, height = page.width // stride, page.height // stride
-    texts = [""] * (width * height)
-    for character, (x0, y0, x1, y1) in zip(page.characters, page.places, strict=True):
-        column, row = (int(centre / 2 / stride) for centre in (x0 + x1, y0 + y1))
-        texts[min(row, height - 1) * width + min(column, width - 1)] += character
-    return texts
+    found = [Cell() for _ in range(width * height)]
+    numbers = page.words if whole_words else range(len(page.characters))
+    for text, box in _pieces(page, numbers):
+        column, row = (int(centre / 2 / stride) for centre in (box.x0 + box.x1, box.y0 + box.y1))
+        cell = found[min(row, height - 1) * width + min(column, width - 1)]
+        cell.text += f" {text}" if whole_words and cell.text else text
+        cell.box = box if cell.box is None else cell.box | box
+    return found
+
+
+def _pieces(page: Page, numbers: Iterable[int]) -> Iterator[tuple[str, Box]]:
+    """Text and box of each run of the page's characters with the same number."""
+    for _, run in itertools.groupby(zip(numbers, page.characters, page.places, strict=True), key=itemgetter(0)):
+        _, characters, places = zip(*run, strict=True)
+        yield "".join(characters), reduce(or_, (Box(*place) for place in places))
 
 
 class CellPages(Dataset):
-    """[H, W, 3] uint8 pixels of each page, and the token ids of each cell."""
+    """[H, W, 3] uint8 pixels of each page, and for each cell its box's hundredths and the ids of its text's tokens."""
 
     def __init__(self, local: Local, recipe: Recipe, tokenizer: Tokenizer, stride: int):
         self._local, self._seed, self._global_batch = local, recipe.seed, recipe.global_batch
@@ -63,16 +92,18 @@ class CellPages(Dataset):
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, list[Tensor]]:
         document = draw(self._local, self._seed, number, self._global_batch)
-        texts = cell_texts(document, self._stride)
-        ids = [torch.tensor(self._tokenizer.encode(text or "\n", opening=False)) for text in texts]
-        return document.page.pixels, ids
+        page, labels = document.page, []
+        for cell in cells(document, self._stride, self._local.whole_words):
+            ids = [id for word in cell.text.split() or ["\n"] for id in self._tokenizer.encode(word, opening=False)]
+            labels.append(torch.tensor(hundredths(cell.box, page.width, page.height) + ids))
+        return page.pixels, labels
 
 
 def _stack(pages: Sequence[tuple[np.ndarray, list[Tensor]]]) -> PageBatch:
-    """labels: [B * T, N] ids of the tokens in each cell, NO_TOKEN behind the last."""
-    pixels, ids = zip(*pages, strict=True)
-    cells = [cell for page in ids for cell in page]
-    return PageBatch(stack_pixels(pixels), pad_sequence(cells, batch_first=True, padding_value=NO_TOKEN), NO_TOKEN)
+    """labels: [B * T, SIDES + N], of each cell the box, then the ids of its tokens, NO_TOKEN behind the last."""
+    pixels, labels = zip(*pages, strict=True)
+    padded = pad_sequence([cell for page in labels for cell in page], batch_first=True, padding_value=NO_TOKEN)
+    return PageBatch(stack_pixels(pixels), padded, NO_TOKEN)
 
 
 def tell_apart(found: Tensor, texts: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,23 +162,26 @@ class KeptPages:
 class AlignTask:
     """The regression as a `train.loop.Task`. The loss is in units of an embedding's mean square.
 
-    Raises RecipeError for a section `local` that is wrong, or other parts to train than projector and fifth stage.
+    Raises RecipeError for a section `local` that is wrong, a language model to train, or more than projector and fifth
+    stage where outputs are kept.
     """
 
     steps_in_epoch = None
 
     def __init__(self, recipe: Recipe, world: World):
         self._recipe, self._world = recipe, world
-        if unknown := [part for part in recipe.train if part not in TRAINABLE]:
-            raise RecipeError(f"train: task align trains {' and '.join(TRAINABLE)}, not {', '.join(unknown)}")
+        if "language_model" in recipe.train:
+            raise RecipeError("train: task align trains projector and encoder, not language_model")
         self._checkpoint = Checkpoint.open(recipe.checkpoint)
         config = self._checkpoint.encoder_config
         self._local = read_local(recipe, config.stride)
+        if self._local.kept and (others := [part for part in recipe.train if part not in KEEPABLE]):
+            raise RecipeError(f"train: with local.kept {' and '.join(KEEPABLE)} alone, not {', '.join(others)}")
         check_parts(recipe.train, len(config.depths), self._checkpoint.config.get("mm_projector_type", "linear"))
         self._tokenizer = load_tokenizer(self._checkpoint.folder)
         self._embedding = load_language_state(self._checkpoint, torch.float32)[EMBEDDING].to(world.device)
         self._scale = self._embedding.square().mean()
-        self._blank = self._tokenizer.encode("\n", opening=False)[0]
+        self._places = PlaceCode(self._embedding.shape[1], world.device) if self._local.places else None
         self.model = AlignedEncoder(load_image_encoder(self._checkpoint), bool(self._local.kept))
         freeze_others(self.model, recipe.train)
         self._mean, self._std = pixel_statistics(self._checkpoint, world.device)
@@ -200,16 +234,23 @@ class AlignTask:
     def loss(self, batch: PageBatch) -> Loss:
         inputs = batch.inputs if self._local.kept else (batch.inputs - self._mean) / self._std
         found = self.model(inputs).flatten(0, 1).float()  # [B * T, D]
-        present = batch.labels != NO_TOKEN
-        wanted = (self._embedding[batch.labels.clamp(min=0)] * present[..., None]).sum(1)
+        sides, ids = batch.labels.split((SIDES, batch.labels.shape[1] - SIDES), 1)
+        written = sides[:, 0] != NOWHERE
+        text = (self._embedding[ids.clamp(min=0)] * (ids != NO_TOKEN)[..., None]).sum(1)
+        wanted = text.clone()
+        if self._places:
+            wanted[written] += self._places.encode(sides[written])
         errors = (found - wanted).square().mean(-1) / self._scale
         loss, metrics = errors.sum(), {}
         if self._local.contrast:
-            texts, which = wanted.unique(dim=0, return_inverse=True)
-            told, right = tell_apart(found, texts, which)
+            texts, which = text.unique(dim=0, return_inverse=True)
+            told, right = tell_apart(found - (wanted - text), texts, which)
             loss = loss + self._local.contrast * told
-            written = batch.labels[:, 0] != self._blank
             metrics["told_apart"] = (float(right[written].sum()), float(written.sum()))
+        if self._places:
+            missed, hit = self._places.loss(found[written], sides[written])
+            loss = loss + self._local.places * missed
+            metrics["placed"] = (float(hit.sum()), float(written.sum()))
         spread = (wanted - wanted.mean(0)).square().mean() / self._scale * len(wanted)
         # what the mean embedding would not explain: 0 is no better than a constant, 1 is exact
         metrics["explained"] = (float(spread - errors.detach().sum()), float(spread))

@@ -104,15 +104,18 @@ class Local:
     phases: the curriculum, one after the other; their steps add up to the recipe's. blanks: share of the empty
     subcells that count in the loss. hidden: features of a subcell in the heads.
 
-    For an alignment alone: contrast: weight of the loss of telling cells apart. kept: how many steps' pages go through
-    the frozen stages at a time, whose outputs are kept in memory until each page was gone over `passes` times; 0 takes
-    every step's pages through them, and each page once.
+    For an alignment alone: contrast: weight of the loss of telling cells apart. whole_words: whether a word goes into
+    one cell. places: weight of the loss of telling where text stands. kept: how many steps' pages go through the frozen
+    stages at a time, whose outputs are kept in memory until each page was gone over `passes` times; 0 takes every
+    step's pages through them, and each page once.
     """
 
     phases: tuple[Phase, ...]
     blanks: float = 0.05
     hidden: int = 64
     contrast: float = 0.0
+    whole_words: bool = False
+    places: float = 0.0
     kept: int = 0
     passes: int = 1
 

@@ -46,10 +46,11 @@ def test_answers_are_the_runtimes(model):
 def test_a_row_is_the_mean_over_its_questions(model, monkeypatch):
     said = iter(["12.50", "12.5", "no", "[0.1,0.1,0.5,0.5]", "[0.6,0.6,0.9,0.9]", "nowhere"])
     kinds = ["total", "total", "field", "ground", "ground", "ground"]
-    wanted = ["12.50", "12.50", "Yes", "[0.1,0.1,0.5,0.6]", "[0.1,0.1,0.5,0.6]", "[0.1,0.1,0.5,0.6]"]
+    wanted, box = ["12.50", "12.50", "Yes", *3 * ["[0.10,0.10,0.50,0.60]"]], (0.1, 0.1, 0.5, 0.6)
 
     def answered(_model, _document, questions, _res):
-        return [Answered(kind, want, next(said)) for kind, want in zip(kinds, wanted, strict=True)], 144
+        boxes = [box if kind == "ground" else None for kind in kinds]
+        return [Answered(*asked, next(said), box) for *asked, box in zip(kinds, wanted, boxes, strict=True)], 144
 
     monkeypatch.setattr(accuracy, "ask", answered)
     monkeypatch.setattr(accuracy, "pages", lambda *_: [(None, kinds)])

@@ -7,10 +7,15 @@ import torch
 
 from tests.conftest import run_module
 from tests.train.test_local import page_with
-from train.align import NO_TOKEN, SPREAD, AlignTask, cell_texts, tell_apart
+from train.align import NO_TOKEN, SPREAD, AlignTask, cells, tell_apart
+from train.data.documents import Document
+from train.data.documents.fonts import faces
+from train.data.documents.fonts import glyphs as glyphs_of
+from train.data.documents.page import Box, Page
 from train.distributed import World
 from train.local import PageBatch
 from train.model import load_model
+from train.places import NOWHERE, SIDES, PlaceCode
 from train.recipe import read_recipe
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -37,10 +42,30 @@ def recipe(conformance, tmp_path):
     return str(file)
 
 
+def texts(document, *options):
+    return [cell.text for cell in cells(document, *options)]
+
+
 def test_a_cell_has_the_characters_of_its_centres_in_order():
     document = page_with(("a", 3, 5), ("b", 60, 5), ("c", 64, 5), ("d", 5, 63), ("e", 127.9, 63.9))
-    assert cell_texts(document, 64) == ["abd", "ce"]
-    assert cell_texts(document, 32) == ["a", "b", "c", "", "d", "", "", "e"]
+    assert texts(document, 64) == ["abd", "ce"]
+    assert texts(document, 32) == ["a", "b", "c", "", "d", "", "", "e"]
+
+
+def test_a_word_goes_into_the_cell_of_its_centre():
+    page, glyphs = Page.blank(256, 64), glyphs_of(faces("seen")[0], 24)
+    wide = page.text(40, 0, "wide", glyphs)
+    page.text(wide.x1 + 4, 0, "4", glyphs)
+    page.text(140, 0, "no 7", glyphs)
+    document = Document(page, "test")
+    assert wide.x0 < 64 < wide.x1
+    assert texts(document, 64, True) == ["", "wide 4", "no 7", ""]
+
+
+def test_a_cell_has_the_box_around_its_text():
+    document = page_with(("a", 10, 5), ("b", 60, 15), ("c", 70, 20))
+    assert [cell.box for cell in cells(document, 64)] == [Box(8, 2, 62, 18), Box(68, 17, 72, 23)]
+    assert cells(document, 32)[4].box is None
 
 
 def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, conformance):
@@ -52,7 +77,7 @@ def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, confo
     image = task._checkpoint.preprocessor
     mean, std = (torch.tensor(image[key]).double().view(3, 1, 1) for key in ("image_mean", "image_std"))
     found = model.image_encoder((batch.inputs / 255.0 - mean) / std).flatten(0, 1)
-    wanted = torch.stack([table[ids[ids != NO_TOKEN]].sum(0) for ids in batch.labels])
+    wanted = torch.stack([table[ids[ids != NO_TOKEN]].sum(0) for ids in batch.labels[:, SIDES:]])
     errors = (found - wanted).square().mean(1) / table.square().mean()
     assert loss.sum.item() == pytest.approx(errors.sum().item(), rel=1e-4)
     assert loss.count == len(wanted) == 2 * 4
@@ -105,15 +130,48 @@ def test_the_loss_of_telling_apart_is_added(recipe):
     image = plain._checkpoint.preprocessor
     mean, std = (255 * torch.tensor(image[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     found = plain.model((batch.inputs - mean) / std).flatten(0, 1)
-    texts = {tuple(ids[ids != NO_TOKEN].tolist()): None for ids in batch.labels}
-    sums = torch.stack([plain._embedding[list(ids)].sum(0) for ids in texts])
-    which = torch.tensor([list(texts).index(tuple(ids[ids != NO_TOKEN].tolist())) for ids in batch.labels])
+    ids = [tuple(cell[cell != NO_TOKEN].tolist()) for cell in batch.labels[:, SIDES:]]
+    texts = list(dict.fromkeys(ids))
+    sums = torch.stack([plain._embedding[list(text)].sum(0) for text in texts])
+    which = torch.tensor([texts.index(text) for text in ids])
     told, right = tell_apart(found, sums, which)
     assert with_it.sum.item() == pytest.approx(without.sum.item() + 2 * told.item(), rel=1e-4)
     blank = tuple(plain._tokenizer.encode("\n", opening=False))
-    written = torch.tensor([list(texts)[at] != blank for at in which])
+    written = torch.tensor([texts[at] != blank for at in which])
     assert with_it.metrics["told_apart"] == (right[written].sum(), written.sum())
     assert "told_apart" not in without.metrics
+
+
+def test_what_tokens_say_of_places_is_added(recipe):
+    extra = ["local.contrast=2.0", "local.places=0.5", "local.whole_words=true"]
+    task = AlignTask(read_recipe(recipe, extra), ALONE)
+    (batch,), *_ = ([micro[0]] for micro in task.steps(0, 1))
+    loss = task.loss(batch)
+    found = task.model((batch.inputs - task._mean) / task._std).flatten(0, 1)
+    sides, ids = batch.labels[:, :SIDES], batch.labels[:, SIDES:]
+    written = sides[:, 0] != NOWHERE
+    assert 0 < written.sum() < len(written)
+    code = PlaceCode(found.shape[1], ALONE.device)
+    text, place = torch.zeros_like(found), torch.zeros_like(found)
+    for at, cell in enumerate(ids):
+        text[at] = task._embedding[cell[cell != NO_TOKEN]].sum(0)
+    place[written] = code.encode(sides[written])
+    errors = (found - text - place).square().mean(1).sum() / task._embedding.square().mean()
+    told, _ = tell_apart(found - place, *text.unique(dim=0, return_inverse=True))
+    missed, hit = code.loss(found[written], sides[written])
+    assert loss.sum.item() == pytest.approx((errors + 2 * told + 0.5 * missed).item(), rel=1e-5)
+    assert loss.metrics["placed"] == (hit.sum(), written.sum())
+
+
+PHASE = "local.phases=[{side: 128, min_px: 24, max_px: 32, dense: 1.0, steps: 2}]"
+
+
+def test_the_whole_encoder_can_be_trained(recipe, conformance, tmp_path):
+    done = run_module("train", recipe, "train=[projector, encoder]", "steps=2", PHASE)
+    assert done.returncode == 0, done.stderr
+    before, after = (load_model(path).state_dict() for path in (conformance / "checkpoint", tmp_path / "run" / "final"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("image_encoder.")}
 
 
 KEPT = ("micro_batch=1", "local.kept=2", "local.passes=2")  # 8 pages in each of two rounds
@@ -177,6 +235,7 @@ def test_a_run_that_keeps_outputs_trains_the_same_parts(recipe, conformance, tmp
         (("local.kept=3",), "multiples of 3"),
         (("local.kept=-1",), "at least 0"),
         (("local.kept=2", "task=local", "train=[encoder]"), "no output can be kept"),
+        (("local.kept=2", "train=[projector, encoder]"), "not encoder"),
     ],
 )
 def test_what_cannot_be_kept_is_an_error(recipe, overrides, mentions):

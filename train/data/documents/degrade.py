@@ -36,7 +36,7 @@ def degrade(document: Document, rng: np.random.Generator, strength: float = 1.0)
         pixels = _noise(pixels, rng, rng.uniform(2, 12) * strength)
     if rng.random() < 0.4 * strength:
         pixels = _jpeg(pixels, int(rng.integers(45, 95)))
-    return replace(document, page=Page(pixels, page.characters, page.places), questions=questions)
+    return replace(document, page=replace(page, pixels=pixels), questions=questions)
 
 
 def _turn(page: Page, degrees: float):
@@ -63,7 +63,7 @@ def _turn(page: Page, degrees: float):
     for place in page.places:
         box = move(Box(*place))
         places.append((box.x0, box.y0, box.x1, box.y1))
-    return Page(np.asarray(turned), page.characters, places), move
+    return replace(page, pixels=np.asarray(turned), places=places), move
 
 
 def _light(pixels: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:

@@ -38,11 +38,12 @@ class Box:
 @dataclass
 class Page:
     """pixels: [height, width, 3] uint8. `characters[i]` stands in the box `places[i]` = (x0, y0, x1, y1), inked pixels
-    only; spaces are not listed."""
+    only; spaces are not listed. `words[i]` is a number that it shares with the other characters of its word."""
 
     pixels: np.ndarray
     characters: list[str] = field(default_factory=list)
     places: list[tuple[float, float, float, float]] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
 
     @classmethod
     def blank(cls, width: int, height: int, colour: Colour = WHITE) -> "Page":
@@ -62,24 +63,27 @@ class Page:
 
         Returns the box around the line's ink (an empty box at the pen where nothing was inked).
         """
-        x, y, pen, placed = round(x), round(y), 0, []
+        x, y, pen, word, placed = round(x), round(y), 0, 0, []
         for character in text:
             glyph = glyphs[character]
             if glyph.bitmap.size:
-                placed.append((pen + glyph.left, glyph, character))
+                placed.append((pen + glyph.left, glyph, character, word))
+            else:
+                word += 1
             pen += glyph.advance
         if not placed:
             return Box(x, y, x, y)
-        left = min(at for at, _, _ in placed)
-        right = max(at + glyph.bitmap.shape[1] for at, glyph, _ in placed)
-        top = min(glyph.top for _, glyph, _ in placed)
-        bottom = max(glyph.top + glyph.bitmap.shape[0] for _, glyph, _ in placed)
+        left = min(at for at, *_ in placed)
+        right = max(at + glyph.bitmap.shape[1] for at, glyph, *_ in placed)
+        top = min(glyph.top for _, glyph, *_ in placed)
+        bottom = max(glyph.top + glyph.bitmap.shape[0] for _, glyph, *_ in placed)
         ink = np.zeros((bottom - top, right - left), np.uint8)
-        for at, glyph, character in placed:
+        first = self.words[-1] + 1 if self.words else 0
+        for at, glyph, character, word in placed:
             height, width = glyph.bitmap.shape
             target = ink[glyph.top - top : glyph.top - top + height, at - left : at - left + width]
             np.maximum(target, glyph.bitmap, out=target)
-            self._note(character, x + at, y + glyph.top, x + at + width, y + glyph.top + height)
+            self._note(character, first + word, x + at, y + glyph.top, x + at + width, y + glyph.top + height)
         self._blend(x + left, y + top, ink, colour)
         return Box(x + left, y + top, x + right, y + bottom)
 
@@ -108,10 +112,11 @@ class Page:
         """Blend `colour` in by mask [h, w] uint8 at (x, y): discs, polygons and other shapes."""
         self._blend(round(x), round(y), mask, colour)
 
-    def _note(self, character: str, x0: int, y0: int, x1: int, y1: int) -> None:
+    def _note(self, character: str, word: int, x0: int, y0: int, x1: int, y1: int) -> None:
         if 0 <= x0 + x1 < 2 * self.width and 0 <= y0 + y1 < 2 * self.height:  # its centre is on the page
             self.characters.append(character)
             self.places.append((x0, y0, x1, y1))
+            self.words.append(word)
 
     def _blend(self, x: int, y: int, mask: np.ndarray, colour: Colour) -> None:
         x0, y0 = max(0, x), max(0, y)

@@ -123,10 +123,15 @@ def caption(dice: Dice, text: str) -> Question:
     return Question("caption", dice.pick(CAPTION), text)
 
 
-def grounded(box: Box, width: int, height: int) -> str:
-    """RefCOCO's answer as LLaVA writes it: left, top, right, bottom as fractions of the page."""
+def fractions(box: Box, width: int, height: int) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom as fractions of a page of width x height pixels; beyond its edges, the edges."""
     sides = (box.x0 / width, box.y0 / height, box.x1 / width, box.y1 / height)
-    return "[" + ",".join(f"{min(1.0, max(0.0, side)):.3f}" for side in sides) + "]"
+    return tuple(min(1.0, max(0.0, side)) for side in sides)
+
+
+def grounded(box: Box, width: int, height: int) -> str:
+    """RefCOCO's answer as LLaVA writes it: the box's `fractions`, to a hundredth."""
+    return "[" + ",".join(f"{side:.2f}" for side in fractions(box, width, height)) + "]"
 
 
 def reachable(box: Box, width: int, height: int) -> Box:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from train.data.documents.document import Document
 from train.data.documents.generate import PageOptions, render
+from train.data.documents.questions import fractions
 
 FORMATS = {"png": {"compress_level": 1}, "jpeg": {"quality": 90}}
 CHUNK = 16  # pages that a process draws before it reports
@@ -96,8 +97,7 @@ def _turns(questions) -> list[dict[str, str]]:
 def _fractions(box, document: Document) -> list[float] | None:
     if box is None:
         return None
-    width, height = document.page.width, document.page.height
-    return [round(side, 4) for side in (box.x0 / width, box.y0 / height, box.x1 / width, box.y1 / height)]
+    return [round(side, 4) for side in fractions(box, document.page.width, document.page.height)]
 
 
 def _pages(job: Job, folder: Path, workers: int) -> Iterator[list[dict]]:

@@ -174,7 +174,7 @@ def _rows(sheet: Sheet, draw: Draw) -> None:
     """Numbers one below the other, most of them with a label above."""
     dice, page = sheet.dice, sheet.page
     y, drawn = page.height * dice.uniform(0.01, 0.06), []
-    for _ in range(dice.whole(2, ROWS)):
+    for _ in range(dice.whole(2, max(ROWS, page.height // 64))):
         size = dice.pick([size for size in sheet.sizes if size >= 0.8 * sheet.sizes[-1]])
         pitch, height = size * dice.uniform(1.35, 1.7), sheet.glyphs("bold", size).height
         make, names = dice.pick(LABELS)
@@ -240,7 +240,8 @@ def _ask(sheet: Sheet, drawn: list[tuple[Printed, Printed]]) -> None:
     whole = rows[0][1]
     for _, box in rows:
         whole = whole | box
-    sheet.ask("transcribe", READ_ALL, " ".join(text for text, _ in rows), whole)
+    if len(rows) <= ROWS:
+        sheet.ask("transcribe", READ_ALL, " ".join(text for text, _ in rows), whole)
     for text, box in numbers:
         sheet.ground(f'the number "{text}"', box)
     if len(drawn) == 1:
