@@ -5,16 +5,14 @@
 quantisers: INT8 encoders of several quantisers from the same images, what they lose, and how fast they are.
 speed: encoders in each precision and runtime, at 1536; it takes the encoder that `quantisers` leaves, so run that
 before.
-decoders: decoders of 4 and 8 bits of the demo model as far as it is trained, which answers questions about pages of
-large figures: what its answers lose, perplexity of them and of plain English text.
-final: the bundle that a user would make with --budget: what it loses on the questions of the search, and on 1,000 (an
-hour and a half; a bundle that is there already is taken as it is).
+decoders: decoders of 4 and 8 bits: what answers lose, perplexity of them and of plain English text.
+final: the bundle that a user would make with --budget: what it loses on 1,000 questions (a bundle that is there already
+is taken as it is).
 
-Encoders are those of the demo model after its alignment (it sees text, but does not answer yet) on drawn documents of
-the test split, whose known answers are fed token by token. Things are timed in rounds through all of them, so that a
-slow minute of the machine falls on all; medians are recorded. --modelopt: the interpreter of an environment with
-`nvidia-modelopt[onnx]`, which wants other versions of onnx and onnxruntime. --also: further encoder graphs to measure,
-such as one made with --budget.
+All is asked about pages of large figures of the test split, which the demo model reads. Things are timed in rounds
+through all of them, so that a slow minute of the machine falls on all; medians are recorded. --modelopt: the
+interpreter of an environment with `nvidia-modelopt[onnx]`, which wants other versions of onnx and onnxruntime. --also:
+further encoder graphs to measure, such as one made with --budget.
 """
 
 import argparse
@@ -38,7 +36,7 @@ from benchmarks import record
 from calib.activations import METHODS, Activations
 from calib.blocks import write_kernels
 from calib.decoder import PROMPTS, prompts, quantise_decoder
-from calib.evaluation import Evaluation
+from calib.evaluation import Evaluation, Loss
 from calib.images import Page, calibration_pixels, find_pages, pixels_of, split, spread
 from calib.qdq import Calibrated, measure_means
 from calib.quantize import MEAN_IMAGES, REPORT, SOURCE, for_search
@@ -50,13 +48,12 @@ from runtime.decoder import Decoder
 from runtime.encoder import OnnxEncoder, OpenVinoEncoder
 from runtime.tokenizer import Tokenizer
 
-BUNDLE, DATA = BUILD / "bundle" / "align", BUILD / "data" / "calibration"
-READER, FIGURES = BUILD / "bundle" / "figures", BUILD / "data" / "figures-test"  # where answers are known
-INT8 = BUILD / "bundle" / "align-int8.onnx"  # this project's encoder, for the parts after the first
-PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 160, 64, 48, 9, 1536
-SEARCHED, BUDGET = 64, 3  # of the bundle that a user would make
+RUN, PRESET = "figures", "figures-320"
+CHECKPOINT, BUNDLE = BUILD / "runs" / "convllava-smol" / RUN / "final", BUILD / "bundle" / RUN
+INT8 = BUILD / "bundle" / f"{RUN}-int8.onnx"  # this project's encoder, for the parts after the first
+PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 320, 64, 128, 9, 1536
+SEARCHED, BUDGET = 128, 1  # of the bundle that a user would make
 ORT, BY_KERNELS = "ONNX Runtime", ("int8-rtn", "int4-q4_1", "int4-gptq")  # decoders that run by the kernels too
-FIGURE_PAGES, ANSWERS = 320, 64  # of the reader's: pages that are drawn, questions that it is asked
 STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
 MODELOPT = """
 import sys, numpy
@@ -77,40 +74,31 @@ def main() -> None:
         PARTS[what](args)
 
 
-def open_demo(folder: Path, trained: str, *options: object) -> Bundle:
-    """The bundle of the weights that are carried under this name, made where it is not there."""
-    if not (folder / MANIFEST).is_file():
-        checkpoint = BUILD / "runs" / "convllava-smol" / trained / "final"
-        if not checkpoint.is_dir():
-            run("train.model.demo", "--unpack", f"train/runs/convllava-smol/{trained}.safetensors", checkpoint)
-        run("export.bundle", "--checkpoint", checkpoint, "--out", folder, *options)
-    return open_bundle(folder)
+def open_demo() -> Bundle:
+    """The bundle of the weights that are carried, made where it is not there."""
+    if not (BUNDLE / MANIFEST).is_file():
+        if not CHECKPOINT.is_dir():
+            run("train.model.demo", "--unpack", f"train/runs/convllava-smol/{RUN}.safetensors", CHECKPOINT)
+        run("export.bundle", "--checkpoint", CHECKPOINT, "--res", 320, "--out", BUNDLE)
+    return open_bundle(BUNDLE)
 
 
 def run(module: str, *arguments: object) -> None:
     subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
-def draw(folder: Path, pages: int, *options: str) -> Path:
-    """A dataset of pages of the test split, drawn where it is not there."""
+def documents() -> Path:
+    """What is calibrated on and asked about, drawn where it is not there."""
+    folder = BUILD / "data" / f"{RUN}-test"
     if not folder.is_dir():
-        run("train.data.documents", "--out", folder, "--pages", pages, "--split", "test", *options)
+        run("train.data.documents", "--out", folder, "--pages", PAGES, "--split", "test", "--preset", PRESET)
     return folder / "documents.json"
 
 
-def documents() -> Path:
-    """What encoders are calibrated on and asked about."""
-    return draw(DATA, PAGES, "--preset", "page-1536")
-
-
-def pages() -> tuple[list[Page], list[Page]]:
-    return split(find_pages(documents()), SAMPLES, 1000)
-
-
 def quantisers(args: argparse.Namespace) -> None:
-    bundle = open_demo(BUNDLE, "align")
-    calibration, held_out = pages()
-    evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS, scored=False)
+    bundle = open_demo()
+    calibration, held_out = split(find_pages(documents()), SAMPLES, QUESTIONS)
+    evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS)
     with tempfile.TemporaryDirectory() as folder:
         made = list(encoders(bundle, calibration, Path(folder), args.modelopt))
         shutil.copyfile(made[0][1], INT8)
@@ -120,10 +108,23 @@ def quantisers(args: argparse.Namespace) -> None:
         for row, file in made:
             loss = evaluation.loss(file)
             row |= {"sqnr_db": round(loss.sqnr_db, 1), "differing": round(loss.differing, 1)}
-            row |= {"encode_ms": speeds[row["quantiser"]]}
+            row |= {"anls": answered(evaluation, loss), "encode_ms": speeds[row["quantiser"]]}
             print(row, flush=True)
-    rows = [row for row, _ in made]
-    record.write("calibration", rows, more={"questions": evaluation.questions, "next_tokens": evaluation.tokens})
+    record.write("calibration", [row for row, _ in made], more=asked(evaluation))
+
+
+def answered(evaluation: Evaluation, loss: Loss) -> float:
+    """ANLS, 0 to 1."""
+    return round(evaluation.score.anls - loss.anls / 100, 3)
+
+
+def asked(evaluation: Evaluation) -> dict:
+    """What losses are measured on, and what float32 scores there."""
+    return {
+        "questions": evaluation.questions,
+        "next_tokens": evaluation.tokens,
+        "float32_anls": round(evaluation.score.anls, 3),
+    }
 
 
 def encoders(bundle: Bundle, calibration: list[Page], folder: Path, modelopt: Path | None):
@@ -182,7 +183,7 @@ def nncf_encoder(source: Path, feeds: list[tuple[str, np.ndarray]], target: Path
 
 
 def speed(args: argparse.Namespace) -> None:
-    bundle = open_demo(BUNDLE, "align")
+    bundle = open_demo()
     source, stride = bundle.path(SOURCE), bundle.encoder.stride
     speeds = time_in_turn(
         {
@@ -211,12 +212,10 @@ def time_in_turn(encoders: dict) -> dict:
 
 
 def decoders(args: argparse.Namespace) -> None:
-    bundle = open_demo(READER, "figures_answers", "--res", 320)
+    bundle = open_demo()
     source, part = bundle.path(bundle.decoder.file), bundle.decoder
-    kinds = ("--kinds", "transcribe", "field", "label", "count")
-    data = draw(FIGURES, FIGURE_PAGES, "--preset", "figures-320", *kinds)
-    calibration, held_out = split(find_pages(data), max(PROMPTS.values()), ANSWERS)
-    evaluation = Evaluation(bundle, for_search(held_out, ANSWERS), ANSWERS)
+    calibration, held_out = split(find_pages(documents()), max(PROMPTS.values()), QUESTIONS)
+    evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS)
     tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
     text = np.array(english(lambda text: tokenizer.encode_prompt(text, []), WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
     rows, opened = [], []
@@ -225,7 +224,7 @@ def decoders(args: argparse.Namespace) -> None:
         opened.append(decoder)
         loss = evaluation.loss(decoder=decoder)
         row |= {
-            "anls": round(evaluation.score.anls - loss.anls / 100, 3),
+            "anls": answered(evaluation, loss),
             "text_perplexity": round(perplexity(decoder, text), 2),
             "answer_perplexity": round(loss.perplexity, 2),
             "differing": round(loss.differing, 1),
@@ -249,27 +248,17 @@ def decoders(args: argparse.Namespace) -> None:
                 measure(Decoder(by_kernels, part, operators=kernels.library()), about | {"operators": "kernels"})
         for row, rate in zip(rows, rates_in_turn(opened), strict=True):
             row["decode_tokens_per_s"] = rate
-        more = {"questions": evaluation.questions, "next_tokens": evaluation.tokens}
-        record.write("decoder_weights", rows, more=more)
+        record.write("decoder_weights", rows, more=asked(evaluation))
 
 
 def final(args: argparse.Namespace) -> None:
-    out = BUNDLE.with_name("align-int8")
+    out = BUNDLE.with_name(f"{RUN}-int8")
     if not (out / MANIFEST).is_file():
-        options = ("--questions", SEARCHED, "--budget", BUDGET, "--cache", BUILD / "align-int8.npz")
-        run(
-            "calib.quantize",
-            "--bundle",
-            open_demo(BUNDLE, "align").folder,
-            "--data",
-            documents(),
-            *options,
-            "--out",
-            out,
-        )
+        options = ("--questions", SEARCHED, "--budget", BUDGET, "--out", out)
+        run("calib.quantize", "--bundle", open_demo().folder, "--data", documents(), *options)
     report = json.loads((out / REPORT / "encoder-int8.json").read_text())
     rows = [
-        {"left": len(step["left"])} | {key: step[key] for key in ("sqnr_db", "differing", "perplexity")}
+        {"left": len(step["left"])} | {key: step[key] for key in ("sqnr_db", "differing", "anls", "grounding")}
         for step in report["rounds"]
     ]
     keys = ("budget", "float32", "calibration_images", "questions", "next_tokens", "left_in_higher_precision")

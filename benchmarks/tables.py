@@ -31,6 +31,7 @@ COLUMNS = {
         ("quantiser", "quantiser"),
         ("sqnr_db", "SQNR of the image embeds, dB"),
         ("differing", "next tokens that differ, %"),
+        ("anls", "ANLS"),
         ("seconds", "quantise, s"),
     ],
     "chain": [
@@ -154,7 +155,8 @@ COLUMNS = {
         ("left", "groups left in float32"),
         ("sqnr_db", "SQNR of the image embeds, dB"),
         ("differing", "next tokens that differ, %"),
-        ("perplexity", "perplexity of the answers"),
+        ("anls", "points of ANLS lost"),
+        ("grounding", "points of grounding lost"),
     ],
     "serve": [
         ("what", "load"),
@@ -168,6 +170,15 @@ COLUMNS = {
         ("request", "what clients do"),
         ("requests", "times"),
         ("failures", "failures"),
+    ],
+    "warm_up": [
+        ("resolution", "resolution of training"),
+        ("pages", "pages"),
+        ("minutes", "minutes"),
+        ("stride_8", "told at stride 8"),
+        ("stride_16", "16"),
+        ("stride_32", "32"),
+        ("stride_64", "64"),
     ],
 }
 # name -> which rows are shown, where the charts have them all

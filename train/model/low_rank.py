@@ -1,4 +1,4 @@
-"""What training changed in a model, small enough to ship beside weights that are there: low-rank factors, 8 bits."""
+"""What training changed in a model, small enough to ship beside weights that are there: low-rank factors."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 A, B = ".lora_A", ".lora_B"  # change of `x.weight` = `x.lora_B` @ `x.lora_A`
-SCALE = ".scale"
 
 
 def factors(base: dict[str, Tensor], trained: dict[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
@@ -28,39 +27,6 @@ def factors(base: dict[str, Tensor], trained: dict[str, Tensor], rank: int) -> t
         found[stem + A] = (root[:, None] * v[:rank]).float()
         worst = max(worst, float(s[rank:].norm() / s.norm()))
     return found, worst
-
-
-def changed(base: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The difference, float32, of every tensor that has changed. Raises ValueError where the keys differ."""
-    return {name: change.float() for name, change in _changes(base, trained)}
-
-
-def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices (of convolutions: [out, in * h * w]) in 8 bits with a float32 scale for each row, or each column where
-    there are fewer, as `name.scale`; vectors in float16. The error is at most half a 127th of the row's largest."""
-    found = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim < 2:
-            found[name] = tensor.half()
-            continue
-        matrix = tensor.flatten(1).float()
-        axis = 1 if len(matrix) <= matrix.shape[1] else 0
-        scale = matrix.abs().amax(axis, keepdim=True).clamp(min=1e-30) / 127
-        found[name] = (matrix / scale).round().to(torch.int8).view(tensor.shape)
-        found[name + SCALE] = scale
-    return found
-
-
-def restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `rounded` was given, but for rounding, float32."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.endswith(SCALE):
-            continue
-        scale = tensors.get(name + SCALE)
-        whole = tensor.float() if scale is None else tensor.flatten(1).float() * scale
-        found[name] = whole.view(tensor.shape)
-    return found
 
 
 def add_factors(state: dict[str, Tensor], found: dict[str, Tensor]) -> None:
