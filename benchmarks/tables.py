@@ -155,8 +155,7 @@ COLUMNS = {
         ("left", "groups left in float32"),
         ("sqnr_db", "SQNR of the image embeds, dB"),
         ("differing", "next tokens that differ, %"),
-        ("anls", "points of ANLS lost"),
-        ("grounding", "points of grounding lost"),
+        ("perplexity", "perplexity of the answers"),
     ],
     "serve": [
         ("what", "load"),
