@@ -257,10 +257,8 @@ def final(args: argparse.Namespace) -> None:
         options = ("--questions", SEARCHED, "--budget", BUDGET, "--out", out)
         run("calib.quantize", "--bundle", open_demo().folder, "--data", documents(), *options)
     report = json.loads((out / REPORT / "encoder-int8.json").read_text())
-    rows = [
-        {"left": len(step["left"])} | {key: step[key] for key in ("sqnr_db", "differing", "anls", "grounding")}
-        for step in report["rounds"]
-    ]
+    measured = ("sqnr_db", "differing", "perplexity", "anls", "grounding")
+    rows = [{"left": len(step["left"])} | {key: step[key] for key in measured} for step in report["rounds"]]
     keys = ("budget", "float32", "calibration_images", "questions", "next_tokens", "left_in_higher_precision")
     record.write("quantised", rows, more={key: report[key] for key in (*keys, "sets", "rounds", "alone")})
 
