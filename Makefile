@@ -32,7 +32,7 @@ demo: setup
 	$(RUN) -m export.bundle --checkpoint $(READER) --res 320 --out build/bundle/figures
 	$(RUN) runtime/infer.py --bundle build/bundle/figures --image assets/figures.png --prompt 'Read the page.'
 	$(RUN) runtime/infer.py --bundle build/bundle/figures --image assets/figures.png \
-	    --prompt 'Give the box of the number "27530".' --draw build/figures.png
+	    --prompt 'Where is the battery? Answer with a box.' --draw build/figures.png
 
 # Each room in a process of its own: PyTorch, TensorRT, OpenVINO and their threads all in one have crashed
 test: setup
