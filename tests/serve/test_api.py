@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -46,6 +47,17 @@ def served(model):
     server = Served(model, limits=Limits(image_bytes=200_000, image_pixels=50_000, images=2, body_bytes=1_000_000))
     yield server
     server.close()
+
+
+def slow_down(monkeypatch, engine):
+    """A step takes 10 ms at least, so that LONG is 30 s on any machine."""
+    step = engine._slots.step
+
+    def step_slowly(fed):
+        time.sleep(0.01)
+        return step(fed)
+
+    monkeypatch.setattr(engine._slots, "step", step_slowly)
 
 
 def create(server, messages, **options):
@@ -192,7 +204,8 @@ def test_bodies_that_are_no_requests_are_told_so(served, body):
     assert json.loads(error.value.read())["error"]["type"] == "invalid_request_error"
 
 
-def test_who_disconnects_frees_the_slot(served):
+def test_who_disconnects_frees_the_slot(served, monkeypatch):
+    slow_down(monkeypatch, served.engine)
     before = cancelled(served)
     stream = create(served, asked(QUESTION), **LONG)
     next(iter(stream))
@@ -234,8 +247,9 @@ def test_metrics_and_health(served):
     assert served.get("/nothing")[0] == 404
 
 
-def test_a_full_queue_is_429_with_retry_after(model):
+def test_a_full_queue_is_429_with_retry_after(model, monkeypatch):
     server = Served(model, slots=1, queue_size=1)
+    slow_down(monkeypatch, server.engine)
     running = create(server, asked(QUESTION), **LONG)
     next(iter(running))
     wait_for(lambda: server.engine.running == 1)
@@ -367,10 +381,11 @@ def test_a_crash_before_the_first_token_is_raised_where_another_engine_could_beg
     assert done == "data: [DONE]\n\n"
 
 
-def test_a_deadline_is_told(model):
-    server = Served(model, limits=Limits(seconds=0.0))
+def test_a_deadline_is_told(model, monkeypatch):
+    server = Served(model, limits=Limits(seconds=1.0))
+    slow_down(monkeypatch, server.engine)
     with pytest.raises(openai.APIStatusError) as error:
-        create(server, asked(QUESTION), max_tokens=5)
+        create(server, asked(QUESTION), **LONG | {"stream": False})
     assert (error.value.status_code, error.value.body["code"]) == (504, "deadline")
     server.close()
 
@@ -415,7 +430,7 @@ def test_sigterm_finishes_what_runs_and_takes_no_more(conformance_bundle):
 
 
 def test_sigterm_tells_those_that_take_too_long(conformance_bundle):
-    server = Process("--bundle", conformance_bundle, "--stop-timeout", 0.5)
+    server = Process("--bundle", conformance_bundle, "--stop-timeout", 0.1)
     wait_for(server.ready)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=WAIT)
     name = client.models.list().data[0].id
