@@ -38,7 +38,7 @@ from train.data.documents import Document
 from train.data.documents.page import Box, Page
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed import World
-from train.local import Local, PageBatch, draw, load_pages, pixel_statistics, read_local, stack_pixels
+from train.local import Local, PageBatch, draw, load_pages, phase_of, pixel_statistics, read_local, stack_pixels
 from train.loop import Loss, autocast, compute_dtype
 from train.model import Checkpoint, ImageEncoder, load_image_encoder, load_language_state, load_model, save_checkpoint
 from train.parts import check_parts, freeze_others, parameter_groups
@@ -47,6 +47,7 @@ from train.recipe import Recipe, RecipeError
 
 EMBEDDING = "model.embed_tokens.weight"
 NO_TOKEN = -1
+UNTOLD = -2  # in place of the sides of a cell whose place is not taught
 FROZEN = 4  # stages, where outputs are kept
 KEEPABLE = ("projector", "fifth_stage")
 SPREAD = 0.3  # variance of a cell's embedding around its text's where cells are told apart; digits are 3 apart, squared
@@ -92,10 +93,12 @@ class CellPages(Dataset):
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, list[Tensor]]:
         document = draw(self._local, self._seed, number, self._global_batch)
+        placed = phase_of(self._local, number, self._global_batch).placed
         page, labels = document.page, []
         for cell in cells(document, self._stride, self._local.whole_words):
             ids = [id for word in cell.text.split() or ["\n"] for id in self._tokenizer.encode(word, opening=False)]
-            labels.append(torch.tensor(hundredths(cell.box, page.width, page.height) + ids))
+            box = hundredths(cell.box, page.width, page.height)
+            labels.append(torch.tensor((box if placed or cell.box is None else [UNTOLD] * SIDES) + ids))
         return page.pixels, labels
 
 
@@ -191,7 +194,7 @@ class AlignTask:
 
     def steps(self, first: int, last: int) -> Iterator[Sequence[PageBatch]]:
         pages = CellPages(self._local, self._recipe, self._tokenizer, self._checkpoint.encoder_config.stride)
-        load = partial(load_pages, pages, _stack, self._recipe, self._world)
+        load = partial(load_pages, pages, _stack, self._local, self._recipe, self._world)
         return self._kept_steps(load, first, last) if self._local.kept else load(first, last)
 
     def _kept_steps(
@@ -235,11 +238,11 @@ class AlignTask:
         inputs = batch.inputs if self._local.kept else (batch.inputs - self._mean) / self._std
         found = self.model(inputs).flatten(0, 1).float()  # [B * T, D]
         sides, ids = batch.labels.split((SIDES, batch.labels.shape[1] - SIDES), 1)
-        written = sides[:, 0] != NOWHERE
+        written, placed = sides[:, 0] != NOWHERE, sides[:, 0] >= 0
         text = (self._embedding[ids.clamp(min=0)] * (ids != NO_TOKEN)[..., None]).sum(1)
         wanted = text.clone()
         if self._places:
-            wanted[written] += self._places.encode(sides[written])
+            wanted[placed] += self._places.encode(sides[placed])
         errors = (found - wanted).square().mean(-1) / self._scale
         loss, metrics = errors.sum(), {}
         if self._local.contrast:
@@ -248,9 +251,9 @@ class AlignTask:
             loss = loss + self._local.contrast * told
             metrics["told_apart"] = (float(right[written].sum()), float(written.sum()))
         if self._places:
-            missed, hit = self._places.loss(found[written], sides[written])
+            missed, hit = self._places.loss(found[placed], sides[placed])
             loss = loss + self._local.places * missed
-            metrics["placed"] = (float(hit.sum()), float(written.sum()))
+            metrics["placed"] = (float(hit.sum()), float(placed.sum()))
         spread = (wanted - wanted.mean(0)).square().mean() / self._scale * len(wanted)
         # what the mean embedding would not explain: 0 is no better than a constant, 1 is exact
         metrics["explained"] = (float(spread - errors.detach().sum()), float(spread))

@@ -82,7 +82,9 @@ class LocalHeads(nn.Module):
 class Phase:
     """Part of a curriculum. side: of the square pages, pixels. min_px, max_px: text sizes. steps: how long. dense:
     share of pages that are full of random strings, the others being documents. strength: of degradation. families: of
-    documents, by name with their weights; those of `PageOptions` where there are none.
+    documents, by name with their weights; those of `PageOptions` where there are none. batch: pages of a step, if not
+    the recipe's `global_batch`: less where pages are larger than other phases'. placed: whether an alignment teaches
+    where text stands on these pages.
     """
 
     side: int
@@ -92,6 +94,8 @@ class Phase:
     dense: float = 0.5
     strength: float = 0.5
     families: dict[str, float] = field(default_factory=dict)
+    batch: int = 0
+    placed: bool = True
 
     def __post_init__(self):
         PageOptions(families=tuple(self.families.items()))
@@ -101,8 +105,8 @@ class Phase:
 class Local:
     """The recipe's section `local`.
 
-    phases: the curriculum, one after the other; their steps add up to the recipe's. blanks: share of the empty
-    subcells that count in the loss. hidden: features of a subcell in the heads.
+    phases: the curriculum, one after the other, `rounds` times over; their steps add up to the recipe's. blanks: share
+    of the empty subcells that count in the loss. hidden: features of a subcell in the heads.
 
     For an alignment alone: contrast: weight of the loss of telling cells apart. whole_words: whether a word goes into
     one cell. places: weight of the loss of telling where text stands. kept: how many steps' pages go through the frozen
@@ -111,6 +115,7 @@ class Local:
     """
 
     phases: tuple[Phase, ...]
+    rounds: int = 1
     blanks: float = 0.05
     hidden: int = 64
     contrast: float = 0.0
@@ -120,11 +125,15 @@ class Local:
     passes: int = 1
 
     def phase(self, step: int) -> Phase:
+        """Raises IndexError for a step after the last one."""
+        rounds, step = divmod(step, sum(phase.steps for phase in self.phases))
+        if rounds >= self.rounds:
+            raise IndexError(step)
         for phase in self.phases:
             if step < phase.steps:
                 return phase
             step -= phase.steps
-        raise IndexError(step)
+        raise AssertionError("step is less than the phases' sum")
 
 
 class ReadingEncoder(nn.Module):
@@ -190,9 +199,14 @@ class PageBatch:
         return replace(self, inputs=inputs, labels=labels)
 
 
+def phase_of(local: Local, number: int, global_batch: int) -> Phase:
+    """Of page `number` of a run; number // global_batch is the step that takes it, were each page gone over once."""
+    return local.phase(number // global_batch * local.passes)
+
+
 def draw(local: Local, seed: int, number: int, global_batch: int) -> Document:
-    """Page `number` of a run; number // global_batch is the step that takes it, were each page gone over once."""
-    phase = local.phase(number // global_batch * local.passes)
+    """Page `number` of a run, of its `phase_of`."""
+    phase = phase_of(local, number, global_batch)
     size = (phase.side, phase.side)
     # spread evenly, so that every batch has its share
     if int((number + 1) * phase.dense) > int(number * phase.dense):
@@ -231,8 +245,19 @@ def read_local(recipe: Recipe, stride: int) -> Local:
         local = build(Local, recipe.local, "local.")
     except ValueError as error:  # of PageOptions
         raise RecipeError(f"local.phases: {error}") from error
-    if (steps := sum(phase.steps for phase in local.phases)) != recipe.steps:
+    if (steps := local.rounds * sum(phase.steps for phase in local.phases)) != recipe.steps:
         raise RecipeError(f"local.phases: their steps add up to {steps}, but steps is {recipe.steps}")
+    if local.rounds != 1 and local.kept:
+        raise RecipeError(f"local.rounds: {local.rounds}, but outputs are kept; give the phases once")
+    for phase in local.phases:
+        if phase.batch and local.kept:
+            raise RecipeError("local.phases: batch, but outputs are kept; leave out one of both")
+        micro_batches = recipe.global_batch // recipe.micro_batch
+        if not 0 <= phase.batch <= recipe.global_batch or phase.batch % micro_batches:
+            raise RecipeError(
+                f"local.phases: batch {phase.batch}, expected at most global_batch, {recipe.global_batch}, and a "
+                f"multiple of {micro_batches}, the micro-batches of a step"
+            )
     if wrong := [phase.side for phase in local.phases if phase.side % stride]:
         raise RecipeError(f"local.phases: side {wrong[0]} is not a multiple of {stride}")
     if local.kept < 0 or local.passes < 1:
@@ -246,15 +271,17 @@ def read_local(recipe: Recipe, stride: int) -> Local:
 
 
 def load_pages(
-    pages: Dataset, stack: Callable[[list], Any], recipe: Recipe, world: World, first: int, last: int
+    pages: Dataset, stack: Callable[[list], Any], local: Local, recipe: Recipe, world: World, first: int, last: int
 ) -> Iterator[list]:
     """For each step, this process's micro-batches of `stack`ed pages."""
     count = recipe.accumulation(world.size)
     batches = []
     for step in range(first, last):
+        batch = (not local.kept and local.phase(step).batch) or recipe.global_batch
+        size = batch * recipe.micro_batch // recipe.global_batch
         for micro in range(count):
-            start = step * recipe.global_batch + (micro * world.size + world.rank) * recipe.micro_batch
-            batches.append(range(start, start + recipe.micro_batch))
+            start = step * recipe.global_batch + (micro * world.size + world.rank) * size
+            batches.append(range(start, start + size))
     loader = iter(
         DataLoader(
             pages,
@@ -302,7 +329,8 @@ class LocalTask:
         return parameter_groups(self.model, self._recipe, "image_encoder.")  # the heads are no part
 
     def steps(self, first: int, last: int) -> Iterator[Sequence[PageBatch]]:
-        return load_pages(Pages(self._local, self._recipe), _stack, self._recipe, self._world, first, last)
+        pages = Pages(self._local, self._recipe)
+        return load_pages(pages, _stack, self._local, self._recipe, self._world, first, last)
 
     def loss(self, batch: PageBatch) -> Loss:
         grid = batch.labels.long()

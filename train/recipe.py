@@ -73,11 +73,13 @@ class Records:
 
     records: LLaVA's JSON, a list, or JSON lines. images: the folder that its image paths are relative to.
     weight: how often an epoch goes through it; 0.5 is a half, drawn anew each epoch, and 2.5 is twice and a half.
+    resolution: side of its images, pixels; None: the recipe's.
     """
 
     records: str
     images: str | None = None
     weight: float = 1.0
+    resolution: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import run_module
 from tests.train.test_local import page_with
-from train.align import NO_TOKEN, SPREAD, AlignTask, cells, tell_apart
+from train.align import NO_TOKEN, SPREAD, UNTOLD, AlignTask, cells, tell_apart
 from train.data.documents import Document
 from train.data.documents.fonts import faces
 from train.data.documents.fonts import glyphs as glyphs_of
@@ -163,6 +163,24 @@ def test_what_tokens_say_of_places_is_added(recipe):
     assert loss.metrics["placed"] == (hit.sum(), written.sum())
 
 
+def test_places_are_not_taught_where_a_phase_says_so(recipe):
+    """And pages of a step are fewer there."""
+    phases = "local.phases=[{side: 128, min_px: 24, max_px: 32, dense: 1.0, steps: 1, batch: 2, placed: false}, \
+               {side: 128, min_px: 24, max_px: 32, dense: 1.0, steps: 1}]"
+    overrides = ["local.places=0.5", "local.contrast=2.0", "local.rounds=4", phases]
+    without, placed = AlignTask(read_recipe(recipe, overrides), ALONE).steps(0, 2)
+    assert [[len(batch.inputs) for batch in step] for step in (without, placed)] == [[1, 1], [2, 2]]
+    task, unplaced = (AlignTask(read_recipe(recipe, o), ALONE) for o in (overrides, ["local.contrast=2.0"]))
+    sides = without[0].labels[:, :SIDES]
+    assert set(sides.unique().tolist()) == {NOWHERE, UNTOLD}
+    loss, wanted = task.loss(without[0]), unplaced.loss(without[0])
+    assert loss.sum.item() == pytest.approx(wanted.sum.item(), rel=1e-6)
+    assert loss.metrics["told_apart"] == wanted.metrics["told_apart"]
+    assert loss.metrics["told_apart"][1] == (sides[:, 0] == UNTOLD).sum() > 0
+    assert loss.metrics["placed"] == (0, 0)
+    assert task.loss(placed[0]).metrics["placed"][1] > 0
+
+
 PHASE = "local.phases=[{side: 128, min_px: 24, max_px: 32, dense: 1.0, steps: 2}]"
 
 
@@ -234,6 +252,8 @@ def test_a_run_that_keeps_outputs_trains_the_same_parts(recipe, conformance, tmp
         (("local.passes=2",), "local.kept"),
         (("local.kept=3",), "multiples of 3"),
         (("local.kept=-1",), "at least 0"),
+        (("local.kept=2", "local.rounds=2", "steps=16"), "local.rounds: 2"),
+        (("local.kept=2", PHASE.replace("steps: 2", "steps: 8, batch: 2")), "batch, but outputs are kept"),
         (("local.kept=2", "task=local", "train=[encoder]"), "no output can be kept"),
         (("local.kept=2", "train=[projector, encoder]"), "not encoder"),
     ],

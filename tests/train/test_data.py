@@ -1,6 +1,7 @@
 """Conversations and images: against the original's rules, against the runtime, and what becomes of broken records."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,20 @@ def test_json_lines_and_several_files_are_one_dataset(conformance: Path, tmp_pat
     ]
     assert [data[i].input_ids.tolist() for i in range(3)] == expected
     assert data[3].name == f"{tmp_path / 'b.jsonl'}[1]"
+
+
+def test_a_dataset_may_have_a_resolution_of_its_own(conformance, tmp_path: Path, rule: ImageRule):
+    Image.effect_noise((200, 100), 50).convert("RGB").save(tmp_path / "noise.png")
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([says("<image>\nWhat?", "Noise.", image="noise.png")]))
+    sources = tuple(Records(str(records), str(tmp_path), resolution=side) for side in (None, 192))
+    data = Conversations(sources, TEMPLATES["vicuna_v1"], None, load_tokenizer(conformance / "checkpoint"), rule, 512)
+    plain, larger = data[0], data[1]
+    assert plain.images[0].shape == (3, rule.resolution, rule.resolution)
+    assert larger.images[0].shape == (3, 192, 192)
+    assert larger.positions - plain.positions == 9 - (rule.resolution // 64) ** 2
+    theirs = preprocess(open_image(tmp_path / "noise.png"), replace(rule, resolution=192))
+    assert np.array_equal(larger.images[0], theirs)
 
 
 def test_records_in_lines_are_known_by_what_is_in_the_file(tmp_path):

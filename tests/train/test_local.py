@@ -122,6 +122,16 @@ def test_pages_follow_the_phases_and_the_share_of_dense_ones():
         local.phase(3)
 
 
+def test_phases_come_again_with_other_pages():
+    phases = (Phase(64, 16, 20, steps=1, dense=1.0), Phase(128, 16, 20, steps=2, dense=1.0))
+    local = Local(phases, rounds=2)
+    assert [local.phase(step).side for step in range(6)] == [64, 128, 128, 64, 128, 128]
+    with pytest.raises(IndexError):
+        local.phase(6)
+    first, again = (draw(local, 0, number, 1).page for number in (0, 3))
+    assert not np.array_equal(first.pixels, again.pixels)
+
+
 def test_a_phase_may_draw_some_families_alone():
     local = Local((Phase(320, 20, 48, steps=1, dense=0.0, families={"figures": 1.0}),))
     assert {draw(local, 0, number, 8).template.partition("/")[0] for number in range(8)} == {"figures"}
@@ -187,6 +197,9 @@ def test_a_run_changes_the_encoder_alone_and_goes_on_bit_equal(recipe, conforman
         ("train=[projector]", "[encoder]"),
         ("local.phase=[]", "local.phase"),
         ("local.blanks=many", "local.blanks"),
+        ("local.rounds=2", "add up to 8"),
+        ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, batch: 5}]", "batch 5, expected at most"),
+        ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, batch: 3}]", "a multiple of 2"),
         ("local.phases=[{side: 72, min_px: 16, max_px: 24, steps: 4}]", "multiple of 64"),
         ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, families: {maps: 1.0}}]", "maps"),
     ],

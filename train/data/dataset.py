@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Conversations(Dataset):
     ):
         self._sources = sources
         self._template, self._system, self._tokenizer = template, system, tokenizer
-        self._rule, self._max_length = rule, max_length
+        self._rules = {source: replace(rule, resolution=source.resolution or rule.resolution) for source in sources}
+        self._max_length = max_length
         # One block of bytes, which worker processes share: a list of objects would be copied into each as soon as
         # Python counts references to them
         blocks, lengths, self.counts = [], [], []
@@ -95,7 +96,7 @@ class Conversations(Dataset):
         turns = turns_of(record)
         pixels = [self._pixels(image, source) for image in images_of(record)]
         encoded = encode_conversation(turns, self._template, self._tokenizer, self._system)
-        tokens = [self._rule.tokens(image) for image in pixels]
+        tokens = [self._rules[source].tokens(image) for image in pixels]
         encoded, positions = truncate(encoded, tokens, self._max_length)
         return Conversation(
             torch.tensor(encoded.ids), torch.tensor(encoded.labels), [torch.from_numpy(p) for p in pixels], positions
@@ -106,7 +107,7 @@ class Conversations(Dataset):
             raise MalformedError(f"image {image}, but its dataset has no folder 'images'")
         file = Path(source.images) / image
         try:
-            return preprocess(open_image(file), self._rule)
+            return preprocess(open_image(file), self._rules[source])
         except ValueError as error:
             raise MalformedError(f"image {file}: {error}") from error
 

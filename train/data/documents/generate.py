@@ -113,6 +113,8 @@ PRESETS = {
     # The curriculum: few large words first, then whole documents with ever smaller text
     "line-256": PageOptions(((256, 64),), 20, 36, (("words", 1.0),), strength=0.3),
     "figures-320": PageOptions(((320, 320),), 20, 48, (("figures", 1.0),), strength=0.3, questions=6),
+    "figures-768": PageOptions(((768, 768),), 20, 48, (("figures", 1.0),), strength=0.3),
+    "figures-1536": PageOptions(((1536, 1536),), 20, 48, (("figures", 1.0),), strength=0.3, questions=16),
     "words-256": PageOptions(((256, 256),), 24, 40, (("words", 1.0),), strength=0.3),
     "small-512": PageOptions(SizeRange((512, 512)), 20, 48, tuple((EVEN | {"words": 2.0}).items()), strength=0.4),
     "page-768": PageOptions(SizeRange((768, 768)), 16, 48, tuple((EVEN | {"words": 0.7}).items())),
