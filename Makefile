@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 EXTRAS := cpu,export,train,calib,openvino,rtx,serve,benchmarks,dev
 
 # The demo model as far as it is trained
-READER := build/runs/convllava-smol/figures/final
+READER := build/runs/convllava-smol/pages/final
 
 PEERS := build/peers
 LLAMA_CPP := llama-cpp-python==0.3.36
@@ -27,11 +27,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard runtime/kernels/*.
 	touch $@
 
 demo: setup
-	test -d $(READER) || $(RUN) -m train.model.demo --unpack train/runs/convllava-smol/figures.safetensors $(READER)
+	test -d $(READER) || $(RUN) -m train.model.demo --unpack train/runs/convllava-smol/pages.safetensors $(READER)
 	$(RUN) -m export.encoder --checkpoint $(READER) --res 1536
-	$(RUN) -m export.bundle --checkpoint $(READER) --res 320 --out build/bundle/figures
-	$(RUN) runtime/infer.py --bundle build/bundle/figures --image assets/figures.png --prompt 'Read the page.'
-	$(RUN) runtime/infer.py --bundle build/bundle/figures --image assets/figures.png \
+	$(RUN) -m export.bundle --checkpoint $(READER) --res 1536 --out build/bundle/pages
+	$(RUN) runtime/infer.py --bundle build/bundle/pages --image assets/board.png --prompt 'What stands at the top?'
+	$(RUN) runtime/infer.py --bundle build/bundle/pages --res 320 --image assets/figures.png \
 	    --prompt 'Where is the battery? Answer with a box.' --draw build/figures.png
 
 # Each room in a process of its own: PyTorch, TensorRT, OpenVINO and their threads all in one have crashed

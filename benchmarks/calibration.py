@@ -48,9 +48,9 @@ from runtime.decoder import Decoder
 from runtime.encoder import OnnxEncoder, OpenVinoEncoder
 from runtime.tokenizer import Tokenizer
 
-RUN, PRESET = "figures", "figures-320"
-CHECKPOINT, BUNDLE = BUILD / "runs" / "convllava-smol" / RUN / "final", BUILD / "bundle" / RUN
-INT8 = BUILD / "bundle" / f"{RUN}-int8.onnx"  # this project's encoder, for the parts after the first
+RUN, PRESET, RES = "pages", "figures-320", 320
+CHECKPOINT, BUNDLE = BUILD / "runs" / "convllava-smol" / RUN / "final", BUILD / "bundle" / f"{RUN}-{RES}"
+INT8 = BUILD / "bundle" / f"{BUNDLE.name}-int8.onnx"  # this project's encoder, for the parts after the first
 PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 320, 64, 128, 9, 1536
 SEARCHED, BUDGET = 64, 1  # of the bundle that a user would make
 ORT, BY_KERNELS = "ONNX Runtime", ("int8-rtn", "int4-q4_1", "int4-gptq")  # decoders that run by the kernels too
@@ -79,7 +79,7 @@ def open_demo() -> Bundle:
     if not (BUNDLE / MANIFEST).is_file():
         if not CHECKPOINT.is_dir():
             run("train.model.demo", "--unpack", f"train/runs/convllava-smol/{RUN}.safetensors", CHECKPOINT)
-        run("export.bundle", "--checkpoint", CHECKPOINT, "--res", 320, "--out", BUNDLE)
+        run("export.bundle", "--checkpoint", CHECKPOINT, "--res", RES, "--out", BUNDLE)
     return open_bundle(BUNDLE)
 
 
@@ -252,7 +252,7 @@ def decoders(args: argparse.Namespace) -> None:
 
 
 def final(args: argparse.Namespace) -> None:
-    out = BUNDLE.with_name(f"{RUN}-int8")
+    out = BUNDLE.with_name(f"{BUNDLE.name}-int8")
     if not (out / MANIFEST).is_file():
         options = ("--questions", SEARCHED, "--budget", BUDGET, "--out", out)
         run("calib.quantize", "--bundle", open_demo().folder, "--data", documents(), *options)

@@ -16,17 +16,19 @@ from benchmarks import charts
 from benchmarks.record import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+ACCURACY = [
+    ("split", "pages"),
+    ("res", "resolution"),
+    ("visual_tokens", "visual tokens"),
+    ("anls", "ANLS"),
+    ("exact_match", "exact match"),
+    ("iou50", "grounding, IoU ≥ 0.5"),
+    ("questions", "questions"),
+]
 # name of a results file -> (row's key, title) of the columns shown
 COLUMNS = {
-    "accuracy": [
-        ("split", "pages"),
-        ("res", "resolution"),
-        ("visual_tokens", "visual tokens"),
-        ("anls", "ANLS"),
-        ("exact_match", "exact match"),
-        ("iou50", "grounding, IoU ≥ 0.5"),
-        ("questions", "questions"),
-    ],
+    "accuracy": ACCURACY,
+    "accuracy_320": ACCURACY,
     "calibration": [
         ("quantiser", "quantiser"),
         ("sqnr_db", "SQNR of the image embeds, dB"),
