@@ -126,14 +126,11 @@ class Local:
 
     def phase(self, step: int) -> Phase:
         """Raises IndexError for a step after the last one."""
-        rounds, step = divmod(step, sum(phase.steps for phase in self.phases))
-        if rounds >= self.rounds:
-            raise IndexError(step)
-        for phase in self.phases:
+        for phase in self.phases * self.rounds:
             if step < phase.steps:
                 return phase
             step -= phase.steps
-        raise AssertionError("step is less than the phases' sum")
+        raise IndexError(step)
 
 
 class ReadingEncoder(nn.Module):
@@ -277,7 +274,7 @@ def load_pages(
     count = recipe.accumulation(world.size)
     batches = []
     for step in range(first, last):
-        batch = (not local.kept and local.phase(step).batch) or recipe.global_batch
+        batch = local.phase(step).batch or recipe.global_batch
         size = batch * recipe.micro_batch // recipe.global_batch
         for micro in range(count):
             start = step * recipe.global_batch + (micro * world.size + world.rank) * size

@@ -309,9 +309,11 @@ def test_quick_attention_is_attention(model: ConvLLaVA):
     inputs = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
     wanted = F.scaled_dot_product_attention(*inputs, is_causal=True)
     wanted.sum().backward()
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     with torch.autocast("cpu", torch.bfloat16), quick_attention(query.device):
         found = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     assert found.dtype == torch.bfloat16
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
     found.float().sum().backward()
     assert (found - wanted).norm() < 0.01 * wanted.norm()
     for tensor, exact in zip((query, key, value), inputs, strict=True):
