@@ -66,8 +66,19 @@ def test_only_questions_of_some_kinds(tmp_path: Path):
     assert len(records) == count == len(wanted) == len(list((tmp_path / "out" / "images").iterdir()))
     answers = [[turn["value"] for turn in record["conversations"][1::2]] for record in records]
     assert answers == [[question.answer for question in questions] for questions in wanted]
-    with pytest.raises(ValueError, match="none of 2 pages has a question of the kinds nonsense"):
+    with pytest.raises(ValueError, match="none of 2 pages has 1 questions of the kinds nonsense"):
         write(Job("train", 0, 2, OPTIONS, kinds=("nonsense",)), tmp_path / "nothing")
+
+
+def test_pages_with_few_questions_are_left_out(tmp_path: Path):
+    options = replace(OPTIONS, questions=6)
+    asked = [[q for q in render(i, "train", 0, options).questions if q.kind == "ground"] for i in range(12)]
+    enough = [questions for questions in asked if len(questions) >= 2]
+    assert 0 < len(enough) < 12  # else nothing would be tried here
+    assert write(Job("train", 0, 12, options, kinds=("ground",), fewest=2), tmp_path / "out") == len(enough)
+    records = json.loads((tmp_path / "out" / "documents.json").read_text(encoding="utf-8"))
+    answers = [[turn["value"] for turn in record["conversations"][1::2]] for record in records]
+    assert answers == [[question.answer for question in questions] for questions in enough]
 
 
 def test_nothing_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch):
@@ -95,6 +106,15 @@ def test_the_command_writes_and_says_how_fast(tmp_path: Path):
     assert "2 records of 2 pages" in done.stdout and "pages/s" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "is there already" in again.stderr
+
+
+def test_the_command_asks_as_many_questions_as_it_is_told(tmp_path: Path):
+    command = [sys.executable, "-m", "train.data.documents", "--out", tmp_path / "out", "--pages", "6"]
+    command += ["--preset", "words-256", "--workers", "1", "--questions", "3", "--fewest", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "out" / "documents.json").read_text(encoding="utf-8"))
+    assert records and all(len(record["kinds"]) == 3 for record in records)
 
 
 def test_documents_need_no_torch():

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from train.data.documents.document import KINDS
@@ -17,14 +18,16 @@ from train.data.documents.write import FORMATS, Job, write
 
 def main() -> int:
     arguments = _arguments()
+    options = PRESETS[arguments.preset]
     job = Job(
         arguments.split,
         arguments.seed,
         arguments.pages,
-        PRESETS[arguments.preset],
+        replace(options, questions=arguments.questions or options.questions),
         arguments.format,
         arguments.one_turn,
         tuple(arguments.kinds),
+        arguments.fewest,
     )
     start = time.perf_counter()
     try:
@@ -52,6 +55,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--kinds", nargs="+", default=(), choices=KINDS, metavar="KIND", help=f"of questions: {', '.join(KINDS)}"
     )
+    parser.add_argument("--questions", type=_count, help="the most that are asked of a page (default: the preset's)")
+    parser.add_argument("--fewest", type=_count, default=1, help="pages with fewer questions are left out (default: 1)")
     return parser.parse_args()
 
 

@@ -27,7 +27,7 @@ CHUNK = 16  # pages that a process draws before it reports
 class Job:
     """What to write. format: a key of `FORMATS`. one_turn: a record for each question, not for each page.
 
-    kinds: of questions that are written; empty for all. A page without any of them is left out.
+    kinds: of questions that are written; empty for all. A page with less than `fewest` of them is left out.
     """
 
     split: str
@@ -37,6 +37,7 @@ class Job:
     format: str = "png"
     one_turn: bool = False
     kinds: tuple[str, ...] = ()
+    fewest: int = 1
 
 
 def write(job: Job, folder: Path, workers: int = 1) -> int:
@@ -55,7 +56,8 @@ def write(job: Job, folder: Path, workers: int = 1) -> int:
         (unfinished / "images").mkdir()
         records = [record for page in _pages(job, unfinished, workers) for record in page]
         if not records:
-            raise ValueError(f"none of {job.pages} pages has a question of the kinds {', '.join(job.kinds)}")
+            kinds = f" of the kinds {', '.join(job.kinds)}" if job.kinds else ""
+            raise ValueError(f"none of {job.pages} pages has {job.fewest} questions{kinds}")
         text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
         (unfinished / "documents.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp's folders are closed to others
@@ -121,7 +123,7 @@ def _page(job: Job, folder: Path, index: int) -> list[dict]:
     document = render(index, job.split, job.seed, job.options)
     if job.kinds:
         document = replace(document, questions=[q for q in document.questions if q.kind in job.kinds])
-    if not document.questions:
+    if len(document.questions) < job.fewest:
         return []
     name = f"{job.split}-{job.seed}-{index:07d}"
     image = f"images/{name}.{job.format}"
