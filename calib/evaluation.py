@@ -26,7 +26,7 @@ from runtime.decoder import Decoder
 from runtime.encoder import OnnxEncoder
 from runtime.errors import UserError
 from runtime.grounding import read_boxes
-from runtime.image import open_image
+from runtime.image_file import open_image
 from runtime.model import Model, Options
 from runtime.prompt import first_turn, with_answer
 from runtime.slots import Slots

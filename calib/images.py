@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.image import ImageRule, open_image, preprocess
+from runtime.image import ImageRule, preprocess
+from runtime.image_file import open_image
 
 LEAST = 16  # fewer say too little of the ranges that activations take
 HELD_OUT = 12  # at least so many to evaluate on

@@ -114,7 +114,7 @@ def answer(model, args: argparse.Namespace, options) -> None:
 
 def chat(model, images: list[str], options) -> None:
     """Questions from standard input until it ends; the pictures come with the first one and are encoded once."""
-    from runtime.image import open_image
+    from runtime.image_file import open_image
 
     pictures = [open_image(image) for image in images]  # a bad file is an error before the first question
     conversation = model.chat(options)
@@ -203,7 +203,7 @@ def peak_memory_mib() -> float:
 
 def _draw(file: Path, image: str, answer: str) -> None:
     from runtime.grounding import draw_boxes, read_boxes
-    from runtime.image import open_image
+    from runtime.image_file import open_image
 
     if boxes := read_boxes(answer):
         draw_boxes(open_image(image), boxes).save(file)

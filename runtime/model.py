@@ -29,7 +29,8 @@ from runtime.decoder import Sequence as DecoderSequence
 from runtime.device import Array, concatenate, to_numpy
 from runtime.errors import UserError
 from runtime.grammar import Grammars, JsonGrammar
-from runtime.image import MAX_PIXELS, open_image, preprocess, target_size
+from runtime.image import preprocess, target_size
+from runtime.image_file import MAX_PIXELS, open_image
 from runtime.sampling import Sampling, next_token
 from runtime.tokenizer import Tokenizer
 

@@ -17,7 +17,8 @@ from runtime.backends import Backends
 from runtime.bundle import open_bundle
 from runtime.decoder import Decoder
 from runtime.errors import UserError
-from runtime.image import open_image, preprocess
+from runtime.image import preprocess
+from runtime.image_file import open_image
 from runtime.model import Model
 from runtime.prompt import first_turn
 from tests.calib.test_quantize import sqnr

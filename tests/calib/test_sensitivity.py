@@ -15,7 +15,8 @@ from calib.quantize import Options, quantise_bundle
 from calib.sensitivity import Step, depthwise_of, groups_of, nested, sensitivities, settle
 from export.encoder import export_encoder
 from runtime.bundle import open_bundle
-from runtime.image import open_image, preprocess
+from runtime.image import preprocess
+from runtime.image_file import open_image
 from runtime.session import open_session
 from tests.calib.test_quantize import feeds_of, ranges_of, sqnr
 from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector

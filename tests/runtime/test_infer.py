@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import runtime
+import runtime.image_file
 from tests.conftest import ROOT, run_module
 
 
@@ -415,7 +416,7 @@ def test_an_answer_follows_a_schema(conformance_bundle, tmp_path, picture):
     properties = {"date": {"type": "string", "maxLength": 4}, "paid": {"type": "boolean"}}
     schema.write_text(json.dumps({"type": "object", "properties": properties, "required": ["date", "paid"]}))
     image = tmp_path / "page.png"
-    runtime.image.open_image(picture).save(image)
+    runtime.image_file.open_image(picture).save(image)
     command = [sys.executable, "runtime/infer.py", "--bundle", str(conformance_bundle), "--image", str(image), "--json"]
     command += ["--prompt", "What?", "--max-new-tokens", "300", "--json-schema"]
     done = subprocess.run([*command, str(schema)], cwd=ROOT, capture_output=True, text=True)

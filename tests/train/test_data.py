@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HubTokenizer
 
 import runtime.image
+import runtime.image_file
 from export.tokenizer import CheckpointFiles, OriginalTokenizer, export_tokenizer
 from runtime import prompt as runtime_prompt
 from runtime.tokenizer import Tokenizer as RuntimeTokenizer
@@ -421,7 +422,7 @@ def test_files_are_opened_as_the_runtime_opens_them(tmp_path: Path):
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
     rgba.convert("LA").save(tmp_path / "la.png")
     for file in sorted(tmp_path.iterdir()):
-        found, expected = open_image(file), runtime.image.open_image(file)
+        found, expected = open_image(file), runtime.image_file.open_image(file)
         assert found.mode == "RGB"
         assert np.array_equal(np.asarray(found), np.asarray(expected)), file.name
     assert open_image(tmp_path / "turned.jpg").size == (40, 30)
