@@ -1,7 +1,6 @@
 """The task of LLaVA's stages: learn the answers of conversations about images."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 from train.assemble import MEAN, STD, Source
+from train.attention import quick_attention
 from train.data.collate import ConversationBatch, collate
 from train.data.conversation import TEMPLATES
 from train.data.dataset import Conversation, Conversations
@@ -89,22 +88,6 @@ class AnswerLoss(nn.Module):
     def _nothing(self) -> Conversation:
         token = torch.zeros(1, dtype=torch.long, device=self.model.decoder.device)
         return Conversation(token, torch.full_like(token, IGNORE_INDEX), [], 1)
-
-
-@contextmanager
-def quick_attention(device: torch.device) -> Iterator[None]:
-    """On a CPU in bfloat16, SDPA as two products over all pairs in that type: at 750 positions half the time, forward
-    and backward, of PyTorch's fused kernel, and errors half as large again (0.5 % of the norm)."""
-    if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        yield
-        return
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # not of CUDA alone, whatever its name
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 def is_cheaper_joined(lengths: Sequence[int], config: LlamaConfig) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +20,7 @@ from tests.conformance.test_model import CASES, EOS, assert_close
 from tests.conftest import ROOT, run_module
 from train import conversations, loop
 from train.__main__ import run
-from train.conversations import AnswerLoss, ConversationTask, is_cheaper_joined, quick_attention
+from train.conversations import AnswerLoss, ConversationTask, is_cheaper_joined
 from train.data.collate import collate
 from train.data.dataset import Conversation
 from train.distributed import World
@@ -301,23 +300,6 @@ def test_bfloat16_keeps_float32_weights_and_follows_float32(recipe):
     assert losses(half) == pytest.approx(losses(full), rel=0.03)
     assert losses(half) != losses(full)
     assert {tensor.dtype for tensor in trained(half).values()} == {torch.float32}
-
-
-def test_quick_attention_is_attention(model: ConvLLaVA):
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 4, 90, 16, requires_grad=True) for _ in range(3))
-    inputs = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
-    wanted = F.scaled_dot_product_attention(*inputs, is_causal=True)
-    wanted.sum().backward()
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    with torch.autocast("cpu", torch.bfloat16), quick_attention(query.device):
-        found = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    assert found.dtype == torch.bfloat16
-    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
-    found.float().sum().backward()
-    assert (found - wanted).norm() < 0.01 * wanted.norm()
-    for tensor, exact in zip((query, key, value), inputs, strict=True):
-        assert (tensor.grad - exact.grad).norm() < 0.02 * exact.grad.norm()
 
 
 def test_resolution_and_template_are_written_for_whoever_uses_the_checkpoint(recipe):
