@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.tokenizer import TokenizerError
+from export.original_tokenizer import TokenizerError
 from runtime.errors import UserError
 from train.model import Checkpoint, CheckpointError
 

@@ -10,8 +10,9 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import export.tokenizer
-from export.tokenizer import TokenizerError, export_tokenizer
+from export import convert_sentencepiece
+from export.original_tokenizer import TokenizerError
+from export.tokenizer import export_tokenizer
 from runtime.tokenizer import Tokenizer
 
 CORPUS = [
@@ -147,7 +148,7 @@ def test_unknown_character_is_no_special_token(trained, tmp_path):
 
 
 def test_difference_from_sentencepiece_is_refused(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(export.tokenizer, "_normalizers", lambda spec, legacy: [normalizers.Strip()])
+    monkeypatch.setattr(convert_sentencepiece, "_normalizers", lambda spec, legacy: [normalizers.Strip()])
     with pytest.raises(TokenizerError, match=r"differs from SentencePiece on '.*': \[.*\], expected \[.*\]"):
         export_tokenizer(checkpoint, tmp_path / "out")
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as HubTokenizer
 
 import runtime.image
 import runtime.image_file
-from export.tokenizer import CheckpointFiles, OriginalTokenizer, export_tokenizer
+from export.original_tokenizer import CheckpointFiles, OriginalTokenizer
+from export.tokenizer import export_tokenizer
 from runtime import prompt as runtime_prompt
 from runtime.tokenizer import Tokenizer as RuntimeTokenizer
 from train.data.conversation import TEMPLATES, Encoded, MalformedError, Turn, encode_conversation, turns_of
