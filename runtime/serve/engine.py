@@ -115,6 +115,14 @@ class _Running:
         self.last_token = request.submitted
 
 
+@dataclass
+class _Held:
+    """What a slot holds. names: of its positions. used: when it last was, monotonic seconds."""
+
+    names: list[Hashable] = field(default_factory=list)
+    used: float = 0.0
+
+
 class Engine:
     """Call `submit` from any thread. slots: sequences that are decoded together; queue_size: requests that may wait.
     batch_invariant: on a CPU, greedy answers are the same alone and in a crowd, which costs a lone one up to a third of
@@ -136,8 +144,7 @@ class Engine:
         self.queue_size = queue_size
         self._observer = observer or Observer()
         self._slots = Slots(model.decoder, slots, model.decoder.capacity, rows)
-        self._names: list[list[Hashable]] = [[] for _ in range(slots)]  # of what each slot holds
-        self._used = [0.0] * slots  # when
+        self._held = [_Held() for _ in range(slots)]
         self._active: list[_Running] = []  # decoding, in the slots 0, 1, ...
         self._prefilling: tuple[int, _Running] | None = None  # and its slot
         self._waiting: deque[Request] = deque()  # until their images are encoded
@@ -312,19 +319,19 @@ class Engine:
         request, names, embeds = entry
         known = names[: -self._least_fed]  # the last one is fed for its logits, and not alone if that matters
         kept = [
-            min(_common_length(held, known), slot.cache.length)
-            for held, slot in zip(self._names, self._slots, strict=True)
+            min(_common_length(held.names, known), slot.cache.length)
+            for held, slot in zip(self._held, self._slots, strict=True)
         ]
         idle = range(len(self._active), len(self._slots))
         best = max(range(len(self._slots)), key=lambda i: (kept[i], i in idle))
-        if best in idle and 2 * kept[best] >= len(self._names[best]):
+        if best in idle and 2 * kept[best] >= len(self._held[best].names):
             slot = best
             self._slots[slot].rewind(kept[slot])
         else:  # what all prompts begin with is no reason to give up an image
-            slot = min(idle, key=lambda i: self._used[i])
+            slot = min(idle, key=lambda i: self._held[i].used)
             self._slots.copy(best, slot, kept[best])
         request.cached_tokens = kept[best]
-        self._names[slot] = names[: request.cached_tokens]
+        self._held[slot].names = names[: request.cached_tokens]
         self._observer.prefilled(len(names) - request.cached_tokens, request.cached_tokens)
         stop = (*self.model.bundle.prompt.stop, *request.options.stop)
         answer = Answer(self.model.tokenizer, stop, request.limit, request.ignore_eos)
@@ -340,19 +347,16 @@ class Engine:
         chunk = ids[begin : begin + CHUNK - (begin + CHUNK + 1 == len(ids))]  # no last one is left alone
         if begin + len(chunk) < len(ids):
             sequence.forward_greedy(chunk, running.embeds)
-            self._names[slot] = running.names[: begin + len(chunk)]
+            self._held[slot].names = running.names[: begin + len(chunk)]
             return
         if self._wants_logits(running.request):
             logits = sequence.forward(chunk, running.embeds)
             token = None
         else:
             logits, token = None, sequence.forward_greedy(chunk, running.embeds)
-        self._names[slot] = list(running.names)
+        self._held[slot].names = list(running.names)
         running.embeds = None
-        place = len(self._active)
-        self._slots.swap(slot, place)
-        self._names[slot], self._names[place] = self._names[place], self._names[slot]
-        self._used[slot], self._used[place] = self._used[place], time.monotonic()
+        self._move(slot, len(self._active))
         with self._lock:
             self._prefilling = None
             self._active.append(running)
@@ -363,7 +367,7 @@ class Engine:
         fed = [one.answer.token_ids[-1] for one in running]
         likeliest = self._slots.step(fed)
         for index, token in enumerate(fed):
-            self._names[index].append(token)
+            self._held[index].names.append(token)
         self._observer.step(len(running))
         wanted = any(self._wants_logits(one.request) for one in running)
         logits = self._slots.logits(len(running)) if wanted else None
@@ -403,11 +407,15 @@ class Engine:
     def _leave(self, running: _Running) -> None:
         """Its slot becomes the first idle one, so that those that decode stay together."""
         index, last = self._active.index(running), len(self._active) - 1
-        self._slots.swap(index, last)
-        self._names[index], self._names[last] = self._names[last], self._names[index]
-        self._used[index], self._used[last] = self._used[last], time.monotonic()
+        self._move(index, last)
         self._active[index] = self._active[last]
         self._active.pop()
+
+    def _move(self, slot: int, place: int) -> None:
+        """What is in a slot, used just now, changes places with what is in another."""
+        self._slots.swap(slot, place)
+        self._held[slot], self._held[place] = self._held[place], self._held[slot]
+        self._held[place].used = time.monotonic()
 
     # The encoder's thread
 
