@@ -1,6 +1,7 @@
 """The task of LLaVA's stages: learn the answers of conversations about images."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,11 @@ def _trainable_model(source: Source, recipe: Recipe, world: World) -> ConvLLaVA:
             go_on_from(model.decoder, base, recipe.lora)
     model.decoder.set_attn_implementation(attention)
     if recipe.gradient_checkpointing:
-        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def contexts():  # what is computed once more is so outside of `AnswerLoss.forward`
+            return nullcontext(), quick_attention(world.device)
+
+        model.decoder.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         for stage in model.image_encoder.encoder.stages:
             stage.grad_checkpointing = True
     return model

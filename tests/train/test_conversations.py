@@ -210,6 +210,15 @@ def test_gradient_checkpointing_changes_no_gradient(recipe):
     assert_near(gradients_of(saving), plain, 1e-6)
 
 
+def test_gradient_checkpointing_in_bfloat16(recipe):
+    plain, saving = (
+        ConversationTask(read_recipe(recipe(gradient_checkpointing=on, precision="bf16")), ALONE)
+        for on in (False, True)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_near(gradients_of(saving), gradients_of(plain), 0.02)
+
+
 # Whole runs
 
 
