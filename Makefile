@@ -30,7 +30,7 @@ demo: setup
 	test -d $(READER) || $(RUN) -m train.model.demo --unpack train/runs/convllava-smol/pages_last.safetensors $(READER)
 	$(RUN) -m export.encoder --checkpoint $(READER) --res 1536
 	$(RUN) -m export.bundle --checkpoint $(READER) --res 1536 --out build/bundle/pages
-	$(RUN) runtime/infer.py --bundle build/bundle/pages --image assets/board.png --prompt 'What stands at the top?'
+	$(RUN) runtime/infer.py --bundle build/bundle/pages --image assets/board.png --prompt 'What is written for "Number"?'
 	$(RUN) runtime/infer.py --bundle build/bundle/pages --res 320 --image assets/figures.png \
 	    --prompt 'Where is the battery? Answer with a box.' --draw build/figures.png
 

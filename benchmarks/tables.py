@@ -29,6 +29,7 @@ ACCURACY = [
 COLUMNS = {
     "accuracy": ACCURACY,
     "accuracy_320": ACCURACY,
+    "accuracy_documents": ACCURACY,
     "calibration": [
         ("quantiser", "quantiser"),
         ("sqnr_db", "SQNR of the image embeds, dB"),
