@@ -66,7 +66,7 @@ def test_only_questions_of_some_kinds(tmp_path: Path):
     assert len(records) == count == len(wanted) == len(list((tmp_path / "out" / "images").iterdir()))
     answers = [[turn["value"] for turn in record["conversations"][1::2]] for record in records]
     assert answers == [[question.answer for question in questions] for questions in wanted]
-    with pytest.raises(ValueError, match="none of 2 pages has 1 questions of the kinds nonsense"):
+    with pytest.raises(ValueError, match="none of 2 pages has 1 or more questions of the kinds nonsense"):
         write(Job("train", 0, 2, OPTIONS, kinds=("nonsense",)), tmp_path / "nothing")
 
 

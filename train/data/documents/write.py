@@ -57,7 +57,7 @@ def write(job: Job, folder: Path, workers: int = 1) -> int:
         records = [record for page in _pages(job, unfinished, workers) for record in page]
         if not records:
             kinds = f" of the kinds {', '.join(job.kinds)}" if job.kinds else ""
-            raise ValueError(f"none of {job.pages} pages has {job.fewest} questions{kinds}")
+            raise ValueError(f"none of {job.pages} pages has {job.fewest} or more questions{kinds}")
         text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
         (unfinished / "documents.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp's folders are closed to others
