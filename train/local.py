@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from train.assemble import MEAN, STD
 from train.data.documents import Document, PageOptions, render
 from train.data.documents.dense import dense_page
+from train.data.documents.page import Page
 from train.distributed import World
 from train.loop import Loss, Skipped
 from train.model import Checkpoint, ConvNeXtEncoder, load_image_encoder, load_model, save_checkpoint
@@ -83,8 +84,9 @@ class Phase:
     """Part of a curriculum. side: of the square pages, pixels. min_px, max_px: text sizes. steps: how long. dense:
     share of pages that are full of random strings, the others being documents. strength: of degradation. families: of
     documents, by name with their weights; those of `PageOptions` where there are none. batch: pages of a step, if not
-    the recipe's `global_batch`: less where pages are larger than other phases'. placed: whether an alignment teaches
-    where text stands on these pages.
+    the recipe's `global_batch`: less where pages are larger than other phases'. columns: how many documents stand side
+    by side on a page, each of its height, so that it holds more text than one would. placed: whether an alignment
+    teaches where text stands on these pages.
     """
 
     side: int
@@ -95,6 +97,7 @@ class Phase:
     strength: float = 0.5
     families: dict[str, float] = field(default_factory=dict)
     batch: int = 0
+    columns: int = 1
     placed: bool = True
 
     def __post_init__(self):
@@ -208,10 +211,15 @@ def draw(local: Local, seed: int, number: int, global_batch: int) -> Document:
     # spread evenly, so that every batch has its share
     if int((number + 1) * phase.dense) > int(number * phase.dense):
         return dense_page(number, "train", seed, size, phase.min_px, phase.max_px, phase.strength)
-    options = PageOptions((size,), phase.min_px, phase.max_px, strength=phase.strength)
+    narrow = (phase.side // phase.columns, phase.side)
+    options = PageOptions((narrow,), phase.min_px, phase.max_px, strength=phase.strength)
     if phase.families:
         options = replace(options, families=tuple(phase.families.items()))
-    return render(number, "train", seed, options)
+    first = number * phase.columns
+    documents = [render(first + column, "train", seed, options) for column in range(phase.columns)]
+    if phase.columns == 1:
+        return documents[0]
+    return Document(Page.beside([document.page for document in documents]), "columns")
 
 
 class Pages(Dataset):
@@ -257,6 +265,9 @@ def read_local(recipe: Recipe, stride: int) -> Local:
             )
     if wrong := [phase.side for phase in local.phases if phase.side % stride]:
         raise RecipeError(f"local.phases: side {wrong[0]} is not a multiple of {stride}")
+    for phase in local.phases:
+        if phase.columns < 1 or phase.side % phase.columns:
+            raise RecipeError(f"local.phases: {phase.columns} columns on pages of {phase.side}, expected a divisor")
     if local.kept < 0 or local.passes < 1:
         raise RecipeError(f"local: kept {local.kept} and passes {local.passes}, expected at least 0 and 1")
     if local.passes > 1 and not local.kept:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import run_module
-from train.data.documents import Page
+from train.data.documents import Page, PageOptions, render
 from train.data.documents.dense import dense_page
 from train.data.documents.document import Document
 from train.distributed import World
@@ -137,6 +137,21 @@ def test_a_phase_may_draw_some_families_alone():
     assert {draw(local, 0, number, 8).template.partition("/")[0] for number in range(8)} == {"figures"}
 
 
+def test_documents_stand_side_by_side_where_they_are_drawn():
+    local = Local((Phase(768, 20, 48, steps=2, dense=0.0, strength=0.3, families={"figures": 1.0}, columns=3),))
+    page = draw(local, 5, 1, 1).page
+    options = PageOptions(((256, 768),), 20, 48, (("figures", 1.0),), strength=0.3)
+    alone = [render(number, "train", 5, options).page for number in (3, 4, 5)]
+    np.testing.assert_array_equal(page.pixels, np.concatenate([one.pixels for one in alone], 1))
+    written = list(zip(page.characters, page.places, page.words, strict=True))
+    for column, one in enumerate(alone):
+        mine = [item for item in written if column * 256 <= (item[1][0] + item[1][2]) / 2 < (column + 1) * 256]
+        assert one.characters == [character for character, *_ in mine]
+        for place, (_, (x0, y0, x1, y1), _) in zip(one.places, mine, strict=True):
+            assert place == (x0 - column * 256, y0, x1 - column * 256, y1)
+    assert len(set(page.words)) == sum(len(set(one.words)) for one in alone)
+
+
 def test_dense_pages_depend_on_their_arguments_alone():
     first = dense_page(1, "train", 0, (128, 128), 14, 20)
     again = dense_page(1, "train", 0, (128, 128), 14, 20)
@@ -201,6 +216,7 @@ def test_a_run_changes_the_encoder_alone_and_goes_on_bit_equal(recipe, conforman
         ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, batch: 5}]", "batch 5, expected at most"),
         ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, batch: 3}]", "a multiple of 2"),
         ("local.phases=[{side: 72, min_px: 16, max_px: 24, steps: 4}]", "multiple of 64"),
+        ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, columns: 3}]", "3 columns on pages of 64"),
         ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, families: {maps: 1.0}}]", "maps"),
     ],
 )

@@ -1,5 +1,6 @@
 """A page that is drawn on and remembers what it shows: every glyph's place, for local supervision and for boxes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +50,18 @@ class Page:
     def blank(cls, width: int, height: int, colour: Colour = WHITE) -> "Page":
         row = np.tile(np.array(colour, np.uint8), width)  # filling row by row is several times faster than by pixel
         return cls(np.tile(row, (height, 1)).reshape(height, width, 3))
+
+    @classmethod
+    def beside(cls, pages: "Sequence[Page]") -> "Page":
+        """Pages of the same height as one, the first at the left."""
+        whole = cls(np.concatenate([page.pixels for page in pages], 1))
+        left = word = 0
+        for page in pages:
+            whole.characters += page.characters
+            whole.places += [(x0 + left, y0, x1 + left, y1) for x0, y0, x1, y1 in page.places]
+            whole.words += [word + number for number in page.words]
+            left, word = left + page.width, max(whole.words, default=-1) + 1
+        return whole
 
     @property
     def width(self) -> int:
