@@ -189,10 +189,10 @@ def speed(args: argparse.Namespace) -> None:
         {
             ("ONNX Runtime", "fp32"): OnnxEncoder(source, stride),
             ("ONNX Runtime", "int8"): OnnxEncoder(INT8, stride),
-            ("OpenVINO", "fp32"): OpenVinoEncoder(source, stride),
-            ("OpenVINO", "bf16"): OpenVinoEncoder(source, stride, precision="bf16"),
-            ("OpenVINO", "int8"): OpenVinoEncoder(INT8, stride, precision="int8"),
-            ("OpenVINO", "int8, the rest in bf16"): OpenVinoEncoder(INT8, stride, precision="bf16"),
+            ("OpenVINO", "fp32"): OpenVinoEncoder(source),
+            ("OpenVINO", "bf16"): OpenVinoEncoder(source, precision="bf16"),
+            ("OpenVINO", "int8"): OpenVinoEncoder(INT8, precision="int8"),
+            ("OpenVINO", "int8, the rest in bf16"): OpenVinoEncoder(INT8, precision="bf16"),
         }
     )
     rows = [{"runtime": key[0], "precision": key[1], "encode_ms": ms} for key, ms in speeds.items()]

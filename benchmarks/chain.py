@@ -1,11 +1,12 @@
 """The whole chain on the demo model: `runtime/infer.py` on the photograph, for each precision of the decoder.
 
-    python -m benchmarks.chain
+    python -m benchmarks.chain [--json FILE]
 
 Every run is a process of its own, as a user starts it, in rounds through all precisions; medians are recorded. The
 resident pages of the memory-mapped weights count towards the peak memory.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -25,6 +26,9 @@ FIGURES = ("preprocess_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_tokens
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chain", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/chain.json")
+    args = parser.parse_args()
     checkpoint = open_checkpoint(None)
     bundles = {}
     for precision in PRECISIONS:
@@ -44,7 +48,7 @@ def main() -> None:
         row["text"] = timed[0]["text"]
         rows.append(row)
         print(row, flush=True)
-    record.write("chain", rows)
+    record.write("chain", rows, args.json)
 
 
 def infer(bundle: Path) -> dict:

@@ -62,7 +62,7 @@ def engines(folder: Path) -> Iterator[tuple[str, Source, Options]]:
     checkpoint = random_checkpoint(BUILD / "random-large")
     run("export.encoder", "--checkpoint", checkpoint, "--res", RESOLUTION, "--out", folder / "large")
     options = Options(target="sm89")
-    yield "ConvNeXt-L, fifth stage", source_of_file(folder / "large" / "fp32.onnx", options), options
+    yield "ConvNeXt-L, fifth stage", source_of_file(folder / "large" / "fp32.onnx"), options
 
 
 def run(module: str, *arguments: object) -> None:

@@ -26,7 +26,9 @@ PREFILL_OPT = 640  # a 1536x1536 image and a question
 class Options:
     """What to build. part: encoder or decoder. flavour: a key of `FLAVOURS`. target: a compute capability, `sm89`.
 
-    min_res, opt_res, max_res: pixels of a side, each side on its own, so that oblong images fit.
+    min_res, opt_res, max_res: pixels of a side, each side on its own, so that oblong images fit. max_batch: images at
+    once. refit: whether weights can be replaced later. version_compatible: whether later versions of TensorRT, of the
+    same major one, can run it.
     timing_cache: file that is read, if there, and written. workspace_mib: scratch memory; None: all there is.
     """
 

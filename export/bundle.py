@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from calib.blocks import write_variants
 from export import encoder as encoder_export
@@ -71,9 +70,9 @@ def export_bundle(
             rows = check_decoder(checkpoint, variants["kernels_file"], decoder_precision, "kernels")
             _require(report(rows), "decoder with kernels")
         if portable:
-            portable_precision = decoder_precision if decoder_precision in ("fp32", "fp16") else "fp16"
-            portable_file = export_decoder(checkpoint, folder / "decoder", portable_precision, "portable", capacity)
-            rows = check_decoder(checkpoint, portable_file, portable_precision, "portable")
+            kind = portable_precision(decoder_precision)
+            portable_file = export_decoder(checkpoint, folder / "decoder", kind, "portable", capacity)
+            rows = check_decoder(checkpoint, portable_file, kind, "portable")
             _require(report(rows), "portable decoder")
         part = decoder_part(
             checkpoint,
@@ -95,19 +94,24 @@ def export_bundle(
     write_bundle(out, fill, name_of(checkpoint), installed_versions(PRODUCERS))
 
 
+def portable_precision(decoder_precision: str) -> str:
+    """Of the graph for an engine, beside a decoder of another kind."""
+    return decoder_precision if decoder_precision in ("fp32", "fp16") else "fp16"
+
+
 def image_rule(checkpoint: Checkpoint, resolution: int) -> ImageRule:
     """The checkpoint's preprocessing.
 
     `image_aspect_ratio` other than `pad` is a centre crop in the original; `any` is what `train/` writes for its own.
     """
-    preprocessor, stride = checkpoint.preprocessor, checkpoint.encoder_config.stride
+    mean, std = checkpoint.pixel_statistics
     aspect = checkpoint.config.get("image_aspect_ratio")
     return ImageRule(
-        mean=tuple(preprocessor.get("image_mean", OPENAI_CLIP_MEAN)),  # the original's processor has these defaults
-        std=tuple(preprocessor.get("image_std", OPENAI_CLIP_STD)),
+        mean=mean,
+        std=std,
         aspect=aspect if aspect in ("pad", "any") else "crop",
         resolution=resolution,
-        multiple=stride,
+        multiple=checkpoint.encoder_config.stride,
         max_visual_tokens=checkpoint.llama_config.max_position_embeddings // 2,  # the other half is for the text
     )
 
@@ -156,7 +160,9 @@ def main() -> int:
     parser.add_argument("--template", help=f"one of {', '.join(TEMPLATES)}; default: the checkpoint's, or vicuna_v1")
     args = parser.parse_args()
     encoder_export.check_precision(args.precision)
-    check_options(args.decoder_precision)
+    check_options(args.decoder_precision, capacity=None if args.portable_decoder else args.capacity)
+    if args.portable_decoder:
+        check_options(portable_precision(args.decoder_precision), "portable", args.capacity)
     checkpoint = open_checkpoint(args.checkpoint)
     resolution = choose_resolution(args.res, checkpoint)
     out = args.out or DEMO_BUNDLE.parent / name_of(checkpoint)

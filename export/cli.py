@@ -12,6 +12,7 @@ import numpy as np
 
 from export.original_tokenizer import TokenizerError
 from runtime.errors import UserError
+from runtime.image import MAX_RESOLUTION
 from train.model import Checkpoint, CheckpointError
 
 BUILD = Path(__file__).parents[1] / "build"
@@ -35,7 +36,8 @@ def name_of(checkpoint: Checkpoint) -> str:
 
 
 def choose_resolution(asked: int | None, checkpoint: Checkpoint) -> int:
-    """`asked`, or the checkpoint's own. Raises UserError unless it is a positive multiple of the stride."""
+    """`asked`, or the checkpoint's own. Raises UserError unless it is a positive multiple of the stride, MAX_RESOLUTION
+    at most."""
     resolution = checkpoint.resolution if asked is None else asked
     stride = checkpoint.encoder_config.stride
     if resolution < stride or resolution % stride:
@@ -44,6 +46,8 @@ def choose_resolution(asked: int | None, checkpoint: Checkpoint) -> int:
             f"resolution {resolution} is not a multiple of the encoder's stride {stride}; "
             f"try {below} or {below + stride}"
         )
+    if resolution > MAX_RESOLUTION:
+        raise UserError(f"resolution {resolution} is above {MAX_RESOLUTION}, which images are prepared for at most")
     return resolution
 
 

@@ -10,8 +10,7 @@ nodes that overflow FP16 stay in FP32 (`export.half`). Its cache is updated in p
 
 Both start from token ids only. Neither can begin with an image, so `merge_image_embeds` adds an input: image_embeds
 [N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 round the weights alone (`calib.blocks`);
-w4a16
-is for GPUs: 4 bits around zero by the model builder, all else in float16.
+w4a16 is for GPUs: 4 bits around zero by the model builder, all else in float16.
 """
 
 import argparse
@@ -71,7 +70,7 @@ def export_decoder(
     Raises UserError for an unknown precision or graph, a precision or capacity the graph cannot have, and a missing
     exporter.
     """
-    check_options(precision, graph)
+    check_options(precision, graph, capacity)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ("model.onnx" if graph == "fused" else "portable.onnx")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
@@ -89,15 +88,13 @@ def export_decoder(
                 quantise_weights(whole, built, *BLOCKS[precision])
         else:
             capacity = checkpoint.llama_config.max_position_embeddings if capacity is None else capacity
-            if capacity < LEAST_CAPACITY:
-                raise UserError(f"a KV cache of {capacity} positions, expected {LEAST_CAPACITY} or more")
             _build_portable(checkpoint, built, precision, capacity)
         for written in (Path(f"{built}.data"), built):  # weights before the graph that names them
             os.replace(written, folder / written.name)
     return file
 
 
-def check_options(precision: str, graph: str = "fused") -> None:
+def check_options(precision: str, graph: str = "fused", capacity: int | None = None) -> None:
     """Raises UserError as `export_decoder` would, before any work."""
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
@@ -105,6 +102,10 @@ def check_options(precision: str, graph: str = "fused") -> None:
         raise UserError(f"unknown graph {graph!r}, expected one of {', '.join(GRAPHS)}")
     if graph == "portable" and precision not in ("fp32", "fp16"):
         raise UserError(f"the portable graph comes in fp32 and fp16, not {precision}; --graph fused has that one")
+    if capacity is not None and graph != "portable":
+        raise UserError("a capacity is the portable graph's: the fused one has room for the model's context")
+    if capacity is not None and capacity < LEAST_CAPACITY:
+        raise UserError(f"a KV cache of {capacity} positions, expected {LEAST_CAPACITY} or more")
 
 
 def decoder_part(
@@ -362,7 +363,7 @@ def main() -> int:
         "--out", type=Path, help="folder for the graph; default: build/decoder/<checkpoint>-<precision>"
     )
     args = parser.parse_args()
-    check_options(args.precision, args.graph)
+    check_options(args.precision, args.graph, args.capacity)
     checkpoint = open_checkpoint(args.checkpoint)
     out = args.out or BUILD / "decoder" / f"{name_of(checkpoint)}-{args.precision}"
     out.mkdir(parents=True, exist_ok=True)

@@ -21,13 +21,13 @@ import torch
 
 from export.cli import BUILD, Difference, ParityError, choose_resolution, compare, name_of, open_checkpoint, report, run
 from runtime.errors import UserError
+from runtime.image import MAX_RESOLUTION
 from train.model import ImageEncoder, load_image_encoder
 
 OPSET = 20  # the first with Gelu as one operator
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 BOUNDS = {"fp32": 1e-4, "fp16": 5e-3}
 INLINE_BYTES = 1_500_000_000  # larger weights go to a file beside the graph: one protobuf holds 2 GB
-LARGEST = 8192  # pixels a side that the graph is traced for
 
 
 def export_encoder(model: ImageEncoder, file: Path, precision: str) -> None:
@@ -36,7 +36,7 @@ def export_encoder(model: ImageEncoder, file: Path, precision: str) -> None:
     model = model.to(dtype).eval()
     # The example only fixes the rank: sizes of 1 or two equal sizes would be taken for constants
     example = torch.zeros(2, 3, 3 * stride, 4 * stride, dtype=dtype)
-    side = LARGEST // stride
+    side = MAX_RESOLUTION // stride
     dims = {
         0: torch.export.Dim("batch", min=1, max=1024),
         2: stride * torch.export.Dim("rows", min=1, max=side),

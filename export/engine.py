@@ -57,7 +57,7 @@ def source_of(bundle: Bundle, options: Options) -> Source:
     )
 
 
-def source_of_file(file: Path, options: Options) -> Source:
+def source_of_file(file: Path) -> Source:
     """An ONNX file of no bundle; the engine goes to `engines/` beside it. Raises UserError where it cannot be one."""
     if not file.is_file():
         raise UserError(f"--onnx {file}: no such file")
@@ -183,7 +183,7 @@ def main() -> int:
         raise UserError("--onnx or --bundle, not both")
     bundle = None if args.onnx else open_bundle(args.bundle)
     for options in wanted:
-        source = source_of(bundle, options) if bundle else source_of_file(args.onnx, options)
+        source = source_of(bundle, options) if bundle else source_of_file(args.onnx)
         if args.capability:
             return _print_capability(source, options)
         if bundle:

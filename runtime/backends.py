@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from runtime.bundle import Bundle
-from runtime.decoder import kernels_missing, open_decoder
+from runtime.decoder import kernels_are_faster, kernels_missing, open_decoder
 from runtime.device import Cuda, int8_sums_saturate, present_gpu
 from runtime.encoder import OPENVINO_PRECISIONS, OnnxEncoder, OpenVinoEncoder
 from runtime.engines import FLAVOURS, choose_engine
@@ -15,6 +15,7 @@ from runtime.errors import UserError
 from runtime.session import PROVIDERS, open_device
 
 ENCODERS = ("auto", "onnx", "openvino", "tensorrt")
+MAX_THREADS = 512
 DECODERS = ("auto", "onnx", "kernels", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
@@ -25,11 +26,11 @@ class Backends:
 
     encoder: `onnx` (ONNX Runtime), `openvino`, `tensorrt`, or `auto`: a TensorRT engine where one fits the GPU, else
     ONNX Runtime. decoder: `onnx` (ONNX Runtime's own operators), `kernels` (with `runtime.kernels`), `auto`: the
-    latter where they are known to be faster, which is on x86 processors without VNNI, and can be had; or `tensorrt`.
+    latter for decoders of 4 and 8 bits on x86 processors, where they can be had; or `tensorrt`.
     provider: of ONNX Runtime, a key of `PROVIDERS`.
     encoder_precision: which of the bundle's encoders or engines, or bf16 for OpenVINO's way of computing; None: the
     bundle's own (a float32 bundle's engines are fp16). threads: of one operator on the CPU; None: one a physical core.
-    Raises UserError for an unknown name.
+    Raises UserError for an unknown name or another number of threads than 1 to MAX_THREADS.
     """
 
     encoder: str = "auto"
@@ -46,6 +47,8 @@ class Backends:
             raise UserError(f"unknown precision {self.encoder_precision!r}, expected one of {', '.join(PRECISIONS)}")
         if self.encoder_precision == "bf16" and self.encoder != "openvino":
             raise UserError("precision bf16 is OpenVINO's: --encoder openvino")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise UserError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[
     decoder = open_decoder(bundle, wanted.threads, wanted.provider, devices.of_provider, with_kernels)
     if decoder.kernels:
         return decoder, Chosen("onnxruntime with kernels", wanted.provider, part.precision, part.kernels_file)
-    would_help = part.precision in ("int4", "int8") and wanted.provider == "cpu" and int8_sums_saturate()
-    note = kernels_missing(bundle) if wanted.decoder == "auto" and would_help else None
+    would_help = wanted.decoder == "auto" and kernels_are_faster(part, wanted.provider)
+    note = kernels_missing(bundle) if would_help else None
     return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file, note or "")
 
 
@@ -151,7 +154,7 @@ def _openvino_encoder(bundle: Bundle, wanted: Backends) -> tuple[Any, Chosen]:
         precision = asked
     if precision not in OPENVINO_PRECISIONS:
         raise UserError(f"OpenVINO's CPU plugin does not compute in {precision}")
-    encoder = OpenVinoEncoder(bundle.path(file), bundle.encoder.stride, wanted.threads, precision)
+    encoder = OpenVinoEncoder(bundle.path(file), wanted.threads, precision)
     return encoder, Chosen("openvino", "cpu", precision, file)
 
 

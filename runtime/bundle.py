@@ -197,7 +197,7 @@ def _read_manifest(folder: Path) -> dict:
         raise UserError(f"{folder}: no {MANIFEST}, so not a finished bundle; export it again")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise UserError(f"{file}: no bundle manifest (it names no format)")
@@ -214,11 +214,11 @@ def _part(kind: type, section: dict, folder: Path) -> Any:
     if unknown := section.keys() - known:
         raise UserError(f"{folder / MANIFEST}: unknown key {sorted(unknown)[0]!r} in {kind.__name__}")
     for name, expected in get_type_hints(kind).items():
-        if not isinstance(section.get(name), expected):
-            raise UserError(
-                f"{folder / MANIFEST}: {kind.__name__} needs {name!r} as {getattr(expected, '__name__', expected)}, "
-                f"found {section.get(name)!r}"
-            )
+        value = section.get(name)
+        # every number of a manifest counts something
+        if not isinstance(value, expected) or (expected is int and (isinstance(value, bool) or value < 1)):
+            wanted = "a number above 0" if expected is int else getattr(expected, "__name__", expected)
+            raise UserError(f"{folder / MANIFEST}: {kind.__name__} needs {name!r} as {wanted}, found {value!r}")
     return kind(**section)
 
 
@@ -232,7 +232,7 @@ def _verify(folder: Path, files: dict[str, dict]) -> None:
             raise UserError(f"{folder / MANIFEST}: no sha256 and size for {name!r}")
         try:
             stat = file.stat()
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no path at all
             raise UserError(f"{file}: missing from the bundle; export it again") from None
         if stat.st_size != expected["size"]:
             raise UserError(

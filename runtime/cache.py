@@ -16,22 +16,19 @@ DEFAULT_BYTES = 256 << 20
 class EmbedsCache:
     """Key -> image embeds [T, D] on their device. max_bytes: of all of them together; 0 keeps none.
 
-    May be used by several threads. hits, misses: of `get` so far.
+    May be used by several threads.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
         self.max_bytes = max_bytes
-        self.bytes = self.hits = self.misses = 0
+        self.bytes = 0
         self._entries: OrderedDict[Hashable, Array] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> Array | None:
         with self._lock:
             found = self._entries.get(key)
-            if found is None:
-                self.misses += 1
-            else:
-                self.hits += 1
+            if found is not None:
                 self._entries.move_to_end(key)
             return found
 

@@ -14,7 +14,7 @@ from onnxruntime import InferenceSession, IOBinding
 
 from runtime import kernels
 from runtime.bundle import Bundle, DecoderPart
-from runtime.device import Array, Cpu, Device, int8_sums_saturate, to_numpy
+from runtime.device import Array, Cpu, Device, int8_sums_saturate, is_x86, to_numpy
 from runtime.errors import UserError
 from runtime.sampling import Sampling, next_token
 from runtime.session import bind_input, bind_output, input_dtype, open_session, run_options
@@ -117,13 +117,13 @@ def open_decoder(
 ) -> Decoder:
     """The bundle's fused graph, with products by `runtime.kernels` or with the graph for prompts, where that is faster.
 
-    with_kernels: None takes them where they are known to be faster and can be had.
+    with_kernels: None takes them where they are known to be faster (`kernels_are_faster`) and can be had.
     Raises UserError where they are asked for and cannot be had.
     """
     part = bundle.decoder
     slow_bytes = provider == "cpu" and int8_sums_saturate()
     if with_kernels is None:
-        with_kernels = slow_bytes and kernels_missing(bundle) is None
+        with_kernels = kernels_are_faster(part, provider) and kernels_missing(bundle) is None
     if provider == "cuda" and not with_kernels:
         return _on_cuda(bundle, device)
     if not with_kernels:
@@ -146,6 +146,11 @@ def _on_cuda(bundle: Bundle, device: Device) -> Decoder:
         warnings.warn(f"decoding runs without a CUDA graph: {error}{better}", stacklevel=3)
     # Once the error is gone, and with it what holds the weights
     return Decoder(file, part, provider="cuda", device=device)
+
+
+def kernels_are_faster(part: DecoderPart, provider: str) -> bool:
+    """Whether products by `runtime.kernels` are known to be faster: on x86 processors, with VNNI and without."""
+    return provider == "cpu" and part.precision in ("int4", "int8") and is_x86()
 
 
 def kernels_missing(bundle: Bundle) -> str | None:

@@ -23,9 +23,11 @@ from runtime.errors import UserError
 def int8_sums_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this processor adds products of bytes in 16 bits, as x86 does without VNNI: sums above 32,767 are cut off
     unless a library takes care. cpuinfo: Linux's description of the processor; without it the answer is yes."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    return not {"avx512_vnni", "avx_vnni"} & processor_flags(cpuinfo)
+    return is_x86() and not {"avx512_vnni", "avx_vnni"} & processor_flags(cpuinfo)
+
+
+def is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:

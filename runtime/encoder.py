@@ -80,7 +80,7 @@ class OpenVinoEncoder:
 
     device = Cpu()
 
-    def __init__(self, file: Path, stride: int, threads: int | None = None, precision: str = "fp32"):
+    def __init__(self, file: Path, threads: int | None = None, precision: str = "fp32"):
         try:
             import openvino
         except ImportError as error:

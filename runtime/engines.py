@@ -152,9 +152,14 @@ def read_report(engine: Path) -> dict:
     file = report_file(engine)
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from error
     needed = {"format", "flavour", "version", "version_compatible", "target", "precision", "onnx", "engine", "profiles"}
-    if not isinstance(report, dict) or needed - report.keys() or report["format"] != FORMAT:
+    whole = isinstance(report, dict) and not needed - report.keys() and report["format"] == FORMAT
+    if not whole or not _has(report["engine"], "size", "sha256") or not _has(report["onnx"], "file", "sha256"):
         raise UserError(f"{file}: no engine report of format {FORMAT}; build the engine again")
     return report
+
+
+def _has(section: object, *keys: str) -> bool:
+    return isinstance(section, dict) and all(key in section for key in keys)

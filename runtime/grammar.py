@@ -70,7 +70,7 @@ def read_schema(file: Path) -> dict[str, Any]:
     """Raises UserError where the file is no JSON object."""
     try:
         schema = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--json-schema {file}: {error}") from error
     if not isinstance(schema, dict):
         raise UserError(f"--json-schema {file}: a schema is a JSON object")

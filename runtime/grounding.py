@@ -13,7 +13,7 @@ _BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([_NUMBER] * 4) + r"\s*\]")
 
 
 def read_boxes(answer: str) -> list[Corners]:
-    """Every box in an answer, in its order. Numbers are taken as they are, beyond 0..1 too."""
+    """Every box in an answer, in its order. Numbers are taken as they are, above 1 too."""
     return [tuple(float(number) for number in match.groups()) for match in _BOX.finditer(answer)]
 
 

@@ -7,7 +7,7 @@ orientation, transparency, deep greyscale, files that are broken or too large.
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import BinaryIO
@@ -51,11 +51,17 @@ _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 
 _TIFF_WHITE_IS_ZERO, _TIFF_UNSIGNED = 0, 1  # values of the last two
 
 
-def open_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: str | os.PathLike | bytes | Image.Image,
+    max_pixels: int = MAX_PIXELS,
+    formats: Collection[str] | None = None,
+) -> Image.Image:
     """Decode an image as a viewer would show it.
 
     source: a path, the bytes of an image file, or a Pillow image (which is loaded, but otherwise left as it is).
-    max_pixels: the largest width * height to decode; a larger image is refused once its header has been read.
+    max_pixels: the largest width * height to decode; a larger image is refused once its header has been read, a larger
+    icon (ICO, ICNS) once Pillow has decoded it, within MAX_PIXELS.
+    formats: Pillow's names of those that are taken, from a path or bytes; None: all that are safe to open.
 
     Returns a new RGB image, 8 bits a channel:
     - turned upright by its EXIF (or XMP) orientation; metadata that cannot be read counts as upright;
@@ -75,7 +81,7 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int 
         with _damage_as_user_error("image"):
             return _decode(source, "image", max_pixels)
     if isinstance(source, bytes):
-        return _open_stream(BytesIO(source), len(source), "image data", max_pixels)
+        return _open_stream(BytesIO(source), len(source), "image data", max_pixels, formats)
     path = os.fsdecode(source)
     name = path if path.isprintable() else repr(path)
     try:
@@ -86,18 +92,20 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int 
         # Pillow gets the open file, not the path: from a path it may map the file into memory, and a file that someone
         # shortens meanwhile then ends the process.
         with open(path, "rb") as file:
-            return _open_stream(file, status.st_size, name, max_pixels)
+            return _open_stream(file, status.st_size, name, max_pixels, formats)
     except OSError as error:
         raise UserError(f"{name}: {error.strerror or error}") from error
     except ValueError as error:  # no file system takes such a path: it has a null byte, for one
         raise UserError(f"{name}: not a path ({error})") from error
 
 
-def _open_stream(stream: BinaryIO, size: int, name: str, max_pixels: int) -> Image.Image:
+def _open_stream(
+    stream: BinaryIO, size: int, name: str, max_pixels: int, formats: Collection[str] | None
+) -> Image.Image:
     if size == 0:
         raise UserError(f"{name}: is empty; expected an image")
     with _damage_as_user_error(name):
-        return _decode(_identify(stream, name), name, max_pixels)
+        return _decode(_identify(stream, name, formats), name, max_pixels)
 
 
 @contextmanager
@@ -117,7 +125,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _identify(stream: BinaryIO, name: str) -> Image.Image:
+def _identify(stream: BinaryIO, name: str, formats: Collection[str] | None) -> Image.Image:
     """Find the format and read the header, as `Image.open` does.
 
     `Image.open` also judges the size, by a limit that is global to the process, and warns. To silence it would take
@@ -126,6 +134,8 @@ def _identify(stream: BinaryIO, name: str) -> Image.Image:
     prefix = stream.read(16)
     suspicion = ""
     for identifier in _formats():
+        if formats is not None and identifier not in formats:
+            continue
         factory, accept = Image.OPEN[identifier]
         accepted = False
         try:
@@ -141,7 +151,8 @@ def _identify(stream: BinaryIO, name: str) -> Image.Image:
                 suspicion = suspicion or f"{identifier}: {_reason(error)}"
     if suspicion:
         raise UserError(f"{name}: unsupported, truncated or corrupt image ({suspicion})")
-    raise UserError(f"{name}: not an image; expected PNG, JPEG, WebP, GIF, TIFF, BMP or another format Pillow reads")
+    usual = "PNG, JPEG, WebP, GIF, TIFF, BMP or another format Pillow reads"
+    raise UserError(f"{name}: not an image; expected {usual if formats is None else ', '.join(formats)}")
 
 
 def _formats() -> Iterator[str]:

@@ -9,18 +9,18 @@ import argparse
 import json
 import os
 import re
+import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
-from itertools import chain as concatenate
+from itertools import chain
 from pathlib import Path
 
 if __name__ == "__main__":  # as a file, its own folder is on the path instead of the project's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from runtime.errors import UserError
-
-MAX_THREADS = 512
 
 
 def parse() -> argparse.Namespace:
@@ -71,8 +71,8 @@ def main() -> int:
     for option in ("json", "dump", "draw"):
         if getattr(args, option) and (args.prompt is None or (option == "draw" and not args.image)):
             raise UserError(f"--{option} needs --prompt" + " and --image" * (option == "draw"))
-    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
-        raise UserError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}")
+    if args.draw and not args.draw.parent.is_dir():
+        raise UserError(f"--draw: no folder {args.draw.parent}")
     if args.dump:
         args.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     from runtime.backends import Backends
@@ -125,7 +125,7 @@ def chat(model, images: list[str], options) -> None:
         try:
             first = next(pieces)
             pictures = []  # they are in the cache now
-            result = _stream(concatenate([first], pieces))
+            result = _stream(chain([first], pieces))
         except KeyboardInterrupt:
             print()
             continue
@@ -196,9 +196,12 @@ def _as_json(model, result) -> dict:
 
 def peak_memory_mib() -> float:
     """The most memory this process has held, MiB; pages of memory-mapped weights count once touched."""
-    # getrusage's figure would begin at the size of whichever process started this one
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    # getrusage's figure begins at the size of whichever process started this one
+    with suppress(OSError):
+        if match := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(match[1]) / 1024
+    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**20
 
 
 def _draw(file: Path, image: str, answer: str) -> None:
@@ -216,8 +219,9 @@ def _dump(folder: Path, trace) -> None:
     """pixel_values.npy [3, H, W] (several images: pixel_values-0.npy, ...), image_embeds.npy, first_logits.npy."""
     import numpy as np
 
-    for old in (*folder.glob("pixel_values*.npy"), *folder.glob("image_embeds.npy")):
-        old.unlink()
+    for pattern in ("pixel_values.npy", "pixel_values-[0-9]*.npy", "image_embeds.npy"):
+        for old in folder.glob(pattern):
+            old.unlink()
     for number, pixel_values in enumerate(trace.pixel_values):
         suffix = "" if len(trace.pixel_values) == 1 else f"-{number}"
         np.save(folder / f"pixel_values{suffix}.npy", pixel_values)
@@ -229,6 +233,7 @@ def _dump(folder: Path, trace) -> None:
 def run() -> None:
     """Exit with 2 and one line for what the user can put right."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is said where it is used
     try:
         status = main()
         sys.stdout.flush()

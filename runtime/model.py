@@ -10,8 +10,9 @@ for piece in model.generate(["page.png"], "What is the total?"):
 print(piece.result.timings.ttft_ms)
 """
 
+import itertools
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
@@ -106,8 +107,8 @@ class Piece:
 @dataclass
 class Trace:
     """Intermediate values of a turn, for comparison. pixel_values: float32 [3, H, W] of each image that the turn
-    encodes, which a traced one does with all that are new to it; image_embeds:
-    [sum of T, D]; first_logits: float32 [V], the first new token was chosen from."""
+    encodes: a traced turn encodes all of its own, whatever the cache has. image_embeds: [sum of T, D]. first_logits:
+    float32 [V], the first new token was chosen from."""
 
     pixel_values: list[np.ndarray] = field(default_factory=list)
     image_embeds: np.ndarray | None = None
@@ -181,10 +182,17 @@ class Picture:
 
     embeds: Array | None = None
 
-    def __init__(self, model: Model, source: ImageSource, options: Options, max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self,
+        model: Model,
+        source: ImageSource,
+        options: Options,
+        max_pixels: int = MAX_PIXELS,
+        formats: Collection[str] | None = None,
+    ):
         self._model = model
         self._rule, self._sizing = model.bundle.image, (options.resolution, options.aspect)
-        self.image = open_image(source, max_pixels)
+        self.image = open_image(source, max_pixels, formats)
         height, width = target_size(*self.image.size, self._rule, *self._sizing)
         self.tokens = height // self._rule.multiple * (width // self._rule.multiple)
 
@@ -227,9 +235,7 @@ class Conversation:
         """As `Model.generate`, after the turns before. Leaving the iterator early ends the answer there; a turn that
         fails or is interrupted before its first piece leaves the conversation as it was."""
         begin = time.perf_counter()
-        if isinstance(images, str | bytes | PathLike | Image.Image):
-            images = [images]
-        ids, limit, pictures = self._inputs(prompt, images, trace)
+        ids, limit, pictures = self._inputs(prompt, _several(images), trace)
         sequence = self._sequence or self._start(len(ids) + limit)
         yield from self._answer(sequence, ids, limit, pictures, trace, begin)
 
@@ -380,7 +386,7 @@ class Questions(Conversation):
     def __init__(self, model: Model, images: Sequence[ImageSource], options: Options | None = None):
         """Nothing is computed before the first question."""
         super().__init__(model, options)
-        self._images = [images] if isinstance(images, str | bytes | PathLike | Image.Image) else list(images)
+        self._images = _several(images)
         self._seen: _Pictures | None = None  # once they are encoded
         self._held: list[int] = []  # ids of the last prompt, which the KV cache still begins with
 
@@ -397,19 +403,21 @@ class Questions(Conversation):
             text = prompts.first_turn(self._model.bundle.prompt, prompt, len(pictures.tokens), self._options.system)
             ids = self._model.tokenizer.encode_prompt(text, pictures.tokens)
             # The last id is fed in any case, for its logits. A prefill that failed left the cache shorter than its ids.
-            kept = _common_length(self._held[: sequence.cache.length], ids[:-1])
+            kept = common_length(self._held[: sequence.cache.length], ids[:-1])
             sequence.rewind(kept)
             limit = self._limit(ids[kept:])
         self._held = ids
         yield from self._answer(sequence, ids[kept:], limit, pictures, trace, begin)
 
 
-def _common_length(one: list[int], other: list[int]) -> int:
-    """How many ids the two begin with alike."""
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return index
-    return min(len(one), len(other))
+def _several(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
+    return [images] if isinstance(images, str | bytes | PathLike | Image.Image) else list(images)
+
+
+def common_length(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
+    """How many items the two begin with alike."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in pairs)
 
 
 def load(
@@ -421,12 +429,15 @@ def load(
     """Open a bundle and load its parts.
 
     bundle: the folder; None takes the demo model's and makes it first if need be. threads: of one operator; None takes
-    one a physical core. backends: what runs the parts, in place of `threads`; None: ONNX Runtime on the CPU, or a
+    what `backends` says, or one a physical core. backends: what runs the parts; None: ONNX Runtime on the CPU, or a
     TensorRT engine where one fits. cache_bytes: of image embeds that are kept, so that a picture seen before is not
     encoded again; 0 keeps none.
     Raises UserError for a bundle that is missing, damaged or of another format, and for a backend that cannot be had.
     """
-    return Model(open_bundle(bundle), backends or Backends(threads=threads), cache_bytes)
+    backends = backends or Backends()
+    if threads is not None:
+        backends = replace(backends, threads=threads)
+    return Model(open_bundle(bundle), backends, cache_bytes)
 
 
 def _ms_since(begin: float) -> float:

@@ -17,7 +17,7 @@ from onnxruntime import InferenceSession
 from runtime.bundle import DecoderPart
 from runtime.decoder import NEXT_TOKEN, Decoder, KVCache, OnnxSequence, Sequence, allocate
 from runtime.device import Array, Cuda, CudaArray, CudaEvent
-from runtime.errors import UserError
+from runtime.errors import NoNumbersError, UserError
 from runtime.sampling import Sampling
 from runtime.session import bind_input, bind_output, open_session, run_options
 
@@ -183,7 +183,7 @@ class ResidentSequence(Sequence):
         self._device.wait(event)
         self._expected = int(self._recorded.tokens_read[slot][0, 0, 0])
         if self._expected == self._vocab_size:
-            raise ValueError("the logits are not numbers")
+            raise NoNumbersError
         return self._expected
 
     def _run(self, ids: list[int], image_embeds: Array | None) -> None:

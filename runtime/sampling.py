@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.errors import UserError
+from runtime.errors import NoNumbersError, UserError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether tokens are drawn, whatever was chosen before."""
+        """Whether tokens are drawn, independently of those chosen before."""
         return self.temperature > 0 and self.repetition_penalty == 1
 
     def __post_init__(self):
@@ -46,7 +46,12 @@ class Sampling:
 
 
 def next_token(logits: np.ndarray, generated: list[int], sampling: Sampling, random: np.random.Generator) -> int:
-    """logits: [V] float32; generated: ids chosen so far in this answer. Does not change either."""
+    """logits: [V] float32; generated: ids chosen so far in this answer. Does not change either.
+
+    Raises NoNumbersError where the largest logit is none.
+    """
+    if not np.isfinite(logits.max()):
+        raise NoNumbersError
     if sampling.repetition_penalty != 1 and generated:
         logits = _penalise(logits, generated, sampling.repetition_penalty)
     if sampling.temperature == 0:

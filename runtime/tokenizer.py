@@ -60,8 +60,7 @@ class Tokenizer:
         self._tokenizer = _load(path)
         family = _field(section, "family", str)
         self.bos_token_id: int | None = _field(section, "bos_token_id", int, type(None))
-        self.eos_token_ids = frozenset(_field(section, "eos_token_ids", list))
-        self._special_ids = frozenset(_field(section, "special_ids", list))
+        self.eos_token_ids, self._special_ids = (_ids(section, name) for name in ("eos_token_ids", "special_ids"))
         self._prefix: str | None = None
         if family == "byte_level":
             self._pieces: _ByteLevelPieces | _SentencePiecePieces = _ByteLevelPieces(self._tokenizer, self._special_ids)
@@ -283,6 +282,8 @@ class _SentencePiecePieces(dict[int, tuple[str, Any]]):
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, special_ids: frozenset[int], section: dict[str, Any]):
         surfaces = _field(section, "surfaces", dict)
+        if wrong := [token_id for token_id in surfaces if not token_id.isdecimal()]:
+            raise UserError(f"manifest: tokenizer 'surfaces' has {wrong[0]!r}; expected a token's id")
         super().__init__({int(token_id): ("piece", text) for token_id, text in surfaces.items()})
         self.update((i, ("added", token.content)) for i, token in tokenizer.get_added_tokens_decoder().items())
         self.update((token_id, ("skipped", "")) for token_id in special_ids)
@@ -329,6 +330,13 @@ def _load(path: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _ids(section: dict[str, Any], key: str) -> frozenset[int]:
+    ids = _field(section, key, list)
+    if any(type(token_id) is not int for token_id in ids):
+        raise UserError(f"manifest: tokenizer {key!r} is {ids!r}; expected token ids")
+    return frozenset(ids)
 
 
 def _field(section: dict[str, Any], key: str, *types: type) -> Any:

@@ -30,14 +30,16 @@ def main() -> int:
     except Exception as error:
         if not is_users(error):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        # What is wrong with a recipe is so for all processes of a machine
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, RecipeError):
+            rank = os.environ.get("RANK", "0")
+            print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def is_users(error: Exception) -> bool:
-    """Whether the user can put it right: then it is one line without a traceback."""
+    """Whether the user can put it right. Such an error is one line, without a traceback."""
     if isinstance(error, RecipeError):
         return True
     from train.data.tokenizer import TokenizerError
@@ -83,7 +85,7 @@ if __name__ == "__main__":
     status = main()
     if "LOCAL_RANK" in os.environ:
         # One of torchrun's processes. Caches of DTensor keep process groups beyond `destroy_process_group`, and gloo's
-        # threads abort an interpreter that ends while they let go of their last tensor: it is not to end
+        # threads, which let go of their last tensor late, would abort an interpreter that is shutting down
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -38,19 +38,57 @@ from train.data.documents import Document
 from train.data.documents.page import Box, Page
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed import World
-from train.local import Local, PageBatch, draw, load_pages, phase_of, pixel_statistics, read_local, stack_pixels
 from train.loop import Loss, autocast, compute_dtype
-from train.model import Checkpoint, ImageEncoder, load_image_encoder, load_language_state, load_model, save_checkpoint
+from train.model import Checkpoint, ImageEncoder, load_embedding, load_image_encoder, save_image_encoder
+from train.pages import Curriculum, PageBatch, Phase, load_pages, pixel_statistics, read_curriculum, stack_pixels
 from train.parts import check_parts, freeze_others, parameter_groups
 from train.places import NOWHERE, SIDES, PlaceCode, hundredths
 from train.recipe import Recipe, RecipeError
 
-EMBEDDING = "model.embed_tokens.weight"
 NO_TOKEN = -1
 UNTOLD = -2  # in place of the sides of a cell whose place is not taught
 FROZEN = 4  # stages, where outputs are kept
 KEEPABLE = ("projector", "fifth_stage")
 SPREAD = 0.3  # variance of a cell's embedding around its text's where cells are told apart; digits are 3 apart, squared
+
+
+@dataclass(frozen=True)
+class Alignment(Curriculum):
+    """The recipe's section `local`. contrast: weight of the loss of telling a cell apart from the others of its
+    micro-batch, whose size therefore matters. whole_words: whether a word goes into one cell. places: weight of the
+    loss of telling where text stands. kept: how many steps' pages go through the frozen stages at a time, whose outputs
+    are kept in memory until each page was gone over `passes` times; 0 takes every step's pages through them, and each
+    page once.
+    """
+
+    contrast: float = 0.0
+    whole_words: bool = False
+    places: float = 0.0
+    kept: int = 0
+    passes: int = 1
+
+    def phase_of(self, number: int, global_batch: int) -> Phase:
+        return self.phase(number // global_batch * self.passes)
+
+    def check_kept(self, train: Iterable[str]) -> None:
+        """Raises RecipeError where outputs cannot be kept as it says."""
+        if self.kept < 0 or self.passes < 1:
+            raise RecipeError(f"local: kept {self.kept} and passes {self.passes}, expected at least 0 and 1")
+        if not self.kept:
+            if self.passes > 1:
+                raise RecipeError(
+                    f"local.passes: {self.passes}, but no pages are kept to be gone over; give local.kept"
+                )
+            return
+        if self.rounds != 1:
+            raise RecipeError(f"local.rounds: {self.rounds}, but outputs are kept; give the phases once")
+        if any(phase.batch for phase in self.phases):
+            raise RecipeError("local.phases: batch, but outputs are kept; leave out one of both")
+        whole = self.kept * self.passes
+        if any(phase.steps % whole for phase in self.phases):
+            raise RecipeError(f"local.phases: their steps must be multiples of {whole}, local.kept times local.passes")
+        if others := [part for part in train if part not in KEEPABLE]:
+            raise RecipeError(f"train: with local.kept {' and '.join(KEEPABLE)} alone, not {', '.join(others)}")
 
 
 @dataclass
@@ -85,28 +123,29 @@ def _pieces(page: Page, numbers: Iterable[int]) -> Iterator[tuple[str, Box]]:
 
 
 class CellPages(Dataset):
-    """[H, W, 3] uint8 pixels of each page, and for each cell its box's hundredths and the ids of its text's tokens."""
+    """[H, W, 3] uint8 pixels of each page, for each cell the ids of its text's tokens, and its box's hundredths."""
 
-    def __init__(self, local: Local, recipe: Recipe, tokenizer: Tokenizer, stride: int):
+    def __init__(self, local: Alignment, recipe: Recipe, tokenizer: Tokenizer, stride: int):
         self._local, self._seed, self._global_batch = local, recipe.seed, recipe.global_batch
         self._tokenizer, self._stride = tokenizer, stride
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, list[Tensor]]:
-        document = draw(self._local, self._seed, number, self._global_batch)
-        placed = phase_of(self._local, number, self._global_batch).placed
-        page, labels = document.page, []
+    def __getitem__(self, number: int) -> tuple[np.ndarray, list[Tensor], Tensor]:
+        document = self._local.draw(self._seed, number, self._global_batch)
+        placed = self._local.phase_of(number, self._global_batch).placed
+        page, labels, sides = document.page, [], []
         for cell in cells(document, self._stride, self._local.whole_words):
             ids = [id for word in cell.text.split() or ["\n"] for id in self._tokenizer.encode(word, opening=False)]
-            box = hundredths(cell.box, page.width, page.height)
-            labels.append(torch.tensor((box if placed or cell.box is None else [UNTOLD] * SIDES) + ids))
-        return page.pixels, labels
+            labels.append(torch.tensor(ids))
+            known = placed or cell.box is None
+            sides.append(hundredths(cell.box, page.width, page.height) if known else [UNTOLD] * SIDES)
+        return page.pixels, labels, torch.tensor(sides)
 
 
-def _stack(pages: Sequence[tuple[np.ndarray, list[Tensor]]]) -> PageBatch:
-    """labels: [B * T, SIDES + N], of each cell the box, then the ids of its tokens, NO_TOKEN behind the last."""
-    pixels, labels = zip(*pages, strict=True)
+def _stack(pages: Sequence[tuple[np.ndarray, list[Tensor], Tensor]]) -> PageBatch:
+    """labels: [B * T, N], the ids of each cell's tokens, NO_TOKEN behind the last. sides: [B * T, SIDES]."""
+    pixels, labels, sides = zip(*pages, strict=True)
     padded = pad_sequence([cell for page in labels for cell in page], batch_first=True, padding_value=NO_TOKEN)
-    return PageBatch(stack_pixels(pixels), padded, NO_TOKEN)
+    return PageBatch(stack_pixels(pixels), padded, NO_TOKEN, torch.cat(sides))
 
 
 def tell_apart(found: Tensor, texts: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,15 +190,20 @@ class AlignedEncoder(nn.Module):
 
 @dataclass
 class KeptPages:
-    """One process's pages of some steps: features [N, C, H/32, W/32] on the device that made them; labels [N, T, K]."""
+    """One process's pages of some steps: features [N, C, H/32, W/32] on the device that made them; labels [N, T, K];
+    sides [N, T, SIDES]."""
 
     features: Tensor
     labels: Tensor
+    sides: Tensor
 
     def batches(self, pages: np.ndarray, size: int) -> list[PageBatch]:
         """Those of the numbers `pages`, in that order, `size` at a time."""
         chosen = torch.from_numpy(pages).split(size)
-        return [PageBatch(self.features[at], self.labels[at].flatten(0, 1), NO_TOKEN) for at in chosen]
+        return [
+            PageBatch(self.features[at], self.labels[at].flatten(0, 1), NO_TOKEN, self.sides[at].flatten(0, 1))
+            for at in chosen
+        ]
 
 
 class AlignTask:
@@ -177,12 +221,11 @@ class AlignTask:
             raise RecipeError("train: task align trains projector and encoder, not language_model")
         self._checkpoint = Checkpoint.open(recipe.checkpoint)
         config = self._checkpoint.encoder_config
-        self._local = read_local(recipe, config.stride)
-        if self._local.kept and (others := [part for part in recipe.train if part not in KEEPABLE]):
-            raise RecipeError(f"train: with local.kept {' and '.join(KEEPABLE)} alone, not {', '.join(others)}")
-        check_parts(recipe.train, len(config.depths), self._checkpoint.config.get("mm_projector_type", "linear"))
+        self._local = read_curriculum(Alignment, recipe, config.stride)
+        self._local.check_kept(recipe.train)
+        check_parts(recipe.train, len(config.depths), self._checkpoint.projector_type)
         self._tokenizer = load_tokenizer(self._checkpoint.folder)
-        self._embedding = load_language_state(self._checkpoint, torch.float32)[EMBEDDING].to(world.device)
+        self._embedding = load_embedding(self._checkpoint).to(world.device)
         self._scale = self._embedding.square().mean()
         self._places = PlaceCode(self._embedding.shape[1], world.device) if self._local.places else None
         self.model = AlignedEncoder(load_image_encoder(self._checkpoint), bool(self._local.kept))
@@ -220,7 +263,7 @@ class AlignTask:
 
     def _keep(self, batches: Iterable[PageBatch], count: int) -> KeptPages:
         """The next `count` pages, encoded as they come."""
-        features, labels, begin = None, [], 0
+        features, labels, sides, begin = None, [], [], 0
         for batch in batches:
             pixels = (batch.inputs.to(self._world.device) - self._mean) / self._std
             with autocast(self._world.device, compute_dtype(self._recipe, self._world)):
@@ -230,14 +273,15 @@ class AlignTask:
             features[begin : begin + len(found)] = found
             begin += len(found)
             labels += batch.labels.unflatten(0, (batch.samples, -1))
+            sides += batch.sides.unflatten(0, (batch.samples, -1))
         longest = max(page.shape[1] for page in labels)
         padded = [F.pad(page, (0, longest - page.shape[1]), value=NO_TOKEN) for page in labels]
-        return KeptPages(features, torch.stack(padded))
+        return KeptPages(features, torch.stack(padded), torch.stack(sides))
 
     def loss(self, batch: PageBatch) -> Loss:
         inputs = batch.inputs if self._local.kept else (batch.inputs - self._mean) / self._std
         found = self.model(inputs).flatten(0, 1).float()  # [B * T, D]
-        sides, ids = batch.labels.split((SIDES, batch.labels.shape[1] - SIDES), 1)
+        sides, ids = batch.sides, batch.labels
         written, placed = sides[:, 0] != NOWHERE, sides[:, 0] >= 0
         text = (self._embedding[ids.clamp(min=0)] * (ids != NO_TOKEN)[..., None]).sum(1)
         wanted = text.clone()
@@ -261,7 +305,6 @@ class AlignTask:
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The checkpoint it began from with the parts as they are now."""
-        model = load_model(self._checkpoint)
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
-        model.load_state_dict({name: weights[name] for name in trained}, strict=False)
-        save_checkpoint(model, self._checkpoint, folder)
+        changed = {name.removeprefix("image_encoder."): weights[name] for name in trained}
+        save_image_encoder(changed, self._checkpoint, folder)

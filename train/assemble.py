@@ -12,6 +12,7 @@ import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from train.model import (
     Checkpoint,
@@ -27,8 +28,6 @@ from train.model import (
 from train.model.checkpoint import folder_or_hub, read_json
 from train.recipe import Encoder, Recipe, RecipeError
 
-# CLIP's, which every ConvLLaVA was trained with
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DEFAULT_RESOLUTION = 768  # of a new model; the original's first
 
 
@@ -67,10 +66,6 @@ class Source:
             raise RecipeError(f"projector: {error}") from None
         return cls(_as_trained(like, recipe), None, config, recipe)
 
-    @property
-    def projector(self) -> str:
-        return self.like.config.get("mm_projector_type", "linear")
-
     def load(self) -> ConvLLaVA:
         """The model in float32; what is new is drawn from torch's global generator."""
         if self.checkpoint:
@@ -80,7 +75,7 @@ class Source:
         decoder = LlamaForCausalLM.from_pretrained(
             None, config=llama, state_dict=load_language_state(self.like, torch.float32), dtype=torch.float32
         )
-        projector = build_projector(self.projector, self.encoder_config.widths[-1], llama.hidden_size)
+        projector = build_projector(self.like.projector_type, self.encoder_config.widths[-1], llama.hidden_size)
         return ConvLLaVA(ImageEncoder(encoder, projector), decoder)
 
     def stored_dtype(self) -> torch.dtype | None:
@@ -148,7 +143,8 @@ def _vision_config(encoder: EncoderConfig) -> dict[str, Any]:
     }
 
 
-def _preprocessor(mean: tuple[float, ...], std: tuple[float, ...], side: int = DEFAULT_RESOLUTION) -> dict[str, Any]:
+def _preprocessor(mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+    side = DEFAULT_RESOLUTION
     return {
         "image_processor_type": "CLIPImageProcessor",
         "crop_size": {"height": side, "width": side},
@@ -166,7 +162,7 @@ def _encoder_to_build(encoder: Encoder) -> tuple[EncoderConfig, dict[str, Any]]:
             config = EncoderConfig.from_variant(encoder.variant)
         except ValueError as error:
             raise RecipeError(f"encoder.variant: {error}") from None
-        preprocessor = _preprocessor(MEAN, STD)
+        preprocessor = _preprocessor(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)  # which every ConvLLaVA was trained with
     elif encoder.timm:
         model = _timm_model(encoder.timm, pretrained=False)
         config = _timm_config(model)
@@ -174,8 +170,7 @@ def _encoder_to_build(encoder: Encoder) -> tuple[EncoderConfig, dict[str, Any]]:
     else:
         tower = _open_convnext(encoder.pretrained)
         config = tower.encoder_config
-        statistics = (tower.preprocessor.get("image_mean", MEAN), tower.preprocessor.get("image_std", STD))
-        preprocessor = _preprocessor(*statistics)
+        preprocessor = _preprocessor(*tower.pixel_statistics)
     if encoder.layer_scale is not None:
         if config.layer_scale <= 0:
             raise RecipeError("encoder.layer_scale: this encoder's blocks have none; remove the key")

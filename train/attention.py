@@ -63,7 +63,7 @@ def quick_attention(device: torch.device) -> Iterator[None]:
 
 class _Quick(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention:
+        if function is not F.scaled_dot_product_attention or (kwargs or {}).get("dropout_p"):
             return function(*args, **(kwargs or {}))
         with torch.autocast("cpu", enabled=False):
             return attend(*args, **(kwargs or {}))

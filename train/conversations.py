@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
-from train.assemble import MEAN, STD, Source
+from train.assemble import Source
 from train.attention import quick_attention
 from train.data.collate import ConversationBatch, collate
 from train.data.conversation import TEMPLATES
@@ -121,12 +121,16 @@ class ConversationTask:
         """Raises RecipeError or CheckpointError, for what configurations alone can tell before any weight is read."""
         self._recipe, self._world = recipe, world
         self._source = source = Source.open(recipe)
-        check_parts(recipe.train, len(source.encoder_config.depths), source.projector)
+        base = Checkpoint.open(recipe.lora.base) if recipe.lora and recipe.lora.base else None
+        check_parts(recipe.train, len(source.encoder_config.depths), source.like.projector_type)
         self._dataset = _dataset(recipe, source)
         datasets = [(n, records.weight) for n, records in zip(self._dataset.counts, recipe.data, strict=True)]
-        self._sampler = Sampler(self._dataset.lengths, datasets, recipe.global_batch, recipe.seed)
+        try:
+            self._sampler = Sampler(self._dataset.lengths, datasets, recipe.global_batch, recipe.seed)
+        except ValueError as error:
+            raise RecipeError(f"data: {error}") from None
         self.steps_in_epoch = self._sampler.steps_in_epoch
-        self.model = AnswerLoss(_trainable_model(source, recipe, world))
+        self.model = AnswerLoss(_trainable_model(source, base, recipe, world))
         # The loop keeps frozen weights in the type it computes in; a checkpoint gets them as they were.
         sharded = recipe.fsdp and world.size > 1  # then they are float32 anyway
         frozen = {} if sharded or not world.main else dict(self.model.named_parameters())
@@ -183,9 +187,10 @@ def _dataset(recipe: Recipe, source: Source) -> Conversations:
     name = config.get("conversation_template", "vicuna_v1")
     if name not in TEMPLATES:
         raise RecipeError(f"template: the checkpoint's is {name!r}; give one of {', '.join(TEMPLATES)}")
+    mean, std = like.pixel_statistics
     rule = ImageRule(
-        mean=tuple(like.preprocessor.get("image_mean", MEAN)),
-        std=tuple(like.preprocessor.get("image_std", STD)),
+        mean=mean,
+        std=std,
         aspect=recipe.aspect,
         resolution=resolution,
         multiple=stride,
@@ -200,16 +205,16 @@ def _dataset(recipe: Recipe, source: Source) -> Conversations:
     )
 
 
-def _trainable_model(source: Source, recipe: Recipe, world: World) -> ConvLLaVA:
-    """Loaded, with adapters, its frozen parts frozen, attention and checkpointing as the recipe says."""
+def _trainable_model(source: Source, base: Checkpoint | None, recipe: Recipe, world: World) -> ConvLLaVA:
+    """Loaded, with adapters (on `base`, where there is one), its frozen parts frozen, attention and checkpointing as
+    the recipe says."""
     attention = _attention(recipe, world)
     model = source.load()
     freeze_others(model, recipe.train)
     if recipe.lora:
         add_lora(model.decoder, recipe.lora)
-        if recipe.lora.base:
-            base = load_language_state(Checkpoint.open(recipe.lora.base), torch.float32)
-            go_on_from(model.decoder, base, recipe.lora)
+        if base:
+            go_on_from(model.decoder, load_language_state(base, torch.float32), recipe.lora)
     model.decoder.set_attn_implementation(attention)
     if recipe.gradient_checkpointing:
 

@@ -22,7 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from train import state
 from train.distributed import World, apart, gradient_norm, shard
-from train.recipe import Recipe, RecipeError
+from train.recipe import Recipe
 from train.report import Report
 
 
@@ -72,7 +72,7 @@ class Task(Protocol):
     model: every module that takes part, auxiliary heads included, on the CPU when the loop gets it; `requires_grad`
         says what is trained. The loop moves it to the device, and under FSDP shards it in place. What is trained
         must be parameters: the resumable state has no buffers.
-    steps_in_epoch: global batches of an epoch; None where data has no end, and the recipe has to give `steps`.
+    steps_in_epoch: global batches of an epoch; None where data has no end, for which a recipe gives `steps`.
     """
 
     model: nn.Module
@@ -128,8 +128,8 @@ class StepResult:
 def train(task: Task, recipe: Recipe, world: World) -> None:
     """Train to the end of the recipe, from the newest checkpoint in `recipe.out` if there is one.
 
-    Leaves `out/final`. Raises RecipeError where the recipe and the task or an earlier run do not go together, and
-    TooManySkipped past `malformed_limit`.
+    Leaves `out/final`. Raises RecipeError where the recipe and the task or an earlier run do not go together,
+    TooManySkipped past `malformed_limit`, and DivergedError where a gradient is no number.
     """
     out, total = Path(recipe.out), total_steps(task, recipe)
     compute = compute_dtype(recipe, world)
@@ -147,8 +147,8 @@ def train(task: Task, recipe: Recipe, world: World) -> None:
             report.step(progress, result)
             if progress.step % recipe.save_every == 0:
                 run.save(progress)
-        run.finish()
         report.plot()
+        run.finish()
     if world.main:
         print(f"finished {total} steps: {out / 'final'}")
 
@@ -177,7 +177,8 @@ def train_step(
     norm = gradient_norm(parameters) * per_count
     if not math.isfinite(norm):  # it would make every weight NaN, and soon every checkpoint
         raise DivergedError(
-            f"{recipe.out}: a gradient is {norm}; lower learning_rate, or go on from an earlier checkpoint"
+            f"{recipe.out}: a gradient is {norm}; begin again with a lower learning_rate and another out, from here or "
+            f"with checkpoint={recipe.out}/step-N"
         )
     scale = per_count * min(1.0, recipe.max_grad_norm / (norm + 1e-6))
     for parameter in parameters:
@@ -226,11 +227,9 @@ class _Sums:
 
 
 def total_steps(task: Task, recipe: Recipe) -> int:
-    """Steps of the whole run. Raises RecipeError for epochs of data without end."""
+    """Steps of the whole run."""
     if recipe.steps is not None:
         return recipe.steps
-    if task.steps_in_epoch is None:
-        raise RecipeError(f"epochs: {recipe.epochs}, but the data of task {recipe.task} has no end; give steps instead")
     return math.ceil(recipe.epochs * task.steps_in_epoch)
 
 

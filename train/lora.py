@@ -41,7 +41,9 @@ def go_on_from(decoder: nn.Module, base: dict[str, Tensor], lora: Lora) -> None:
     state = merge_lora(decoder.state_dict(), lora)
     try:
         found, error = factors(base, {name: state[name] for name in base}, lora.rank)
-    except (KeyError, ValueError, RuntimeError) as wrong:  # other names, or other shapes
+    except KeyError as wrong:
+        raise RecipeError(f"lora.base: has {wrong.args[0]}, which the checkpoint lacks") from wrong
+    except (ValueError, RuntimeError) as wrong:  # other shapes
         raise RecipeError(f"lora.base: {wrong}") from wrong
     if error > ROUNDED:
         raise RecipeError(

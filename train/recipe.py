@@ -20,7 +20,8 @@ ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 TEMPLATES = ("vicuna_v1", "plain", "chatml")
 # Keys that may differ between the run that wrote a checkpoint and the one that goes on from it: they decide how fast a
 # run is and what it leaves behind, not what it computes. The second line changes the order of additions, thus the last
-# bits, and which values dropout drops; whoever runs out of memory has to be able to go on
+# bits, which values dropout drops, and what a cell is told apart from (`local.contrast`); whoever runs out of memory
+# has to be able to go on
 HARMLESS = frozenset(
     {"out", "log_every", "save_every", "keep", "workers", "malformed_limit"}
     | {"micro_batch", "fsdp", "gradient_checkpointing"}
@@ -41,7 +42,7 @@ class Encoder:
     timm: name of a ConvNeXt in timm, with timm's weights, such as `convnext_large_mlp.clip_laion2b_ft_320`.
     variant: a name in `train.model.VARIANTS`; weights drawn from `seed`.
     fifth_stage: [blocks, channels] of a new fifth stage behind the four, or null for none.
-    layer_scale: initial layer scale of what is drawn from `seed`; None: 1e-6, or the encoder's it comes behind.
+    layer_scale: initial layer scale of what is drawn from `seed`; None: 1e-6, or that of the stages before it.
     """
 
     pretrained: str | None = None
@@ -66,6 +67,13 @@ class Lora:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     base: str | None = None
 
+    def __post_init__(self):
+        _at_least("lora.rank", self.rank, 1)
+        if self.alpha <= 0:
+            raise RecipeError(f"lora.alpha: {self.alpha}, expected more than 0")
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"lora.dropout: {self.dropout}, expected a share, 0 to less than 1")
+
 
 @dataclass(frozen=True)
 class Records:
@@ -80,6 +88,10 @@ class Records:
     images: str | None = None
     weight: float = 1.0
     resolution: int | None = None
+
+    def __post_init__(self):
+        if self.weight <= 0:
+            raise RecipeError(f"data: weight {self.weight} of {self.records}, expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class Recipe:
     learning_rates: by part, where one differs from `learning_rate`.
     lora: adapters instead of the language model's own weights.
 
-    data: the conversations. resolution: side of the images, pixels. aspect: `pad` or `any`; None: `pad`.
+    data: the conversations. resolution: side of the images, pixels; None: the checkpoint's. aspect: `pad` or `any`.
     template, system: of the prompts; None: the checkpoint's own, else `vicuna_v1`'s. max_length: positions of a
         sequence, visual tokens included; a longer conversation is cut at its end.
     malformed_limit: how many records may be skipped for what is wrong with them.
@@ -190,6 +202,8 @@ class Recipe:
                 raise RecipeError(f"encoder: expected exactly one of pretrained, timm and variant, found {found}")
         if self.task != "conversation" and self.checkpoint is None:
             raise RecipeError(f"checkpoint: missing; task {self.task} starts from one, not from its parts")
+        if self.task != "conversation" and self.steps is None:
+            raise RecipeError(f"epochs: {self.epochs}, but the data of task {self.task} has no end; give steps instead")
         if self.task == "conversation" and not self.data:
             raise RecipeError("data: missing; expected a list of records and images")
 
@@ -260,7 +274,12 @@ def build(cls: type[T], content: dict[str, Any], where: str = "") -> T:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Top-level keys in which two recipes (`to_dict`) differ, but for the harmless ones."""
+    """Top-level keys in which two recipes (`to_dict`) differ, but for the harmless ones.
+
+    A key that one of them lacks has its default there: the recipe may have been written before there was such a key.
+    """
+    defaults = {entry.name: _plain(entry.default) for entry in fields(Recipe) if entry.default is not MISSING}
+    old, new = defaults | old, defaults | new
     return sorted(key for key in old.keys() | new.keys() if key not in HARMLESS and old.get(key) != new.get(key))
 
 

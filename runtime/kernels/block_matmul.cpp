@@ -1,4 +1,5 @@
-// Products with weights in blocks of 4 or 8 bits on x86 processors with AVX2, as operators of ONNX Runtime:
+// Products with weights in blocks of 4 or 8 bits on x86 processors with AVX2, and faster with VNNI, as operators of ONNX
+// Runtime:
 //
 //   BlockMatMul       y = x W^T
 //   GatedBlockMatMul  y = silu(x G^T) * (x U^T), the first half of a Llama's MLP
@@ -26,10 +27,12 @@
 #include "ort_abi.h"
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own headers
+#endif
 #include <immintrin.h>
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define AVX2_INLINE AVX2 __attribute__((always_inline)) inline
 
 namespace {
 
@@ -55,11 +58,12 @@ struct Weights {
   std::unique_ptr<uint8_t, Free> data;
 };
 
-// What of x is multiplied: a block's columns in 8 bits, its scale, and scale * sum.
+// What of x is multiplied: a block's columns in 8 bits, its scale, scale * sum, and the sum.
 struct Activations {
   int64_t rows, blocks;
   std::vector<int8_t> quantised;
   std::vector<float> scales, sums;
+  std::vector<int32_t> levels;  // sums of what is quantised
 };
 
 // Weights as MatMulNBits has them: of 4 bits, the even one of two columns in the lower half of a byte.
@@ -171,135 +175,81 @@ AVX2 void quantise(const float* x, Activations& a, int64_t row) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(a.quantised.data() + at * BLOCK),
                         _mm256_permutevar8x32_epi32(packed, order));
     a.scales[at] = _mm256_movemask_ps(strange) ? NAN : largest / 127.0f;
-    a.sums[at] = a.scales[at] * _mm_cvtsi128_si32(four);
+    a.levels[at] = _mm_cvtsi128_si32(four);
+    a.sums[at] = a.scales[at] * a.levels[at];
   }
 }
 
-AVX2_INLINE __m256i four_columns(const int8_t* x) {
-  int32_t columns;
-  std::memcpy(&columns, x, 4);
-  return _mm256_set1_epi32(columns);
-}
-
-AVX2_INLINE __m256 eight_halves(const uint8_t* memory) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(memory)));
-}
-
-// y[m]: the products of ROWS rows of x, from row `first`, with one group of weights
-template <int BITS, int ROWS>
-AVX2_INLINE void multiply(const Weights& w, int64_t group, const Activations& a, int64_t first, __m256 (&y)[ROWS]) {
-  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
-  constexpr size_t QUANTISED = GROUP * BLOCK * BITS / 8, RECORD = record_bytes(BITS);
-  const uint8_t* record = w.data.get() + group * w.blocks * RECORD;
-  const int64_t stride = a.blocks * BLOCK;
-  const int8_t* x = a.quantised.data() + first * stride;
-  for (int m = 0; m < ROWS; ++m) y[m] = _mm256_setzero_ps();
-  for (int64_t block = 0; block < w.blocks; ++block, record += RECORD, x += BLOCK) {
-    if constexpr (ROWS == 1) {  // the memory is what it waits for
-      const uintptr_t ahead = reinterpret_cast<uintptr_t>(record) + AHEAD * RECORD;  // perhaps behind the last, unread
-      for (size_t line = 0; line < RECORD; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
-    }
-    __m256i total[ROWS];
-    for (int m = 0; m < ROWS; ++m) total[m] = _mm256_setzero_si256();
-    const auto* vectors = reinterpret_cast<const __m256i*>(record);
-    if constexpr (BITS == 4) {
-      for (int v = 0; v < 4; ++v) {
-        const __m256i both = _mm256_load_si256(vectors + v);
-        const __m256i left = _mm256_and_si256(both, low);
-        const __m256i right = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-        for (int m = 0; m < ROWS; ++m) {
-          const int8_t* columns = x + m * stride + 4 * v;
-          total[m] = _mm256_add_epi16(total[m], _mm256_maddubs_epi16(left, four_columns(columns)));
-          total[m] = _mm256_add_epi16(total[m], _mm256_maddubs_epi16(right, four_columns(columns + 16)));
-        }
-      }
-      for (int m = 0; m < ROWS; ++m) total[m] = _mm256_madd_epi16(total[m], ones);
-    } else {
-      for (int v = 0; v < 8; ++v) {
-        const __m256i weights = _mm256_load_si256(vectors + v);
-        const __m256i size = _mm256_abs_epi8(weights);  // 128 for -128: unsigned from here on
-        for (int m = 0; m < ROWS; ++m) {
-          const __m256i columns = _mm256_sign_epi8(four_columns(x + m * stride + 4 * v), weights);
-          total[m] = _mm256_add_epi32(total[m], _mm256_madd_epi16(_mm256_maddubs_epi16(size, columns), ones));
-        }
-      }
-    }
-    const __m256 scales = eight_halves(record + QUANTISED), offsets = eight_halves(record + QUANTISED + 2 * GROUP);
-    for (int m = 0; m < ROWS; ++m) {
-      const int64_t at = (first + m) * a.blocks + block;
-      const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(total[m]), scales);
-      y[m] = _mm256_fmadd_ps(product, _mm256_set1_ps(a.scales[at]), y[m]);
-      y[m] = _mm256_fmadd_ps(offsets, _mm256_set1_ps(a.sums[at]), y[m]);
-    }
-  }
-  for (int m = 0; m < ROWS; ++m) y[m] = _mm256_mul_ps(y[m], _mm256_set1_ps(w.unit));
-}
-
-// e^x, relative error 2e-7: 2^n by the exponent's bits, the rest (at most ln 2 / 2) by Taylor's series to the 7th power
-AVX2_INLINE __m256 exponential(__m256 x) {
-  x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.0f)), _mm256_set1_ps(88.0f));
-  const __m256 n =
-      _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  // ln 2 in two parts, so that nothing of x is lost
-  const __m256 rest =
-      _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x));
-  __m256 sum = _mm256_set1_ps(1.0f / 5040);
-  for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    sum = _mm256_fmadd_ps(sum, rest, _mm256_set1_ps(term));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(sum, _mm256_castsi256_ps(power));
-}
+struct Work;
+using Groups = void (*)(const Work& work, int64_t begin, int64_t end);  // products of groups `begin` to `end`
 
 struct Work {
   const Weights* weights[2];
   const float* x;
   float* y;
   Activations a;
+  Groups groups;
 };
 
-// Eight columns of y, from 8 * group, in ROWS rows from `first`
-template <int BITS, int ROWS>
-AVX2_INLINE void tile(const Work& work, int64_t group, int64_t first) {
-  const Weights& w = *work.weights[0];
-  __m256 y[ROWS];
-  multiply<BITS>(w, group, work.a, first, y);
-  if (const Weights* up = work.weights[1]) {
-    __m256 other[ROWS];
-    multiply<BITS>(*up, group, work.a, first, other);
-    for (int m = 0; m < ROWS; ++m) {
-      const __m256 one = _mm256_set1_ps(1.0f), minus = _mm256_sub_ps(_mm256_setzero_ps(), y[m]);
-      y[m] = _mm256_mul_ps(_mm256_div_ps(y[m], _mm256_add_ps(one, exponential(minus))), other[m]);
-    }
-  }
-  const int64_t column = group * GROUP;
-  for (int m = 0; m < ROWS; ++m) {
-    float* out = work.y + (first + m) * w.rows + column;
-    if (column + GROUP <= w.rows) {
-      _mm256_storeu_ps(out, y[m]);
-    } else {
-      float lanes[GROUP];
-      _mm256_storeu_ps(lanes, y[m]);
-      std::copy_n(lanes, w.rows - column, out);
-    }
-  }
-}
+// Instructions, the best first. Compilers before GCC 11 and Clang 12 do not know VNNI without AVX-512.
+namespace avx512_vnni {
+#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")))
+#define VNNI 1
+#define WIDE 1
+#define DOT _mm256_dpbusd_epi32
+#define MOST_ROWS 8
+#include "products.h"
+}  // namespace avx512_vnni
 
-// Rows that go together share the reading and unpacking of weights; more than four do not fit the registers
-template <int BITS>
-AVX2 void some_groups(const Work& work, int64_t begin, int64_t end) {
-  for (int64_t group = begin; group < end; ++group) {
-    int64_t row = 0;
-    for (; row + 4 <= work.a.rows; row += 4) tile<BITS, 4>(work, group, row);
-    for (; row + 2 <= work.a.rows; row += 2) tile<BITS, 2>(work, group, row);
-    if (row < work.a.rows) tile<BITS, 1>(work, group, row);
-  }
+#if (defined(__clang_major__) && __clang_major__ >= 12) || (!defined(__clang_major__) && __GNUC__ >= 11)
+#define HAS_AVX_VNNI 1
+namespace avx_vnni {
+#define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#define VNNI 1
+#define WIDE 0
+#define DOT _mm256_dpbusd_avx_epi32
+#define MOST_ROWS 4
+#include "products.h"
+}  // namespace avx_vnni
+#endif
+
+namespace avx2 {
+#define TARGET AVX2
+#define VNNI 0
+#define WIDE 0
+#define DOT
+#define MOST_ROWS 4
+#include "products.h"
+}  // namespace avx2
+
+struct Instructions {
+  const char* name;
+  bool supported;
+  Groups of_4_bits, of_8_bits;
+};
+
+// The best of the processor's, or those that the environment's CONVLLAVA_KERNELS names.
+const Instructions& instructions() {
+  static const Instructions all[] = {
+      {"avx512_vnni", __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"),
+       avx512_vnni::some_groups<4>, avx512_vnni::some_groups<8>},
+#ifdef HAS_AVX_VNNI
+      {"avx_vnni", __builtin_cpu_supports("avxvnni") != 0, avx_vnni::some_groups<4>, avx_vnni::some_groups<8>},
+#endif
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),  // all that have these have F16C
+       avx2::some_groups<4>, avx2::some_groups<8>},
+  };
+  const char* wanted = std::getenv("CONVLLAVA_KERNELS");
+  for (const Instructions& one : all)
+    if (one.supported && (!wanted || !*wanted || std::string(wanted) == one.name)) return one;
+  throw wanted && *wanted ? "CONVLLAVA_KERNELS: the processor has no " + std::string(wanted)
+                          : std::string("the processor lacks AVX2 or FMA");
 }
 
 void task(void* data, size_t index) {
   const Work& work = *static_cast<const Work*>(data);
   const int64_t begin = index * TASK, end = std::min<int64_t>(begin + TASK, work.weights[0]->groups);
-  work.weights[0]->bits == 4 ? some_groups<4>(work, begin, end) : some_groups<8>(work, begin, end);
+  work.groups(work, begin, end);
 }
 
 void quantise_row(void* data, size_t row) {
@@ -350,6 +300,7 @@ int64_t elements(const std::vector<int64_t>& shape) {
 struct Kernel {
   ort::Api api;
   std::vector<Weights> weights;
+  Groups groups;
 
   Kernel(const ort::Api& api, const ort::Info* info, int matrices) : api(api) {
     int64_t columns = 0, bits = 0;
@@ -357,8 +308,8 @@ struct Kernel {
     check(api.integer(info, "bits", &bits));
     if ((bits != 4 && bits != 8) || columns <= 0 || columns % BLOCK)
       throw std::string("expected 4 or 8 bits, and K in blocks of 32");
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))  // all that have these have F16C
-      throw std::string("the processor lacks AVX2 or FMA");
+    const Instructions& chosen = instructions();
+    groups = bits == 4 ? chosen.of_4_bits : chosen.of_8_bits;
     for (int matrix = 0; matrix < matrices; ++matrix) {
       std::vector<int64_t> shape, scales_shape, zeros_shape;
       const auto* quantised = constant<uint8_t>(api, info, 3 * matrix + 1, shape);
@@ -402,7 +353,9 @@ struct Kernel {
         {&w, weights.size() == 2 ? &weights[1] : nullptr},
         static_cast<const float*>(x),
         static_cast<float*>(y),
-        {rows, w.blocks, std::vector<int8_t>(blocks * BLOCK), std::vector<float>(blocks), std::vector<float>(blocks)}};
+        {rows, w.blocks, std::vector<int8_t>(blocks * BLOCK), std::vector<float>(blocks), std::vector<float>(blocks),
+         std::vector<int32_t>(blocks)},
+        groups};
     if (rows < ROWS_ALONE) {
       for (int64_t row = 0; row < rows; ++row) quantise_row(&work, row);
     } else {

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from runtime import serve
 from runtime.serve.asking import Answering, Asking, check_model
@@ -97,9 +98,13 @@ def new_app(api_keys: tuple[str, ...], **options: Any) -> FastAPI:
     async def say_error(_: Request, error: ApiError) -> JSONResponse:
         return error_response(error)
 
+    @app.exception_handler(ClientDisconnect)
+    async def say_gone(_: Request, error: ClientDisconnect) -> JSONResponse:
+        return error_response(ApiError(499, "the client has gone"))
+
     @app.exception_handler(HTTPException)
     async def say_http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return error_response(ApiError(error.status_code, str(error.detail)))
+        return error_response(ApiError(error.status_code, str(error.detail), headers=error.headers))
 
     @app.exception_handler(Exception)
     async def say_bug(_: Request, error: Exception) -> JSONResponse:
@@ -148,5 +153,6 @@ async def _until_gone(request: Request) -> None:
 
 def _has_key(request: Request, keys: tuple[str, ...]) -> bool:
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]  # all, in constant time
+    sent = given.strip().encode("latin-1")  # as it came
+    matches = [hmac.compare_digest(sent, key.encode()) for key in keys]  # all, in constant time
     return scheme.lower() == "bearer" and any(matches)

@@ -24,12 +24,14 @@ GRACE = 30  # seconds after its deadline, until a request is given up of which t
 NICE = 5  # of the threads that open images; with it Linux gives them a third of what a thread beside them gets
 LONGEST_TOKEN = 256  # characters
 FETCHES = 8  # remote images at once, of all requests
+# Of images: those that Pillow decodes in C, and not before their size is known
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True)
 class Limits:
     """What one request may ask for. body_bytes, image_bytes; image_pixels: of one image; images; schema_chars: of a
-    JSON schema, which takes a second for a million; output_tokens; and seconds until a request is given up."""
+    JSON schema, a million of which take a second to compile; output_tokens; and seconds until a request is given up."""
 
     body_bytes: int = 64 << 20
     image_bytes: int = 20 << 20
@@ -64,7 +66,7 @@ class Asking:
             self.engine.check_room(chat.choices + self._coming)
         self._coming += chat.choices
         try:
-            prompt, urls = self._conversation(chat)
+            prompt, urls = await asyncio.to_thread(self._conversation, chat)
             fetched = await self._fetched(urls)
             prepared, grammars = await loop.run_in_executor(self._preparing, self._prepare, chat, prompt, urls, fetched)
         finally:
@@ -144,7 +146,7 @@ class Asking:
 
     def _picture(self, url: str, fetched: dict[str, bytes], options: Options) -> Picture:
         content = fetched[url] if url in fetched else image_bytes(url, self.limits.image_bytes)
-        picture = Picture(self.model, content, options, self.limits.image_pixels)
+        picture = Picture(self.model, content, options, self.limits.image_pixels, FORMATS)
         picture.condense()
         return picture
 

@@ -11,7 +11,6 @@ A slot keeps its keys and values after its request has gone. A new request takes
 slot, image embeds and tokens alike, up to the first position that differs.
 """
 
-import itertools
 import queue
 import threading
 import time
@@ -23,9 +22,9 @@ import numpy as np
 
 from runtime.answer import Answer
 from runtime.device import Array, Cpu, concatenate, copied
-from runtime.errors import UserError
+from runtime.errors import NoNumbersError, UserError
 from runtime.grammar import JsonGrammar
-from runtime.model import Model, Options, Picture
+from runtime.model import Model, Options, Picture, common_length
 from runtime.sampling import next_token
 from runtime.slots import Slots
 
@@ -241,7 +240,7 @@ class Engine:
             work()
         except BaseException as error:  # whatever it is, nobody may wait for an answer that cannot come
             with self._lock:
-                self.crashed = error
+                self.crashed = self.crashed or error  # the first one is the cause
             self._ended.set()
             self._wake.set()
             self._jobs.put(None)
@@ -319,7 +318,7 @@ class Engine:
         request, names, embeds = entry
         known = names[: -self._least_fed]  # the last one is fed for its logits, and not alone if that matters
         kept = [
-            min(_common_length(held.names, known), slot.cache.length)
+            min(common_length(held.names, known), slot.cache.length)
             for held, slot in zip(self._held, self._slots, strict=True)
         ]
         idle = range(len(self._active), len(self._slots))
@@ -386,9 +385,9 @@ class Engine:
         if logits is not None:
             try:
                 token = _chosen(running, logits)
-            except (UserError, ValueError) as error:  # a schema that grew too large; logits that are no numbers
+            except UserError as error:  # a schema that grew too large; logits that are no numbers
                 self._leave(running)
-                reason = "request" if isinstance(error, UserError) else "crash"
+                reason = "crash" if isinstance(error, NoNumbersError) else "request"
                 self._observer.finished(reason)
                 request.sink(Failed(reason, str(error)))
                 return
@@ -496,9 +495,3 @@ def logprob_of(logits: np.ndarray, token: int, top: int) -> Logprob:
     best = np.argpartition(-logprobs, top)[:top] if top else []
     ordered = sorted(((int(i), float(logprobs[i])) for i in best), key=lambda pair: (-pair[1], pair[0]))
     return Logprob(token, float(logprobs[token]), tuple(ordered))
-
-
-def _common_length(one: list[Hashable], other: list[Hashable]) -> int:
-    """How many names the two begin with alike."""
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return sum(1 for _ in pairs)

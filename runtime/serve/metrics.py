@@ -20,13 +20,13 @@ class Metrics(Observer):
             Histogram, "time_to_first_token_seconds", "From a request's arrival in the queue", buckets=SECONDS
         )
         self._next = make(Histogram, "inter_token_seconds", "Between two tokens of an answer", buckets=SECONDS)
-        self._encode = make(Histogram, "encode_seconds", "Of an image that was encoded", buckets=SECONDS)
+        self._encode = make(Histogram, "encode_seconds", "Of the images that were encoded together", buckets=SECONDS)
         self._occupancy = make(
             Histogram, "batch_occupancy", "Sequences of a decode step", buckets=(1, 2, 4, 8, 16, 32, 64)
         )
         self._tokens = make(Counter, "tokens", "Positions computed, or taken over from a slot", ("kind",))
         self._cache = make(Counter, "image_cache", "Images looked up in the cache of embeds", ("result",))
-        self._requests = make(Counter, "requests", "Finished, by how", ("finish",))
+        self._requests = make(Counter, "requests", "Requests that have ended, by how they ended", ("finish",))
         self._waiting = make(Gauge, "queue_depth", "Requests that wait for a slot")
         self._running = make(Gauge, "running", "Requests in a slot")
 

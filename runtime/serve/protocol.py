@@ -15,6 +15,7 @@ from runtime.prompt import IMAGE_PLACEHOLDER, PromptTemplate, first_turn, next_t
 
 RETRY_AFTER = 2  # seconds
 MAX_STOP, MAX_CHOICES, MAX_TOP_LOGPROBS = 4, 8, 20
+MAX_ITEMS = 4096  # messages of a conversation, parts of a message
 
 
 class ApiError(Exception):
@@ -61,11 +62,12 @@ class TextPart(_Part):
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(max_length=MAX_ITEMS, fail_fast=True)]  # one error is enough to say
 
 
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Parts | None = None
 
     @property
     def text(self) -> str:
@@ -111,14 +113,14 @@ class ResponseFormat(_Part):
 class ChatRequest(_Part):
     """A body of POST /v1/chat/completions. max_tokens and max_completion_tokens are the same; the latter counts."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     logprobs: StrictBool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -203,10 +205,8 @@ def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str
     return "".join(pieces), urls
 
 
-def image_bytes(url: str, most: int) -> bytes | None:
-    """What a data URL holds; None for another URL. Raises ApiError for one that is no base64, or larger than `most`."""
-    if not url.startswith("data:"):
-        return None
+def image_bytes(url: str, most: int) -> bytes:
+    """What a data URL holds. Raises ApiError for one that is no base64, or larger than `most`."""
     head, comma, text = url.partition(",")
     if not comma or not re.fullmatch(r"data:[\w.+-]+/[\w.+-]+(;[\w.=+-]+)*;base64", head):
         raise _bad_image("a data URL of an image reads data:image/...;base64,...")

@@ -11,65 +11,37 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import NonNegativeFloat, PositiveInt
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import ClientDisconnect
 
 from runtime.serve.api import add_page, error_response, model_card, new_app
 from runtime.serve.asking import Limits, check_model
 from runtime.serve.bodies import Bodies
 from runtime.serve.protocol import ApiError, busy
+from runtime.serve.settings import Settings as ServerSettings
 
 TRIES = 5  # of a request whose replica dies
 PAUSE = 0.5  # seconds, times the tries so far
 IMAGES = 256  # keys that a replica is known to have
 
 
-class Settings(BaseModel):
-    """What `serve run ... key=value` may set. target: requests under way that a replica is to have; threads: of one
-    operator in a replica; cpus: that Ray counts for one; allow_remote_images: hosts, with commas between them. The rest
-    is as of `python -m runtime.serve`."""
+class Settings(ServerSettings):
+    """What `serve run ... key=value` may set. target: requests under way that a replica is to have. cpus, gpus: that
+    Ray counts for one replica. api_key_file: as of `python -m runtime.serve`."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    bundle: str | None = None
-    replicas: int = 1
-    max_replicas: int | None = None
-    target: int = 8
-    max_batch: int = 8
-    max_queue: int = 64
-    threads: int | None = None
-    cpus: float = 1
-    gpus: float = 0
-    encoder: str = "auto"
-    encoder_precision: str | None = None
-    decoder: Literal["auto", "onnx", "kernels"] = "auto"
-    provider: str = "cpu"
-    batch_invariant: bool = True
+    replicas: PositiveInt = 1
+    max_replicas: PositiveInt | None = None
+    target: PositiveInt = 8
+    cpus: NonNegativeFloat = 1
+    gpus: NonNegativeFloat = 0
     api_key_file: str | None = None
-    allow_remote_images: str = ""
-    max_images: int = Limits.images
-    max_image_bytes: int = Limits.image_bytes
-    max_image_pixels: int = Limits.image_pixels
-    max_output: int = Limits.output_tokens
-    timeout: float = Limits.seconds
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(
-            image_bytes=self.max_image_bytes,
-            image_pixels=self.max_image_pixels,
-            images=self.max_images,
-            output_tokens=self.max_output,
-            seconds=self.timeout,
-        )
 
 
 @serve.deployment(health_check_period_s=2, health_check_timeout_s=30, graceful_shutdown_timeout_s=30)
@@ -77,24 +49,8 @@ class Replica:
     """One engine. Its answers are streams whose first item says what kind of answer follows."""
 
     def __init__(self, settings: Settings):
-        from runtime.backends import Backends
-        from runtime.model import load
-        from runtime.serve.asking import Asking
-        from runtime.serve.engine import Engine
-        from runtime.serve.remote import Fetcher
-
-        backends = Backends(
-            encoder=settings.encoder,
-            decoder=settings.decoder,
-            provider=settings.provider,
-            encoder_precision=settings.encoder_precision,
-            threads=settings.threads,
-        )
-        model = load(settings.bundle, backends=backends)
-        self._engine = Engine(model, settings.max_batch, settings.max_queue, batch_invariant=settings.batch_invariant)
-        hosts = [host for host in settings.allow_remote_images.split(",") if host]
-        fetch = Fetcher(hosts, settings.max_image_bytes) if hosts else None
-        self._asking = Asking(model, self._engine, settings.limits, fetch)
+        self._asking = settings.asking(settings.load())
+        self._engine = self._asking.engine
 
     @serve.multiplexed(max_num_models_per_replica=IMAGES)
     async def _has_images(self, key: str) -> str:
@@ -176,11 +132,8 @@ def _ingress(keys: tuple[str, ...], limits: Limits) -> serve.Deployment:
 
         @app.post("/v1/chat/completions")
         async def chat_completions(self, request: Request) -> Response:
-            try:
-                async with self._bodies.read(request) as body:
-                    head, pieces = await self._begin(body)
-            except ClientDisconnect as gone:
-                raise ApiError(499, "the client has gone") from gone
+            async with self._bodies.read(request) as body:
+                head, pieces = await self._begin(body)
             if "body" in head:
                 return JSONResponse(head["body"], head["status"], head["headers"])
             if head["stream"]:
@@ -189,7 +142,8 @@ def _ingress(keys: tuple[str, ...], limits: Limits) -> serve.Deployment:
 
         async def _begin(self, body: bytes) -> tuple[dict[str, Any], AsyncIterator[str]]:
             """The head of the answer and what comes after it, from whichever replica gets so far."""
-            handle = self._replicas.options(stream=True, multiplexed_model_id=image_key(body))
+            key = await asyncio.to_thread(image_key, body)
+            handle = self._replicas.options(stream=True, multiplexed_model_id=key)
             for tried in range(TRIES):
                 pieces = handle.answer.remote(body)
                 try:

@@ -22,7 +22,7 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether it is a global one of one host, and does not stand for an IPv4 address that is none."""
+    """Whether it is a globally routable unicast address, and no IPv6 form of an IPv4 address that is not."""
     found = ipaddress.ip_address(address)
     if found.version == 6:
         if found.ipv4_mapped:
@@ -75,7 +75,7 @@ class Fetcher:
             raise _refused("it has a user's name in it")
         usual = port in (None, PORTS[parts.scheme])
         if not ((usual and host in self._hosts) or f"{host}:{port or PORTS[parts.scheme]}" in self._hosts):
-            raise _refused(f"host {host} is not one of those that may be asked")
+            raise _refused(f"host {host!r} is not one of those that may be asked")
         return parts
 
     def _get(self, parts: SplitResult, end: float) -> bytes | str:

@@ -188,7 +188,7 @@ def test_the_released_encoder_in_fp16(tmp_path):
 def test_a_graph_that_is_fp16_already_is_taken_as_it_is(tmp_path):
     export_encoder(tiny(), tmp_path / "fp16.onnx", "fp16")
     options = Options(target="sm80")
-    report = read_report(build_engine(source_of_file(tmp_path / "fp16.onnx", options), options))
+    report = read_report(build_engine(source_of_file(tmp_path / "fp16.onnx"), options))
     assert {tensor["dtype"] for tensor in report["inputs"] + report["outputs"]} == {"HALF"}
     assert {kind for layer in layers(report, "CONVOLUTION") for kind in layer["inputs"]} == {"HALF"}
 
@@ -202,7 +202,7 @@ def test_what_overflows_is_listed_and_computed_in_fp32(tmp_path):
                 parameter.mul_(8000)
     export_encoder(model, tmp_path / "fp32.onnx", "fp32")
     options = Options(target="sm89")
-    report = read_report(build_engine(source_of_file(tmp_path / "fp32.onnx", options), options))
+    report = read_report(build_engine(source_of_file(tmp_path / "fp32.onnx"), options))
     kept = {keep["node"]: keep for keep in report["kept_in_fp32"]}
     assert kept
     assert all(keep["value"] > 65504 / 4 for keep in kept.values())
@@ -218,8 +218,8 @@ def test_options_reach_the_builder(graph, capsys):
         target="sm86", min_res=128, opt_res=256, max_res=512, max_batch=4, timing_cache=graph.parent / "timing.cache",
         workspace_mib=64,
     )  # fmt: skip
-    plain = read_report(build_engine(source_of_file(graph, Options(target="sm86")), Options(target="sm86")))
-    engine = build_engine(source_of_file(graph, options), options)
+    plain = read_report(build_engine(source_of_file(graph), Options(target="sm86")))
+    engine = build_engine(source_of_file(graph), options)
     report = read_report(engine)
     assert report["profiles"] == [{"pixel_values": [[1, 3, 128, 128], [1, 3, 256, 256], [4, 3, 512, 512]]}]
     assert report["memory"]["activation_bytes"] != plain["memory"]["activation_bytes"]
@@ -237,7 +237,7 @@ def test_options_reach_the_builder(graph, capsys):
 def test_what_tensorrt_for_rtx_cannot_do_here_is_said(graph, option, said):
     options = Options(target="sm89", **option)
     with pytest.raises(UserError, match=said):
-        build_engine(source_of_file(graph, options), options)
+        build_engine(source_of_file(graph), options)
     assert sorted(file.name for file in graph.parent.iterdir()) == ["fp32.onnx"]
 
 

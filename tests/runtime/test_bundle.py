@@ -93,6 +93,22 @@ def test_another_format_is_refused(bundle, format_):
         open_bundle(bundle)
 
 
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "3"])
+def test_a_number_that_counts_nothing_is_named(bundle, value):
+    edit(bundle, lambda manifest: manifest["decoder"].update(layers=value))
+    with pytest.raises(UserError, match=f"needs 'layers' as a number above 0, found {value!r}"):
+        open_bundle(bundle)
+
+
+def test_a_path_that_is_none_and_a_manifest_too_deep_are_damage(bundle):
+    edit(bundle, lambda manifest: manifest["files"].update({"a\x00b": {"sha256": "", "size": 0}}))
+    with pytest.raises(UserError, match="missing from the bundle"):
+        open_bundle(bundle)
+    (bundle / MANIFEST).write_text("[" * 200_000)
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        open_bundle(bundle)
+
+
 @pytest.mark.parametrize("section", ["image", "prompt", "tokenizer", "encoder", "decoder", "files"])
 def test_missing_section_is_named(bundle, section):
     edit(bundle, lambda manifest: manifest.pop(section))

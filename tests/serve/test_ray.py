@@ -140,8 +140,9 @@ def test_a_crash_is_told_from_other_errors():
 def test_settings_are_checked():
     settings = ray_app.Settings.model_validate({"max_output": "7", "timeout": "2.5", "batch_invariant": "false"})
     assert (settings.limits.output_tokens, settings.limits.seconds, settings.batch_invariant) == (7, 2.5, False)
-    with pytest.raises(ValidationError, match="replica_count"):
-        ray_app.build({"replica_count": "2"})
+    for wrong in ({"replica_count": "2"}, {"max_batch": "0"}, {"timeout": "nan"}, {"threads": "-1"}):
+        with pytest.raises(ValidationError, match=next(iter(wrong))):
+            ray_app.build(wrong)
 
 
 def test_the_key_of_a_conversation_is_its_first_image():

@@ -71,7 +71,7 @@ def test_an_image_is_fetched_also_after_a_redirect(host):
     [
         ("/none", "404"),
         ("/endless", "larger than 10000 bytes"),
-        ("/to-other", "host elsewhere.test is not one"),
+        ("/to-other", "host 'elsewhere.test' is not one"),
         ("/to-again", "more than 3 redirects"),
         ("/to-odd", "cannot be fetched"),
         ("/slow", "cannot be fetched"),

@@ -13,8 +13,8 @@ from train.data.documents.fonts import faces
 from train.data.documents.fonts import glyphs as glyphs_of
 from train.data.documents.page import Box, Page
 from train.distributed import World
-from train.local import PageBatch
 from train.model import load_model
+from train.pages import PageBatch
 from train.places import NOWHERE, SIDES, PlaceCode
 from train.recipe import read_recipe
 
@@ -70,14 +70,14 @@ def test_a_cell_has_the_box_around_its_text():
 
 def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, conformance):
     task = AlignTask(read_recipe(recipe), ALONE)
-    (batch,), *_ = ([micro[0]] for micro in task.steps(0, 1))
+    batch = next(task.steps(0, 1))[0]
     loss = task.loss(batch)
     model = load_model(conformance / "checkpoint").double()
     table = model.decoder.get_input_embeddings().weight
     image = task._checkpoint.preprocessor
     mean, std = (torch.tensor(image[key]).double().view(3, 1, 1) for key in ("image_mean", "image_std"))
     found = model.image_encoder((batch.inputs / 255.0 - mean) / std).flatten(0, 1)
-    wanted = torch.stack([table[ids[ids != NO_TOKEN]].sum(0) for ids in batch.labels[:, SIDES:]])
+    wanted = torch.stack([table[ids[ids != NO_TOKEN]].sum(0) for ids in batch.labels])
     errors = (found - wanted).square().mean(1) / table.square().mean()
     assert loss.sum.item() == pytest.approx(errors.sum().item(), rel=1e-4)
     assert loss.count == len(wanted) == 2 * 4
@@ -88,7 +88,8 @@ def test_the_loss_is_the_squared_distance_to_the_summed_embeddings(recipe, confo
 
 
 def test_batches_count_what_they_hold():
-    batch = PageBatch(torch.zeros(2, 3, 64, 128), torch.tensor([[1, 2], [3, -1], [4, -1], [5, 6]]), NO_TOKEN)
+    labels, sides = torch.tensor([[1, 2], [3, -1], [4, -1], [5, 6]]), torch.zeros(4, SIDES, dtype=torch.long)
+    batch = PageBatch(torch.zeros(2, 3, 64, 128), labels, NO_TOKEN, sides)
     assert (batch.samples, batch.images, batch.tokens, batch.skipped) == (2, 2, 6, [])
 
 
@@ -125,12 +126,12 @@ def test_cells_are_told_apart_by_their_distance(recipe, conformance):
 
 def test_the_loss_of_telling_apart_is_added(recipe):
     plain, contrasted = (AlignTask(read_recipe(recipe, extra), ALONE) for extra in ([], ["local.contrast=2.0"]))
-    (batch,), *_ = ([micro[0]] for micro in plain.steps(0, 1))
+    batch = next(plain.steps(0, 1))[0]
     without, with_it = plain.loss(batch), contrasted.loss(batch)
     image = plain._checkpoint.preprocessor
     mean, std = (255 * torch.tensor(image[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     found = plain.model((batch.inputs - mean) / std).flatten(0, 1)
-    ids = [tuple(cell[cell != NO_TOKEN].tolist()) for cell in batch.labels[:, SIDES:]]
+    ids = [tuple(cell[cell != NO_TOKEN].tolist()) for cell in batch.labels]
     texts = list(dict.fromkeys(ids))
     sums = torch.stack([plain._embedding[list(text)].sum(0) for text in texts])
     which = torch.tensor([texts.index(text) for text in ids])
@@ -145,10 +146,10 @@ def test_the_loss_of_telling_apart_is_added(recipe):
 def test_what_tokens_say_of_places_is_added(recipe):
     extra = ["local.contrast=2.0", "local.places=0.5", "local.whole_words=true"]
     task = AlignTask(read_recipe(recipe, extra), ALONE)
-    (batch,), *_ = ([micro[0]] for micro in task.steps(0, 1))
+    batch = next(task.steps(0, 1))[0]
     loss = task.loss(batch)
     found = task.model((batch.inputs - task._mean) / task._std).flatten(0, 1)
-    sides, ids = batch.labels[:, :SIDES], batch.labels[:, SIDES:]
+    sides, ids = batch.sides, batch.labels
     written = sides[:, 0] != NOWHERE
     assert 0 < written.sum() < len(written)
     code = PlaceCode(found.shape[1], ALONE.device)
@@ -171,7 +172,7 @@ def test_places_are_not_taught_where_a_phase_says_so(recipe):
     without, placed = AlignTask(read_recipe(recipe, overrides), ALONE).steps(0, 2)
     assert [[len(batch.inputs) for batch in step] for step in (without, placed)] == [[1, 1], [2, 2]]
     task, unplaced = (AlignTask(read_recipe(recipe, o), ALONE) for o in (overrides, ["local.contrast=2.0"]))
-    sides = without[0].labels[:, :SIDES]
+    sides = without[0].sides
     assert set(sides.unique().tolist()) == {NOWHERE, UNTOLD}
     loss, wanted = task.loss(without[0]), unplaced.loss(without[0])
     assert loss.sum.item() == pytest.approx(wanted.sum.item(), rel=1e-6)
@@ -210,8 +211,9 @@ def test_kept_pages_are_gone_over_in_another_order_before_the_next_come(recipe):
     assert len(pages) == 8 * 4 and len(set(pages)) == 16
     assert set(passes[0]) == set(passes[1]) and set(passes[2]) == set(passes[3])
     assert passes[0] != passes[1] and passes[2] != passes[3]
-    labels = {page: batch.labels.tolist() for page, batch in zip(pages, batches, strict=True)}
-    assert all(labels[page] == batch.labels.tolist() for page, batch in zip(pages, batches, strict=True))
+    labels = [(batch.labels.tolist(), batch.sides.tolist()) for batch in batches]
+    of_page = dict(zip(pages, labels, strict=True))
+    assert [of_page[page] for page in pages] == labels
 
 
 def test_a_run_goes_on_within_a_round_with_what_it_would_have_got(recipe):
@@ -254,7 +256,6 @@ def test_a_run_that_keeps_outputs_trains_the_same_parts(recipe, conformance, tmp
         (("local.kept=-1",), "at least 0"),
         (("local.kept=2", "local.rounds=2", "steps=16"), "local.rounds: 2"),
         (("local.kept=2", PHASE.replace("steps: 2", "steps: 8, batch: 2")), "batch, but outputs are kept"),
-        (("local.kept=2", "task=local", "train=[encoder]"), "no output can be kept"),
         (("local.kept=2", "train=[projector, encoder]"), "not encoder"),
     ],
 )

@@ -1,5 +1,7 @@
 """Attention in bfloat16 by blocks of queries, against PyTorch's in float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,13 @@ def test_it_is_pytorchs_attention_within_autocast_alone():
     assert_equals_exact(tensors, found, is_causal=True)
 
 
-def test_dropout_is_refused():
+def test_dropout_is_refused_and_left_to_pytorch():
     with pytest.raises(ValueError, match="dropout is not supported"):
         attend(*inputs(4), dropout_p=0.1)
+    dropped = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for wrapped in (nullcontext(), quick_attention(torch.device("cpu"))):
+            torch.manual_seed(0)
+            with wrapped:
+                dropped.append(F.scaled_dot_product_attention(*inputs(90), dropout_p=0.5))
+    assert torch.equal(*dropped)

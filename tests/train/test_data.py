@@ -226,6 +226,7 @@ def says(*messages: str, image: object = None, roles: str = "hg") -> dict:
         (says("<image>", "x", image=["a.png"]), [Turn("<image>", "x")]),
         (says("A <image> b <image>", "x", image=["a", "b"]), [Turn("A <image> b <image>", "x")]),
         (says("hello, I am a bot", " q ", "a", roles="ghg"), [Turn(" q ", "a")]),
+        (says("q", "a"), [Turn("q", "a")]),
     ],
 )
 def test_turns_are_the_originals(record: dict, turns: list[Turn]):
@@ -244,7 +245,6 @@ def test_turns_are_the_originals(record: dict, turns: list[Turn]):
         (says("q", "q", roles="h"), "roles are human, human"),
         (says("a", roles="g"), "roles are none"),
         (says("q", " "), "an empty answer"),
-        (says("q", "a"), ""),
         (says("q", "a <image>", image="a.png"), "<image> in an answer"),
         (says("<image> q", "a"), r"1 <image> placeholder\(s\) for 0 image"),
         (says("q", "a", image="a.png"), r"0 <image> placeholder\(s\) for 1 image"),
@@ -253,9 +253,6 @@ def test_turns_are_the_originals(record: dict, turns: list[Turn]):
     ],
 )
 def test_a_malformed_record_says_why(record: dict, reason: str):
-    if not reason:
-        assert turns_of(record) == [Turn("q", "a")]
-        return
     with pytest.raises(MalformedError, match=reason):
         turns_of(record)
 
@@ -365,8 +362,11 @@ def test_files_that_hold_no_records_are_refused(
     tokenizer = load_tokenizer(conformance / "checkpoint")
     with pytest.raises(RecipeError, match=message):
         Conversations((Records(str(tmp_path / name)),), TEMPLATES["vicuna_v1"], None, tokenizer, rule, 512)
-    if content == "[]":
-        assert list(read_records(tmp_path / name)) == []
+
+
+def test_a_list_of_nothing_has_no_records(tmp_path):
+    (tmp_path / "none.json").write_text("[]")
+    assert list(read_records(tmp_path / "none.json")) == []
 
 
 def test_a_long_conversation_is_cut_at_its_end_but_not_in_an_image():

@@ -18,14 +18,13 @@ from train.local import (
     Local,
     LocalHeads,
     LocalTask,
-    Phase,
     choose_cells,
-    draw,
     local_loss,
     stage_features,
     targets,
 )
 from train.model import ConvNeXtEncoder, EncoderConfig, load_model
+from train.pages import Phase
 from train.recipe import read_recipe
 
 
@@ -114,7 +113,7 @@ def test_blanks_told_right_are_not_characters_told_right():
 
 def test_pages_follow_the_phases_and_the_share_of_dense_ones():
     local = Local((Phase(64, 16, 20, steps=2, dense=1.0), Phase(256, 20, 24, steps=1, dense=0.25)))
-    pages = {number: draw(local, 5, number, 4).page for number in (0, 7, 8, 9, 10, 11)}
+    pages = {number: local.draw(5, number, 4).page for number in (0, 7, 8, 9, 10, 11)}
     assert [page.width for page in pages.values()] == [64, 64, 256, 256, 256, 256]
     dense = {n: dense_page(n, "train", 5, (256, 256), 20, 24, 0.5).page for n in range(8, 12)}
     assert sum(np.array_equal(pages[n].pixels, page.pixels) for n, page in dense.items()) == 1
@@ -128,18 +127,18 @@ def test_phases_come_again_with_other_pages():
     assert [local.phase(step).side for step in range(6)] == [64, 128, 128, 64, 128, 128]
     with pytest.raises(IndexError):
         local.phase(6)
-    first, again = (draw(local, 0, number, 1).page for number in (0, 3))
+    first, again = (local.draw(0, number, 1).page for number in (0, 3))
     assert not np.array_equal(first.pixels, again.pixels)
 
 
 def test_a_phase_may_draw_some_families_alone():
     local = Local((Phase(320, 20, 48, steps=1, dense=0.0, families={"figures": 1.0}),))
-    assert {draw(local, 0, number, 8).template.partition("/")[0] for number in range(8)} == {"figures"}
+    assert {local.draw(0, number, 8).template.partition("/")[0] for number in range(8)} == {"figures"}
 
 
 def test_documents_stand_side_by_side_where_they_are_drawn():
     local = Local((Phase(768, 20, 48, steps=2, dense=0.0, strength=0.3, families={"figures": 1.0}, columns=3),))
-    page = draw(local, 5, 1, 1).page
+    page = local.draw(5, 1, 1).page
     options = PageOptions(((256, 768),), 20, 48, (("figures", 1.0),), strength=0.3)
     alone = [render(number, "train", 5, options).page for number in (3, 4, 5)]
     np.testing.assert_array_equal(page.pixels, np.concatenate([one.pixels for one in alone], 1))
@@ -210,13 +209,15 @@ def test_a_run_changes_the_encoder_alone_and_goes_on_bit_equal(recipe, conforman
     [
         ("steps=5", "local.phases"),
         ("train=[projector]", "[encoder]"),
-        ("local.phase=[]", "local.phase"),
-        ("local.blanks=many", "local.blanks"),
+        ("local.phase=[]", "error: local.phase: unknown key"),
+        ("local.blanks=many", "error: local.blanks: expected a number"),
+        ("local.kept=2", "error: local.kept: unknown key"),
         ("local.rounds=2", "add up to 8"),
         ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, batch: 5}]", "batch 5, expected at most"),
         ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, batch: 3}]", "a multiple of 2"),
         ("local.phases=[{side: 72, min_px: 16, max_px: 24, steps: 4}]", "multiple of 64"),
         ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, columns: 3}]", "3 columns on pages of 64"),
+        ("local.phases=[{side: 64, min_px: 1, max_px: 2, steps: 4}]", "no text size between 1 and 2"),
         ("local.phases=[{side: 64, min_px: 16, max_px: 24, steps: 4, families: {maps: 1.0}}]", "maps"),
     ],
 )

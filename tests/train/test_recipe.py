@@ -7,6 +7,9 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, run_module
+from train.align import Alignment
+from train.local import Local
+from train.pages import read_curriculum
 from train.parts import check_parts, freeze_others, part_of
 from train.recipe import Lora, Recipe, RecipeError, differences, read_recipe
 
@@ -70,6 +73,11 @@ def test_overrides_are_yaml_and_may_be_dotted(file: Path):
         (["micro_batch=0"], "micro_batch: 0, expected at least 1"),
         (["train=[]"], "train: no parts"),
         (["data=[]"], "data: missing"),
+        (["data=[{records: a, weight: 0}]"], "data: weight 0.0 of a, expected more than 0"),
+        (["task=local", "steps=null", "epochs=1"], "epochs: 1.0, but the data of task local has no end"),
+        (["lora={rank: 0}"], "lora.rank: 0, expected at least 1"),
+        (["lora={alpha: 0}"], "lora.alpha: 0.0, expected more than 0"),
+        (["lora={dropout: 1}"], "lora.dropout: 1.0, expected a share"),
         (["learning_rates.encoder=1e-5"], "learning_rates.encoder: encoder is frozen"),
         (["lora.rank=8"], "lora: its adapters belong to language_model, which is frozen"),
         (["language_model=x"], "checkpoint: has an encoder and a language_model"),
@@ -213,7 +221,10 @@ def test_recipes_of_the_demo_size_train_the_same_parts_in_the_same_way(stage: in
 
 @pytest.mark.parametrize("file", sorted((RELEASED.parent / DEMO).glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_of_the_demo_size_can_be_read(file: Path):
-    assert read_recipe(file).out == f"build/runs/{DEMO}/{file.stem}"
+    recipe = read_recipe(file)
+    assert recipe.out == f"build/runs/{DEMO}/{file.stem}"
+    if curriculum := {"local": Local, "align": Alignment}.get(recipe.task):
+        assert read_curriculum(curriculum, recipe, 64).phases
 
 
 def test_released_recipes_follow_one_another():

@@ -3,10 +3,12 @@
 from train.model.checkpoint import (
     Checkpoint,
     CheckpointError,
+    load_embedding,
     load_image_encoder,
     load_language_state,
     load_model,
     save_checkpoint,
+    save_image_encoder,
     save_state,
 )
 from train.model.convllava import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConvLLaVA, ImageEncoder
@@ -24,9 +26,11 @@ __all__ = [
     "EncoderConfig",
     "ImageEncoder",
     "build_projector",
+    "load_embedding",
     "load_image_encoder",
     "load_language_state",
     "load_model",
     "save_checkpoint",
+    "save_image_encoder",
     "save_state",
 ]

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from train.model.convllava import ConvLLaVA, ImageEncoder
 from train.model.encoder import ConvNeXtEncoder, EncoderConfig
@@ -158,6 +159,17 @@ class Checkpoint:
             raise CheckpointError(f"{self.vision_folder / 'preprocessor_config.json'}: no crop_size or size")
         return size
 
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, of pixels from 0 to 1; CLIP's where the preprocessor has none,
+        as in the original."""
+        image = self.preprocessor
+        return tuple(image.get("image_mean", OPENAI_CLIP_MEAN)), tuple(image.get("image_std", OPENAI_CLIP_STD))
+
+    @property
+    def projector_type(self) -> str:
+        return self.config.get("mm_projector_type", "linear")
+
     def language_tensors(self) -> Iterator[StoredTensor]:
         """Those of the decoder, under Llama's own names."""
         for key, tensor, file in _read_tensors(self.folder):
@@ -212,7 +224,7 @@ def load_image_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float3
     """
     config, folder = checkpoint.encoder_config, checkpoint.folder
     encoder = ConvNeXtEncoder(config, device="meta")
-    kind, out_features = checkpoint.config.get("mm_projector_type", "linear"), checkpoint.llama_config.hidden_size
+    kind, out_features = checkpoint.projector_type, checkpoint.llama_config.hidden_size
     try:
         with torch.device("meta"):
             projector = build_projector(kind, config.widths[-1], out_features)
@@ -252,6 +264,14 @@ def load_language_state(checkpoint: Checkpoint, dtype: torch.dtype | None = None
     return state
 
 
+def load_embedding(checkpoint: Checkpoint) -> Tensor:
+    """The decoder's embedding alone, [vocabulary, hidden] float32. Raises CheckpointError likewise."""
+    config = checkpoint.llama_config
+    expected = {EMBEDDING: torch.empty(config.vocab_size, config.hidden_size, device="meta")}
+    stored = (item for item in checkpoint.language_tensors() if item.name == EMBEDDING)
+    return _collect(expected, stored, checkpoint.folder, str, torch.float32)[EMBEDDING]
+
+
 def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> ConvLLaVA:
     """The whole model, in evaluation mode. Raises CheckpointError as `load_image_encoder` does."""
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
@@ -267,6 +287,15 @@ def save_checkpoint(model: ConvLLaVA, like: Checkpoint, folder: Path, dtype: tor
     again changes no bit. The folder appears whole or not at all. Raises FileExistsError if it is there already.
     """
     save_state(model.state_dict(), like, folder, dtype)
+
+
+def save_image_encoder(changed: dict[str, Tensor], like: Checkpoint, folder: Path) -> None:
+    """Write `like` once more to `folder`, with other weights for some of an `ImageEncoder`'s."""
+    encoder = load_image_encoder(like).state_dict()
+    if unknown := changed.keys() - encoder.keys():
+        raise KeyError(min(unknown))
+    state = {f"decoder.{name}": tensor for name, tensor in load_language_state(like).items()}
+    save_state(state | {f"image_encoder.{name}": tensor for name, tensor in (encoder | changed).items()}, like, folder)
 
 
 def save_state(state: dict[str, Tensor], like: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import gguf
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from train.model.checkpoint import Checkpoint, CheckpointError, load_model, save_checkpoint
 from train.model.convllava import ConvLLaVA, ImageEncoder
@@ -149,8 +151,8 @@ def _configs(decoder: LlamaForCausalLM, encoder: EncoderConfig) -> tuple[dict, d
         "image_processor_type": "CLIPImageProcessor",
         "crop_size": {"height": RESOLUTION, "width": RESOLUTION},
         "size": {"shortest_edge": RESOLUTION},
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": OPENAI_CLIP_MEAN,
+        "image_std": OPENAI_CLIP_STD,
         "resample": 3,
     }
     return config, vision, preprocessor
@@ -180,16 +182,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.unpack and args.unpack[1].exists():
         parser.error(f"{args.unpack[1]} exists; name another folder or remove it")
-    base = demo_checkpoint(ROOT / "build")
-    if args.pack:
-        folder, file = args.pack
-        error = pack(folder, base, file)
-        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; factors of rank {RANK} are off by {error:.2%}")
-    elif args.unpack:
-        unpack(args.unpack[0], base, args.unpack[1])
-        print(args.unpack[1])
-    else:
-        print(base)
+    try:
+        base = demo_checkpoint(ROOT / "build")
+        if args.pack:
+            folder, file = args.pack
+            off = pack(folder, base, file)
+            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; factors of rank {RANK} are off by {off:.2%}")
+        elif args.unpack:
+            unpack(args.unpack[0], base, args.unpack[1])
+            print(args.unpack[1])
+        else:
+            print(base)
+    except (OSError, ValueError, SafetensorError) as error:  # CheckpointError is a ValueError
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

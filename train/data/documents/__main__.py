@@ -32,7 +32,7 @@ def main() -> int:
     start = time.perf_counter()
     try:
         records = write(job, arguments.out, arguments.workers)
-    except (FileExistsError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
     seconds = time.perf_counter() - start

@@ -13,7 +13,7 @@ from train.data.documents.questions import grounded
 from train.data.documents.sheet import Sheet
 from train.data.documents.style import allowed_sizes, draw_style
 
-EVEN = {name: 1.0 for name in FAMILIES if name != "figures"}  # which are no documents
+EVEN = {name: 1.0 for name in FAMILIES if name != "figures"}  # figures are no documents
 ATTEMPTS = 8
 
 
@@ -57,7 +57,10 @@ class PageOptions:
 
 
 def render(index: int, split: str, seed: int = 0, options: PageOptions = PageOptions()) -> Document:
-    """Page `index` of a split: a function of its arguments alone. Raises ValueError for an unknown split."""
+    """Page `index` of a split: a function of its arguments alone.
+
+    Raises ValueError for an unknown split, RuntimeError where no question fits the page.
+    """
     chosen = splits.named(split)
     rng = chosen.rng(seed, index)
     dice = Dice(rng)

@@ -1,0 +1,70 @@
+"""What a server may be told, and what is built from it, for `python -m runtime.serve` and for Ray's replicas."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from runtime.backends import MAX_THREADS, Backends
+from runtime.errors import UserError
+from runtime.model import Model, load
+from runtime.serve.asking import Asking, Limits
+from runtime.serve.engine import Engine
+from runtime.serve.metrics import Metrics
+from runtime.serve.remote import Fetcher
+
+
+class Settings(BaseModel):
+    """bundle: None for the demo model's. max_batch: answers decoded at once. max_queue: requests that may wait.
+    threads: of one operator. allow_remote_images: hosts, with commas between them. max_images: of a request.
+    max_output: new tokens of an answer. timeout: seconds that a request may take."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str | None = None
+    max_batch: PositiveInt = 8
+    max_queue: PositiveInt = 64
+    threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
+    encoder: str = "auto"
+    encoder_precision: str | None = None
+    decoder: Literal["auto", "onnx", "kernels"] = "auto"
+    provider: str = "cpu"
+    batch_invariant: bool = True
+    allow_remote_images: str = ""
+    max_images: PositiveInt = Limits.images
+    max_image_bytes: PositiveInt = Limits.image_bytes
+    max_image_pixels: PositiveInt = Limits.image_pixels
+    max_output: PositiveInt = Limits.output_tokens
+    timeout: float = Field(default=Limits.seconds, gt=0, allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Raises UserError, one line that names the option, for a value that is none."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = "--" + str(first["loc"][0]).replace("_", "-")
+            raise UserError(f"{option}: {first['msg']}, found {first['input']!r}") from error
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            image_bytes=self.max_image_bytes,
+            image_pixels=self.max_image_pixels,
+            images=self.max_images,
+            output_tokens=self.max_output,
+            seconds=self.timeout,
+        )
+
+    def load(self) -> Model:
+        """Raises UserError as `runtime.load`."""
+        return load(
+            self.bundle,
+            backends=Backends(self.encoder, self.decoder, self.provider, self.encoder_precision, self.threads),
+        )
+
+    def asking(self, model: Model, metrics: Metrics | None = None) -> Asking:
+        """An engine over the model, and what begins answers on it."""
+        engine = Engine(model, self.max_batch, self.max_queue, metrics, self.batch_invariant)
+        hosts = [host for host in self.allow_remote_images.split(",") if host]
+        return Asking(model, engine, self.limits, Fetcher(hosts, self.max_image_bytes) if hosts else None)
