@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from export.original_tokenizer import TokenizerError
 from runtime.errors import UserError
 from runtime.image import MAX_RESOLUTION
 from train.model import Checkpoint, CheckpointError
+from train.model.tokenizer_files import TokenizerError
 
 BUILD = Path(__file__).parents[1] / "build"
 

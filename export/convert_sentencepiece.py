@@ -12,20 +12,19 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from export.original_tokenizer import OriginalTokenizer, TokenizerError
 from runtime.tokenizer import SPACE, Tokenizer
+from train.model.original_tokenizer import OriginalTokenizer, Piece, TrainerSpec
+from train.model.tokenizer_files import TokenizerError
 
-_Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
-_TrainerSpec = sentencepiece_model_pb2.TrainerSpec
 _SENTINEL = "\ue000"  # private use: no text has it, no normalisation changes it
 
 
 def build(original: OriginalTokenizer) -> tokenizers.Tokenizer:
     """The original as one of `tokenizers`. Raises TokenizerError where an added token's id cannot be kept."""
-    model, bpe = original.model, original.model.trainer_spec.model_type == _TrainerSpec.BPE
+    model, bpe = original.model, original.model.trainer_spec.model_type == TrainerSpec.BPE
     tokenizer = tokenizers.Tokenizer(_bpe(original) if bpe else _unigram(original))
     tokenizer.normalizer = normalizers.Sequence(_normalizers(model.normalizer_spec, original.legacy))
-    symbols = [piece.piece for piece in model.pieces if piece.type == _Piece.USER_DEFINED]
+    symbols = [piece.piece for piece in model.pieces if piece.type == Piece.USER_DEFINED]
     if bpe and symbols:
         tokenizer.pre_tokenizer = _symbols_apart(model, symbols)
     tokenizer.decoder = decoders.Sequence(
@@ -44,7 +43,7 @@ def _bpe(original: OriginalTokenizer) -> models.BPE:
     model = original.model
     vocabulary = {piece.piece: i for i, piece in enumerate(model.pieces)}
     vocabulary |= {content: token_id for content, (token_id, _) in original.tokens.items()}
-    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _Piece.NORMAL}
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == Piece.NORMAL}
     merges = [
         (score, left, right)
         for piece, score in scores.items()
@@ -55,10 +54,10 @@ def _bpe(original: OriginalTokenizer) -> models.BPE:
     return models.BPE(
         vocabulary,
         [(left, right) for _, left, right in merges],
-        unk_token=next(piece.piece for piece in model.pieces if piece.type == _Piece.UNKNOWN),
+        unk_token=next(piece.piece for piece in model.pieces if piece.type == Piece.UNKNOWN),
         fuse_unk=True,
         byte_fallback=model.trainer_spec.byte_fallback,
-        ignore_merges=any(piece.type == _Piece.USER_DEFINED for piece in model.pieces),
+        ignore_merges=any(piece.type == Piece.USER_DEFINED for piece in model.pieces),
     )
 
 
@@ -69,7 +68,7 @@ def _symbols_apart(model: sentencepiece_model_pb2.ModelProto, symbols: list[str]
     `ignore_merges` from taking text that happens to spell a byte or control piece for one.
     """
     longest_first = sorted(symbols, key=len, reverse=True)
-    reserved = [piece.piece for piece in model.pieces if piece.type in (_Piece.BYTE, _Piece.CONTROL, _Piece.UNKNOWN)]
+    reserved = [piece.piece for piece in model.pieces if piece.type in (Piece.BYTE, Piece.CONTROL, Piece.UNKNOWN)]
     spelled_out = [rf"\A{re.escape(piece[0])}(?={re.escape(piece[1:])}\z)" for piece in reserved]
     return pre_tokenizers.Sequence(
         [
@@ -86,17 +85,17 @@ def _unigram(original: OriginalTokenizer) -> models.Unigram:
     "000" into "0" and "00", rounding decides, and the two may differ.
     """
     model = original.model
-    normal = [piece.score for piece in model.pieces if piece.type == _Piece.NORMAL]
+    normal = [piece.score for piece in model.pieces if piece.type == Piece.NORMAL]
     losing = min(normal) - 10_000.0
     best = max(0.0, *normal)
     vocabulary = []
     for piece in model.pieces:
-        if piece.type == _Piece.USER_DEFINED:
+        if piece.type == Piece.USER_DEFINED:
             score = len(piece.piece.encode()) * best - 0.1
         else:
-            score = piece.score if piece.type == _Piece.NORMAL else losing
+            score = piece.score if piece.type == Piece.NORMAL else losing
         vocabulary.append((piece.piece, score))
-    unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == _Piece.UNKNOWN)
+    unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == Piece.UNKNOWN)
     return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=model.trainer_spec.byte_fallback)
 
 
@@ -163,8 +162,8 @@ def first_difference(original: OriginalTokenizer, tokenizer: Tokenizer) -> tuple
 
 def _texts(original: OriginalTokenizer) -> list[str]:
     rng = random.Random(0)
-    pieces = [piece.piece.replace(SPACE, " ") for piece in original.model.pieces if piece.type == _Piece.NORMAL]
-    symbols = [piece.piece for piece in original.model.pieces if piece.type == _Piece.USER_DEFINED]
+    pieces = [piece.piece.replace(SPACE, " ") for piece in original.model.pieces if piece.type == Piece.NORMAL]
+    symbols = [piece.piece for piece in original.model.pieces if piece.type == Piece.USER_DEFINED]
     texts = list(_CHECKED_TEXTS)
     texts += [" " * n + "a" + " " * (n + 1) + "b" for n in range(1, 40)]
     texts += ["".join(rng.choices(pieces, k=30)) for _ in range(200)]

@@ -13,17 +13,12 @@ from typing import Any
 import tokenizers
 
 from export.convert_sentencepiece import build, first_difference
-from export.original_tokenizer import (
-    SENTENCEPIECE_FILE,
-    CheckpointFiles,
-    OriginalTokenizer,
-    TokenizerError,
-    special_token,
-)
 from runtime.tokenizer import SPACE, Tokenizer
+from train.model.original_tokenizer import SENTENCEPIECE_FILE, OriginalTokenizer, Piece, special_token
+from train.model.tokenizer_files import CheckpointFiles, TokenizerError
 
 TOKENIZER_FILE = "tokenizer.json"
-CHATML_TURN_START = "<|im_start|>"
+CHATML_TURN_START, CHATML_TURN_END = "<|im_start|>", "<|im_end|>"
 
 
 def export_tokenizer(checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -105,7 +100,7 @@ def _sentencepiece_section(files: CheckpointFiles, tokenizer: tokenizers.Tokeniz
             "strip_start": "none",
             "surfaces": {},
         }
-    section = original.section(files, tokenizer) | {"prefix": None}
+    section = _original_section(original, files, tokenizer) | {"prefix": None}
     if first_difference(original, Tokenizer(file, section)) is None:
         return section
     return _convert(files, original, file)
@@ -120,8 +115,47 @@ def _common_section(files: CheckpointFiles, tokenizer: tokenizers.Tokenizer) -> 
     """The part of the section that does not depend on the family, for a tokenizer.json that was taken over."""
     return {
         "bos_token_id": _bos_token_id(files, tokenizer),
-        "eos_token_ids": files.eos_token_ids(tokenizer),
+        "eos_token_ids": _eos_token_ids(files, tokenizer),
         "special_ids": [i for i, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special],
+    }
+
+
+def _eos_token_ids(files: CheckpointFiles, tokenizer: tokenizers.Tokenizer) -> list[int]:
+    """What ends an answer: generate()'s setting, else the tokenizer's, and ChatML's end of a turn in any case.
+
+    The tokenizer's setting comes last because it is about training text, and is wrong for some chat models.
+    """
+    trained = tokenizer.token_to_id(files.role("eos_token") or "</s>")
+    settings = [files.generation.get("eos_token_id"), files.config.get("eos_token_id"), trained]
+    setting = next((setting for setting in settings if setting is not None), None)
+    ids = setting if isinstance(setting, list) else [setting]
+    turn_end = tokenizer.token_to_id(CHATML_TURN_END)
+    ids = list(dict.fromkeys(ids if turn_end is None else [*ids, turn_end]))
+    for token_id in ids:
+        if not isinstance(token_id, int) or token_id < 0 or tokenizer.id_to_token(token_id) is None:
+            raise TokenizerError(f"{files.folder}: eos_token_id {token_id!r} is not in the tokenizer's vocabulary")
+    return ids
+
+
+def _original_section(
+    original: OriginalTokenizer, files: CheckpointFiles, tokenizer: tokenizers.Tokenizer
+) -> dict[str, Any]:
+    """For `tokenizer`, which holds the same vocabulary."""
+    spec, pieces = original.model.normalizer_spec, original.model.pieces
+    texts = {Piece.CONTROL: "", Piece.UNKNOWN: original.model.trainer_spec.unk_surface}
+    return {
+        "family": "sentencepiece",
+        "bos_token_id": original.bos_token_id,
+        "eos_token_ids": _eos_token_ids(files, tokenizer),
+        "special_ids": original.special_ids,
+        "prefix": None if original.legacy else SPACE if original.add_prefix_space else "",
+        "strip_first_piece": original.add_prefix_space,
+        "strip_start": "every" if spec.remove_extra_whitespaces else "one" if spec.add_dummy_prefix else "none",
+        "surfaces": {
+            str(i): texts[piece.type]
+            for i, piece in enumerate(pieces)
+            if piece.type in texts and piece.piece not in original.tokens
+        },
     }
 
 
@@ -157,7 +191,7 @@ def _convert(files: CheckpointFiles, original: OriginalTokenizer, file: Path) ->
     """Writes `original` as a tokenizer.json to `file`, checked to give the same ids."""
     tokenizer = build(original)
     tokenizer.save(str(file))
-    section = original.section(files, tokenizer)
+    section = _original_section(original, files, tokenizer)
     if difference := first_difference(original, Tokenizer(file, section)):
         text, expected, found = difference
         raise TokenizerError(

@@ -42,9 +42,9 @@ def is_users(error: Exception) -> bool:
     """Whether the user can put it right. Such an error is one line, without a traceback."""
     if isinstance(error, RecipeError):
         return True
-    from train.data.tokenizer import TokenizerError
     from train.loop import DivergedError
     from train.model import CheckpointError
+    from train.model.tokenizer_files import TokenizerError
     from train.report import TooManySkipped
 
     return isinstance(error, CheckpointError | DivergedError | OSError | TokenizerError | TooManySkipped)

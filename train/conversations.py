@@ -21,11 +21,12 @@ from train.data.conversation import TEMPLATES
 from train.data.dataset import Conversation, Conversations
 from train.data.image import ImageRule
 from train.data.sampler import Sampler, micro_batches
-from train.data.tokenizer import TokenizerError, load_tokenizer
+from train.data.tokenizer import load_tokenizer
 from train.distributed import World
 from train.loop import Loss, compute_dtype
 from train.lora import add_lora, go_on_from, merge_lora
 from train.model import IGNORE_INDEX, Checkpoint, CheckpointError, ConvLLaVA, load_language_state, save_state
+from train.model.tokenizer_files import TokenizerError
 from train.parts import check_parts, freeze_others, parameter_groups
 from train.recipe import Recipe, RecipeError
 

@@ -11,9 +11,9 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from export import convert_sentencepiece
-from export.original_tokenizer import TokenizerError
 from export.tokenizer import export_tokenizer
 from runtime.tokenizer import Tokenizer
+from train.model.tokenizer_files import TokenizerError
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant.",

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer as HubTokenizer
 
 import runtime.image
 import runtime.image_file
-from export.original_tokenizer import CheckpointFiles, OriginalTokenizer
 from export.tokenizer import export_tokenizer
 from runtime import prompt as runtime_prompt
 from runtime.tokenizer import Tokenizer as RuntimeTokenizer
@@ -21,9 +20,11 @@ from train.data.conversation import TEMPLATES, Encoded, MalformedError, Turn, en
 from train.data.dataset import Conversation, Conversations, length_of, read_records, truncate
 from train.data.image import ImageRule, open_image, preprocess
 from train.data.sampler import Sampler, micro_batches
-from train.data.tokenizer import TokenizerError, load_tokenizer
+from train.data.tokenizer import load_tokenizer
 from train.loop import Skipped
 from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from train.model.original_tokenizer import OriginalTokenizer
+from train.model.tokenizer_files import CheckpointFiles, TokenizerError
 from train.recipe import RecipeError, Records
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -99,15 +100,16 @@ def test_conformance_prompts(conformance: Path, reference: dict):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_sentencepiece_of_both_modes_is_the_originals(legacy: bool, conformance: Path, tmp_path: Path):
+def test_sentencepiece_of_both_modes_is_what_will_be_deployed(legacy: bool, conformance: Path, tmp_path: Path):
     source = conformance / "checkpoint"
     config = json.loads((source / "tokenizer_config.json").read_text()) | {"legacy": legacy}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.model").write_bytes((source / "tokenizer.model").read_bytes())
-    ours, theirs = load_tokenizer(tmp_path), OriginalTokenizer.load(CheckpointFiles.read(tmp_path))
+    section = export_tokenizer(tmp_path, tmp_path / "tokenizer")
+    ours, deployed = load_tokenizer(tmp_path), RuntimeTokenizer(tmp_path / section["file"], section)
     texts = ["", " ", "a", " a", "  a  b", "</s>a</s> b", "<s>", "▁x", "naïve 東京 🙂\n\n", "x<unk> y</s></s>"]
     for text in texts:
-        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.encode(text) == deployed.encode(text, bos=False), text
 
 
 def byte_level_tokenizer(folder: Path) -> Path:

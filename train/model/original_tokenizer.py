@@ -5,24 +5,22 @@ which later versions do not have any more. `OriginalTokenizer` restates how it e
 package.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken
 
-from runtime.tokenizer import SPACE
+from train.model.tokenizer_files import CheckpointFiles, TokenizerError, content_of
 
 SENTENCEPIECE_FILE = "tokenizer.model"
-CHATML_TURN_END = "<|im_end|>"
+SPACE = "▁"  # what SentencePiece writes for a space
 
-_Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
-_TrainerSpec = sentencepiece_model_pb2.TrainerSpec
+Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+TrainerSpec = sentencepiece_model_pb2.TrainerSpec
 # The order in which transformers gives ids to special tokens the vocabulary lacks, and LlamaTokenizer's defaults
 _SPECIAL_TOKENS = {
     "bos_token": "<s>",
@@ -33,75 +31,6 @@ _SPECIAL_TOKENS = {
     "cls_token": None,
     "mask_token": None,
 }
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be exported; the message says what was looked for or what differs."""
-
-
-@dataclass(frozen=True)
-class CheckpointFiles:
-    """The JSON files around a tokenizer, empty where missing.
-
-    config, generation: the model's; tokenizer: `tokenizer_config.json`; special: `special_tokens_map.json`;
-    added: `added_tokens.json`.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    generation: dict[str, Any]
-    tokenizer: dict[str, Any]
-    special: dict[str, Any]
-    added: dict[str, int]
-
-    @classmethod
-    def read(cls, folder: Path) -> "CheckpointFiles":
-        """Raises TokenizerError for a file that is not a JSON object."""
-        names = ("config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens")
-        return cls(folder, *(_read_json(folder / f"{name}.json") for name in names))
-
-    def image_tokens(self) -> list[str]:
-        """The special tokens the original adds when it loads a model of its own kind."""
-        if not any(key.startswith("mm_") for key in self.config):
-            return []
-        tokens = ["<im_patch>"] if self.config.get("mm_use_im_patch_token", True) else []
-        return tokens + (["<im_start>", "<im_end>"] if self.config.get("mm_use_im_start_end", False) else [])
-
-    def eos_token_ids(self, tokenizer: tokenizers.Tokenizer) -> list[int]:
-        """What ends an answer: generate()'s setting, else the tokenizer's, and ChatML's end of a turn in any case.
-
-        The tokenizer's setting comes last because it is about training text, and is wrong for some chat models.
-        """
-        trained = tokenizer.token_to_id(self.role("eos_token") or "</s>")
-        settings = [self.generation.get("eos_token_id"), self.config.get("eos_token_id"), trained]
-        setting = next((setting for setting in settings if setting is not None), None)
-        ids = setting if isinstance(setting, list) else [setting]
-        turn_end = tokenizer.token_to_id(CHATML_TURN_END)
-        ids = list(dict.fromkeys(ids if turn_end is None else [*ids, turn_end]))
-        for token_id in ids:
-            if not isinstance(token_id, int) or token_id < 0 or tokenizer.id_to_token(token_id) is None:
-                raise TokenizerError(f"{self.folder}: eos_token_id {token_id!r} is not in the tokenizer's vocabulary")
-        return ids
-
-    def role(self, name: str) -> str | None:
-        """The token with a role such as "bos_token"."""
-        return _content(self.tokenizer.get(name, self.special.get(name)))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{file}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
 
 
 @dataclass(frozen=True)
@@ -148,13 +77,21 @@ class OriginalTokenizer:
             special,
         )
 
-    def encode(self, text: str) -> list[int]:
-        """Ids without BOS."""
+    @property
+    def bos_token_id(self) -> int | None:
+        """What a prompt opens with; None for nothing."""
+        return None if self.bos is None else self.tokens[self.bos][0]
+
+    def encode(self, text: str, opening: bool = True) -> list[int]:
+        """Ids without BOS. opening: the text stands on its own; otherwise it goes on in the middle of one, without a
+        prefix space from transformers."""
         if not self.legacy and text:
-            text = (SPACE if self.add_prefix_space else "") + text.replace(SPACE, " ")
+            text = (SPACE if self.add_prefix_space and opening else "") + text.replace(SPACE, " ")
         parts = self._split(text)
         ids = self._encode_part(parts[0])
-        if not self.legacy and len(parts) > 1 and ids == [self._space_id] and parts[1] in self.special:
+        # The original takes the prefix space back from in front of a special token
+        took_prefix = opening and not self.legacy and ids == [self._space_id]
+        if took_prefix and len(parts) > 1 and parts[1] in self.special:
             ids = []
         for i, part in enumerate(parts[1:]):
             ids += self._encode_part(part) if i % 2 else [self.tokens[part][0]]
@@ -188,28 +125,6 @@ class OriginalTokenizer:
     def special_ids(self) -> list[int]:
         return sorted(self.tokens[content][0] for content in self.special)
 
-    def section(self, files: CheckpointFiles, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-        """The manifest's section for `tokenizer`, which holds the same vocabulary."""
-        spec = self.model.normalizer_spec
-        return {
-            "family": "sentencepiece",
-            "bos_token_id": None if self.bos is None else self.tokens[self.bos][0],
-            "eos_token_ids": files.eos_token_ids(tokenizer),
-            "special_ids": self.special_ids,
-            "prefix": None if self.legacy else SPACE if self.add_prefix_space else "",
-            "strip_first_piece": self.add_prefix_space,
-            "strip_start": "every" if spec.remove_extra_whitespaces else "one" if spec.add_dummy_prefix else "none",
-            "surfaces": self._surfaces(),
-        }
-
-    def _surfaces(self) -> dict[str, str]:
-        texts = {_Piece.CONTROL: "", _Piece.UNKNOWN: self.model.trainer_spec.unk_surface}
-        return {
-            str(i): texts[piece.type]
-            for i, piece in enumerate(self.model.pieces)
-            if piece.type in texts and piece.piece not in self.tokens
-        }
-
 
 def _read_model(file: Path) -> sentencepiece_model_pb2.ModelProto:
     model = sentencepiece_model_pb2.ModelProto()
@@ -220,9 +135,9 @@ def _read_model(file: Path) -> sentencepiece_model_pb2.ModelProto:
     unsupported = {
         "no pieces": not model.pieces,
         "a piece twice": len({piece.piece for piece in model.pieces}) < len(model.pieces),
-        "unused pieces": any(piece.type == _Piece.UNUSED for piece in model.pieces),
+        "unused pieces": any(piece.type == Piece.UNUSED for piece in model.pieces),
         "a model that is neither BPE nor Unigram": model.trainer_spec.model_type
-        not in (_TrainerSpec.BPE, _TrainerSpec.UNIGRAM),
+        not in (TrainerSpec.BPE, TrainerSpec.UNIGRAM),
         "spaces at the end of words": model.trainer_spec.treat_whitespace_as_suffix,
         "spaces that are not escaped": not model.normalizer_spec.escape_whitespaces,
         "denormalisation": bool(model.denormalizer_spec.precompiled_charsmap),
@@ -244,7 +159,7 @@ def _added_tokens(
         special_map = {}  # then all is in the configuration, and the older files are not read
     settings = {name: {**config, **special_map}.get(name, default) for name, default in _SPECIAL_TOKENS.items()}
     listed = [*(config.get(key := "additional_special_tokens") or []), *(special_map.get(key) or [])]
-    special = {_content(token): token for token in [*settings.values(), *listed] if token}
+    special = {content_of(token): token for token in [*settings.values(), *listed] if token}
 
     tokens: dict[str, tuple[int, AddedToken]] = {}
     if "added_tokens_decoder" in config:
@@ -258,7 +173,7 @@ def _added_tokens(
             token_id = pieces.get(content, len(pieces.keys() | tokens.keys()))
             tokens[content] = (token_id, _added_token(token, special=True))
             special[content] = token
-    return tokens, list(special), {name: _content(token) for name, token in settings.items()}
+    return tokens, list(special), {name: content_of(token) for name, token in settings.items()}
 
 
 def special_token(content: str) -> AddedToken:
