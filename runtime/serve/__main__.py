@@ -73,7 +73,8 @@ def main() -> int:
     model = settings.load()
     print(described(model, settings.max_batch), file=sys.stdout if check else sys.stderr)
     if check:
-        print(*engine_rows(model.bundle), sep="\n")
+        for row in engine_rows(model.bundle):
+            print(row)
     else:
         serve(settings, model, keys, host, port, stop_seconds)
     return 0
