@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -200,6 +199,8 @@ def peak_memory_mib() -> float:
     with suppress(OSError):
         if match := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return int(match[1]) / 1024
+    import resource
+
     kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**20
 
@@ -233,7 +234,8 @@ def _dump(folder: Path, trace) -> None:
 def run() -> None:
     """Exit with 2 and one line for what the user can put right."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-    sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is said where it is used
+    if sys.stdin:  # which may be closed
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is said where it is used
     try:
         status = main()
         sys.stdout.flush()

@@ -135,7 +135,7 @@ class CellPages(Dataset):
         page, labels, sides = document.page, [], []
         for cell in cells(document, self._stride, self._local.whole_words):
             ids = [id for word in cell.text.split() or ["\n"] for id in self._tokenizer.encode(word, opening=False)]
-            labels.append(torch.tensor(ids))
+            labels.append(torch.tensor(ids, dtype=torch.long))
             known = placed or cell.box is None
             sides.append(hundredths(cell.box, page.width, page.height) if known else [UNTOLD] * SIDES)
         return page.pixels, labels, torch.tensor(sides)

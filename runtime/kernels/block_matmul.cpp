@@ -191,7 +191,7 @@ struct Work {
   Groups groups;
 };
 
-// Instructions, the best first. Compilers before GCC 11 and Clang 12 do not know VNNI without AVX-512.
+// Instructions, the best first. Compilers before GCC 11 do not know VNNI without AVX-512, and Clang before 18 cannot ask for it.
 namespace avx512_vnni {
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")))
 #define VNNI 1
@@ -201,7 +201,7 @@ namespace avx512_vnni {
 #include "products.h"
 }  // namespace avx512_vnni
 
-#if (defined(__clang_major__) && __clang_major__ >= 12) || (!defined(__clang_major__) && __GNUC__ >= 11)
+#if (defined(__clang_major__) && __clang_major__ >= 18) || (!defined(__clang_major__) && __GNUC__ >= 11)
 #define HAS_AVX_VNNI 1
 namespace avx_vnni {
 #define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
@@ -242,7 +242,7 @@ const Instructions& instructions() {
   const char* wanted = std::getenv("CONVLLAVA_KERNELS");
   for (const Instructions& one : all)
     if (one.supported && (!wanted || !*wanted || std::string(wanted) == one.name)) return one;
-  throw wanted && *wanted ? "CONVLLAVA_KERNELS: the processor has no " + std::string(wanted)
+  throw wanted && *wanted ? "CONVLLAVA_KERNELS: this processor, or this build, has no " + std::string(wanted)
                           : std::string("the processor lacks AVX2 or FMA");
 }
 
