@@ -6,6 +6,7 @@ python runtime/infer.py ... --json                                     one JSON 
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -115,6 +116,8 @@ def chat(model, images: list[str], options) -> None:
     """Questions from standard input until it ends; the pictures come with the first one and are encoded once."""
     from runtime.image_file import open_image
 
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is an error of its question alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     pictures = [open_image(image) for image in images]  # a bad file is an error before the first question
     conversation = model.chat(options)
     print(f"{model.bundle.name}: {len(images)} image(s). An empty line or end of input leaves.", file=sys.stderr)
@@ -234,8 +237,6 @@ def _dump(folder: Path, trace) -> None:
 def run() -> None:
     """Exit with 2 and one line for what the user can put right."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-    if sys.stdin:  # which may be closed
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is said where it is used
     try:
         status = main()
         sys.stdout.flush()

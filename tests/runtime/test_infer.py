@@ -329,9 +329,11 @@ def test_an_answer_left_early_is_part_of_the_conversation(model, picture):
     assert [piece.token_id for piece in left.ask("And?")][:3] == [piece.token_id for piece in whole.ask("And?")]
 
 
-def test_a_bad_question_does_not_end_the_chat(conformance_bundle, picture):
-    questions = "What?\nwhat is <image>?\nAnd then?\n"
-    done = infer(conformance_bundle, "--image", picture, "--max-new-tokens", 3, input=questions)
+@pytest.mark.parametrize("bad", ["what is <image>?", "caf\udce9?"])
+def test_a_bad_question_does_not_end_the_chat(conformance_bundle, picture, monkeypatch, bad):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    options = {"input": f"What?\n{bad}\nAnd then?\n", "errors": "surrogateescape"}
+    done = infer(conformance_bundle, "--image", picture, "--max-new-tokens", 3, **options)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("new positions") == 2
     assert done.stderr.count("error:") == 1
