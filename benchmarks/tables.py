@@ -24,6 +24,7 @@ ACCURACY = [
     ("exact_match", "exact match"),
     ("iou50", "grounding, IoU ≥ 0.5"),
     ("questions", "questions"),
+    ("grounding_questions", "of these, for boxes"),
 ]
 CHAIN = [
     ("decoder", "decoder"),
