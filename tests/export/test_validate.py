@@ -53,8 +53,8 @@ def engine(tmp_path):
     file.write_bytes(b"")
     report = {
         "format": FORMAT, "flavour": "rtx", "version": "1.0", "version_compatible": False, "target": "sm89",
-        "precision": "fp16", "profiles": [PROFILE], "engine": {}, "onnx": {}, "executed": False, "validation": None,
-        "part": "encoder",
+        "precision": "fp16", "profiles": [PROFILE], "executed": False, "validation": None,
+        "part": "encoder", "engine": {"size": 0, "sha256": ""}, "onnx": {"file": "fp32.onnx", "sha256": {}},
         "inputs": [{"name": "pixel_values", "dtype": "HALF", "shape": [-1, 3, -1, -1]}],
         "outputs": [{"name": "image_embeds", "dtype": "HALF"}],
     }  # fmt: skip
