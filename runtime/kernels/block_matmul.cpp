@@ -191,7 +191,7 @@ struct Work {
   Groups groups;
 };
 
-// Instructions, the best first. Compilers before GCC 11 do not know VNNI without AVX-512, and Clang before 18 cannot ask for it.
+// Instructions, the best first. GCC before 11 does not know VNNI without AVX-512, Clang before 18 cannot ask for it.
 namespace avx512_vnni {
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")))
 #define VNNI 1

@@ -20,6 +20,15 @@ INLINE __m256 eight_halves(const uint8_t* memory) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(memory)));
 }
 
+// Of bytes without a sign and bytes with one: four to a sum of 32 bits, or without VNNI two to one of 16
+INLINE __m256i add_products(__m256i sums, __m256i one, __m256i other) {
+#if VNNI
+  return DOT(sums, one, other);
+#else
+  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(one, other));
+#endif
+}
+
 // y[m]: the products of ROWS rows of x, from row `first`, with one group of weights
 template <int BITS, int ROWS>
 INLINE void multiply(const Weights& w, int64_t group, const Activations& a, int64_t first, __m256 (&y)[ROWS]) {
@@ -37,32 +46,7 @@ INLINE void multiply(const Weights& w, int64_t group, const Activations& a, int6
     }
     __m256i total[ROWS];
     const auto* vectors = reinterpret_cast<const __m256i*>(record);
-#if VNNI
-    if constexpr (BITS == 4) {
-      for (int m = 0; m < ROWS; ++m) total[m] = _mm256_setzero_si256();
-      for (int v = 0; v < 4; ++v) {
-        const __m256i both = _mm256_load_si256(vectors + v);
-        const __m256i left = _mm256_and_si256(both, low);
-        const __m256i right = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-        for (int m = 0; m < ROWS; ++m) {
-          const int8_t* columns = x + m * stride + 4 * v;
-          total[m] = DOT(total[m], left, four_columns(columns));
-          total[m] = DOT(total[m], right, four_columns(columns + 16));
-        }
-      }
-    } else {
-      for (int m = 0; m < ROWS; ++m) {  // weights come with 128 too much, which is taken away first
-        const __m256i levels = _mm256_set1_epi32(a.levels[(first + m) * a.blocks + block]);
-        total[m] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(levels, 7));
-      }
-      const __m256i sign = _mm256_set1_epi8(-128);
-      for (int v = 0; v < 8; ++v) {
-        const __m256i weights = _mm256_xor_si256(_mm256_load_si256(vectors + v), sign);
-        for (int m = 0; m < ROWS; ++m) total[m] = DOT(total[m], weights, four_columns(x + m * stride + 4 * v));
-      }
-    }
-#else
-    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i ones = _mm256_set1_epi16(1), sign = _mm256_set1_epi8(-128);
     for (int m = 0; m < ROWS; ++m) total[m] = _mm256_setzero_si256();
     if constexpr (BITS == 4) {
       for (int v = 0; v < 4; ++v) {
@@ -71,11 +55,22 @@ INLINE void multiply(const Weights& w, int64_t group, const Activations& a, int6
         const __m256i right = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
         for (int m = 0; m < ROWS; ++m) {
           const int8_t* columns = x + m * stride + 4 * v;
-          total[m] = _mm256_add_epi16(total[m], _mm256_maddubs_epi16(left, four_columns(columns)));
-          total[m] = _mm256_add_epi16(total[m], _mm256_maddubs_epi16(right, four_columns(columns + 16)));
+          total[m] = add_products(total[m], left, four_columns(columns));
+          total[m] = add_products(total[m], right, four_columns(columns + 16));
         }
       }
-      for (int m = 0; m < ROWS; ++m) total[m] = _mm256_madd_epi16(total[m], ones);
+      if (!VNNI)  // sums of 16 bits, which have room for a block
+        for (int m = 0; m < ROWS; ++m) total[m] = _mm256_madd_epi16(total[m], ones);
+    } else if constexpr (VNNI) {
+      for (int m = 0; m < ROWS; ++m) {  // weights come with 128 too much, which is taken away first
+        const __m256i levels = _mm256_set1_epi32(a.levels[(first + m) * a.blocks + block]);
+        total[m] = _mm256_sub_epi32(total[m], _mm256_slli_epi32(levels, 7));
+      }
+      for (int v = 0; v < 8; ++v) {
+        const __m256i weights = _mm256_xor_si256(_mm256_load_si256(vectors + v), sign);
+        for (int m = 0; m < ROWS; ++m)
+          total[m] = add_products(total[m], weights, four_columns(x + m * stride + 4 * v));
+      }
     } else {
       for (int v = 0; v < 8; ++v) {
         const __m256i weights = _mm256_load_si256(vectors + v);
@@ -86,7 +81,6 @@ INLINE void multiply(const Weights& w, int64_t group, const Activations& a, int6
         }
       }
     }
-#endif
     const __m256 scales = eight_halves(record + QUANTISED), offsets = eight_halves(record + QUANTISED + 2 * GROUP);
     for (int m = 0; m < ROWS; ++m) {
       const int64_t at = (first + m) * a.blocks + block;
