@@ -1,5 +1,7 @@
 """New tokens, one after the other -> the answer's text, and where it ends."""
 
+import math
+
 from runtime.prompt import StopStrings
 from runtime.tokenizer import Tokenizer
 
@@ -10,7 +12,8 @@ class Answer:
     stop: strings that end it and do not appear in it. limit: of its tokens, the end-of-sequence token among them.
     ignore_eos: the end-of-sequence token does not end it, as load tests want it.
     Attributes: token_ids, so far; text, what is certain of it; finish_reason: `stop`, `length`, or None while it goes
-    on; unfed: tokens of it that the KV cache must still be given if the conversation goes on.
+    on; unfed: tokens of it that the KV cache must still be given if the conversation goes on; before_stop: how many of
+    its tokens stand before the stop string that ended it, None where none did.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], limit: int, ignore_eos: bool = False):
@@ -19,7 +22,10 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.unfed: list[int] = []
+        self.before_stop: int | None = None
         self._texts: list[str] = []
+        self._said = 0  # characters so far, those of a stop string among them
+        self._said_at = [0]  # of them, up to each token and it
 
     @property
     def text(self) -> str:
@@ -29,7 +35,10 @@ class Answer:
         """Returns the text that became certain."""
         self.token_ids.append(token)
         at_end = token in self._ends
-        text, stopped = self._stops.push(self._detokenizer.flush() if at_end else self._detokenizer.push(token))
+        piece = self._detokenizer.flush() if at_end else self._detokenizer.push(token)
+        text, stopped = self._stops.push(piece)
+        self._said += len(piece)
+        self._said_at.append(self._said if piece else math.inf)  # one that completes no character goes with the next
         if at_end or stopped:
             self.finish_reason, self.unfed = "stop", []  # the template's end of an answer stands in for what ended it
         else:
@@ -40,4 +49,7 @@ class Answer:
         if self.finish_reason:
             text += self._stops.flush()
         self._texts.append(text)
+        if stopped:
+            shown = sum(map(len, self._texts))
+            self.before_stop = max(count for count, said in enumerate(self._said_at) if said <= shown)
         return text

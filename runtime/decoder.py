@@ -15,7 +15,7 @@ from onnxruntime import InferenceSession, IOBinding
 from runtime import kernels
 from runtime.bundle import Bundle, DecoderPart
 from runtime.device import Array, Cpu, Device, int8_sums_saturate, is_x86, to_numpy
-from runtime.errors import UserError
+from runtime.errors import NoNumbersError, UserError
 from runtime.sampling import Sampling, next_token
 from runtime.session import bind_input, bind_output, input_dtype, open_session, run_options
 
@@ -183,11 +183,18 @@ class Sequence(ABC):
         return to_numpy(self._logits)[0, 0].astype(np.float32, copy=False)
 
     def forward_greedy(self, ids: list[int], image_embeds: Array | None = None) -> int:
-        """As `forward`, but returns the likeliest next token, all that leaves the device."""
+        """As `forward`, but returns the likeliest next token, all that leaves the device.
+
+        Raises NoNumbersError where that one's logit is none, which is seen on the CPU alone.
+        """
         self._run(ids, image_embeds)
         if self._likeliest is None:
-            return int(to_numpy(self._logits)[0, 0].argmax())
-        return int(to_numpy(self._likeliest)[0, 0, 0])
+            token = int(to_numpy(self._logits)[0, 0].argmax())
+        else:
+            token = int(to_numpy(self._likeliest)[0, 0, 0])
+        if isinstance(self._logits, np.ndarray) and not np.isfinite(self._logits[0, 0, token]):
+            raise NoNumbersError
+        return token
 
     def forward_sampled(
         self, ids: list[int], image_embeds: Array | None, sampling: Sampling, random: np.random.Generator

@@ -230,10 +230,14 @@ class Conversation:
         self._single_turn = single_turn
         self._sequence = None  # from the first prefill on
         self._unfed: list[int] = []  # tokens of the last answer that the cache does not hold
+        self._turn = 0  # how many were begun
 
     def ask(self, prompt: str, images: Sequence[ImageSource] = (), trace: Trace | None = None) -> Iterator[Piece]:
-        """As `Model.generate`, after the turns before. Leaving the iterator early ends the answer there; a turn that
-        fails or is interrupted before its first piece leaves the conversation as it was."""
+        """As `Model.generate`, after the turns before. Leaving the iterator early ends the answer there, and so does
+        the next turn; a turn that fails or is interrupted before its first piece leaves the conversation as it was.
+
+        Raises UserError as `Model.generate`, and where an answer goes on after another turn was begun.
+        """
         begin = time.perf_counter()
         ids, limit, pictures = self._inputs(prompt, _several(images), trace)
         sequence = self._sequence or self._start(len(ids) + limit)
@@ -334,9 +338,14 @@ class Conversation:
         stop = (*self._model.bundle.prompt.stop, *self._options.stop)
         answer = Answer(self._model.tokenizer, stop, limit)
         first_ms, decode_s = 0.0, 0.0
+        prefilled = self._sequence.cache.length
+        self._turn += 1
+        turn = self._turn
         while answer.finish_reason is None:
             step = time.perf_counter()  # what the consumer of the pieces takes is not ours
             if answer.token_ids:
+                if turn != self._turn:
+                    raise UserError("this answer was ended by another question; ask one after the other")
                 token = choose.after(self._sequence, answer.token_ids[-1:])
                 self._unfed = []
             elapsed = _ms_since(begin)
@@ -346,6 +355,8 @@ class Conversation:
                 first_ms = elapsed
             text = answer.push(token)
             self._unfed = answer.unfed
+            if answer.before_stop is not None:  # what was not shown is not part of the conversation
+                self._sequence.rewind(prefilled + answer.before_stop)
             result = finish(answer, first_ms, decode_s) if answer.finish_reason else None
             yield Piece(text, token, elapsed, result)
 

@@ -42,8 +42,9 @@ class Slots:
     def __iter__(self) -> Iterator[OnnxSequence]:
         return iter(self._slots)
 
-    def step(self, tokens: list[int]) -> list[int]:
-        """Feed token i to slot i; returns the likeliest next token of each.
+    def step(self, tokens: list[int]) -> list[int | None]:
+        """Feed token i to slot i; returns the likeliest next token of each, None where its logit is no number (which is
+        seen on the CPU alone).
 
         A slot that takes no part loses its last position if it is full, since a row of nothing may be computed there.
         Raises ValueError where there are more tokens than slots, or one of them is full; nothing is fed then.
@@ -65,9 +66,14 @@ class Slots:
         decoder.session.run_with_iobinding(binding, self._options)
         for slot, total in zip(taking, totals, strict=True):
             slot.cache.length = total
-        if not decoder.tells_likeliest:
-            return self.logits(count).argmax(axis=1).tolist()
-        return to_numpy(self._likeliest[:count]).ravel().tolist()
+        if decoder.tells_likeliest:
+            likeliest = to_numpy(self._likeliest[:count]).ravel()
+        else:
+            likeliest = self.logits(count).argmax(axis=1)
+        if not isinstance(self._logits, np.ndarray):
+            return likeliest.tolist()
+        known = np.isfinite(self._logits[np.arange(count), 0, likeliest])
+        return [token if number else None for token, number in zip(likeliest.tolist(), known, strict=True)]
 
     def _spare(self, row: int) -> int:
         """The length of a row whose last position is free to be written to."""

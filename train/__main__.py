@@ -45,9 +45,10 @@ def is_users(error: Exception) -> bool:
     from train.loop import DivergedError
     from train.model import CheckpointError
     from train.model.tokenizer_files import TokenizerError
-    from train.report import TooManySkipped
+    from train.report import NothingLearnt, TooManySkipped
 
-    return isinstance(error, CheckpointError | DivergedError | OSError | TokenizerError | TooManySkipped)
+    kinds = CheckpointError | DivergedError | NothingLearnt | OSError | TokenizerError | TooManySkipped
+    return isinstance(error, kinds)
 
 
 def run(recipe: Recipe) -> None:

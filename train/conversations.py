@@ -229,14 +229,16 @@ def _trainable_model(source: Source, base: Checkpoint | None, recipe: Recipe, wo
 
 
 def _attention(recipe: Recipe, world: World) -> str:
-    """`auto`: FlashAttention 2 where it can run, which is on a GPU and in half precision only."""
+    """`auto`: FlashAttention 2 where it can run, which is on a GPU from Ampere on and in half precision only."""
     can_flash = (
         find_spec("flash_attn") is not None
         and world.device.type == "cuda"
+        and torch.cuda.get_device_capability(world.device) >= (8, 0)
         and compute_dtype(recipe, world) == torch.bfloat16
     )
     if recipe.attention == "flash_attention_2" and not can_flash:
         raise RecipeError(
-            "attention: flash_attention_2 needs the package flash_attn, a GPU, and precision bf16; take auto or sdpa"
+            "attention: flash_attention_2 needs the package flash_attn, a GPU from Ampere on, and precision bf16; take "
+            "auto or sdpa"
         )
     return "flash_attention_2" if can_flash and recipe.attention != "sdpa" else "sdpa"

@@ -23,7 +23,7 @@ from transformers import get_cosine_schedule_with_warmup
 from train import state
 from train.distributed import World, apart, gradient_norm, shard
 from train.recipe import Recipe
-from train.report import Report
+from train.report import NothingLearnt, Report
 
 
 class DivergedError(Exception):
@@ -129,7 +129,8 @@ def train(task: Task, recipe: Recipe, world: World) -> None:
     """Train to the end of the recipe, from the newest checkpoint in `recipe.out` if there is one.
 
     Leaves `out/final`. Raises RecipeError where the recipe and the task or an earlier run do not go together,
-    TooManySkipped past `malformed_limit`, and DivergedError where a gradient is no number.
+    TooManySkipped past `malformed_limit`, NothingLearnt where every record was skipped, and DivergedError where a
+    gradient is no number.
     """
     out, total = Path(recipe.out), total_steps(task, recipe)
     compute = compute_dtype(recipe, world)
@@ -148,6 +149,10 @@ def train(task: Task, recipe: Recipe, world: World) -> None:
             if progress.step % recipe.save_every == 0:
                 run.save(progress)
         report.plot()
+        if total and not progress.samples:
+            raise NothingLearnt(
+                f"{out}: nothing was learnt, for each record was skipped; {out / 'malformed.jsonl'} says why"
+            )
         run.finish()
     if world.main:
         print(f"finished {total} steps: {out / 'final'}")
@@ -242,11 +247,9 @@ def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int, step:
 
 
 def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:
-    """The type of activations and products. `auto`: bf16 on a GPU that has it."""
-    on_gpu = world.device.type == "cuda"
-    if recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()):
-        return torch.bfloat16
-    return torch.float32
+    """The type of activations and products. `auto`: bf16 on a GPU that has it, and does not imitate it."""
+    has_bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16) else torch.float32
 
 
 def autocast(device: torch.device, compute: torch.dtype) -> contextlib.AbstractContextManager:

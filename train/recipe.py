@@ -6,6 +6,7 @@ Paths in a recipe are relative to the folder the command runs in, as they are on
 """
 
 import difflib
+import math
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -18,6 +19,11 @@ ASPECTS = ("pad", "any")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 TEMPLATES = ("vicuna_v1", "plain", "chatml")
+# What tasks on rendered documents do not look at
+CONVERSATION_KEYS = (
+    *("data", "resolution", "aspect", "template", "system", "max_length"),
+    *("gradient_checkpointing", "attention"),
+)
 # Keys that may differ between the run that wrote a checkpoint and the one that goes on from it: they decide how fast a
 # run is and what it leaves behind, not what it computes. The second line changes the order of additions, thus the last
 # bits, which values dropout drops, and what a cell is told apart from (`local.contrast`); whoever runs out of memory
@@ -69,8 +75,7 @@ class Lora:
 
     def __post_init__(self):
         _at_least("lora.rank", self.rank, 1)
-        if self.alpha <= 0:
-            raise RecipeError(f"lora.alpha: {self.alpha}, expected more than 0")
+        _more_than_nothing("lora.alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"lora.dropout: {self.dropout}, expected a share, 0 to less than 1")
 
@@ -90,8 +95,7 @@ class Records:
     resolution: int | None = None
 
     def __post_init__(self):
-        if self.weight <= 0:
-            raise RecipeError(f"data: weight {self.weight} of {self.records}, expected more than 0")
+        _more_than_nothing(f"data: {self.records}: weight", self.weight)
 
 
 @dataclass(frozen=True)
@@ -175,20 +179,23 @@ class Recipe:
         ):
             if (value := getattr(self, key)) not in choices:
                 raise RecipeError(f"{key}: {value!r}, expected one of {', '.join(map(str, choices))}")
-        for key in ("global_batch", "micro_batch", "max_length", "save_every", "keep", "log_every"):
+        for key in ("global_batch", "micro_batch", "resolution", "max_length", "save_every", "keep", "log_every"):
             _at_least(key, getattr(self, key), 1)
         for key in ("steps", "workers", "malformed_limit", "seed", "weight_decay", "learning_rate"):
             _at_least(key, getattr(self, key), 0)
-        if self.max_grad_norm <= 0:
+        for part, rate in self.learning_rates.items():
+            _at_least(f"learning_rates.{part}", rate, 0)
+        if not self.max_grad_norm > 0:  # without end, nothing is scaled down
             raise RecipeError(f"max_grad_norm: {self.max_grad_norm}, expected more than 0")
         if not 0 <= self.warmup_ratio <= 1:
             raise RecipeError(f"warmup_ratio: {self.warmup_ratio}, expected a share of the steps, 0 to 1")
         if (self.epochs is None) == (self.steps is None):
             raise RecipeError("epochs, steps: expected exactly one of the two")
-        if self.epochs is not None and self.epochs <= 0:
-            raise RecipeError(f"epochs: {self.epochs}, expected more than 0")
+        if self.epochs is not None:
+            _more_than_nothing("epochs", self.epochs)
         self._check_model()
         self._check_parts()
+        self._check_unused()
 
     def _check_model(self) -> None:
         if self.checkpoint is not None and (self.encoder or self.language_model):
@@ -221,6 +228,17 @@ class Recipe:
                 "lora: its adapters belong to language_model, which is frozen; add language_model to train or remove "
                 "lora"
             )
+
+    def _check_unused(self) -> None:
+        """Raises RecipeError for a key that the task would not look at."""
+        if self.task == "conversation":
+            if self.local:
+                raise RecipeError("local: is for the tasks local and align; task conversation takes its data from data")
+            return
+        defaults = {entry.name: entry.default for entry in fields(Recipe)}
+        for key in CONVERSATION_KEYS:
+            if getattr(self, key) != defaults[key]:
+                raise RecipeError(f"{key}: is for task conversation, task {self.task} does not look at it; remove it")
 
     def accumulation(self, processes: int) -> int:
         """Micro-batches of a process in a step. Raises RecipeError where the batch does not divide."""
@@ -284,8 +302,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _at_least(key: str, value: float | None, least: int) -> None:
-    if value is not None and value < least:
+    if value is not None and not least <= value < math.inf:
         raise RecipeError(f"{key}: {value}, expected at least {least}")
+
+
+def _more_than_nothing(key: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise RecipeError(f"{key}: {value}, expected more than 0")
 
 
 def _override(content: dict[str, Any], override: str) -> None:

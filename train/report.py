@@ -19,6 +19,10 @@ class TooManySkipped(ValueError):
     """More malformed records than the recipe allows."""
 
 
+class NothingLearnt(ValueError):
+    """No record that could be trained on."""
+
+
 class Report:
     """Follows a run; writes on the main process only.
 
@@ -79,7 +83,7 @@ class Report:
         figure.savefig(self._out / "curve.png", dpi=120)
 
     def _note_skipped(self, progress: Progress, result: "StepResult") -> None:
-        for name, reason in result.skipped:
+        for name, reason in ((_printable(name), _printable(reason)) for name, reason in result.skipped):
             if name in self._seen:  # in an earlier epoch
                 continue
             self._seen.add(name)
@@ -115,6 +119,11 @@ class Report:
                 self._board.add_scalar(key, value, progress.step)
         shown = {key: f"{row[key]:.4g}" for key in ("loss", "images/s", "tokens/s") if row[key] is not None}
         self._bar.set_postfix(shown)
+
+
+def _printable(text: str) -> str:
+    """With half a surrogate pair, which JSON may hold, as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _append(file: Path, row: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.answer import Answer
+from runtime.decoder import Sequence
 from runtime.device import Array, Cpu, concatenate, copied
 from runtime.errors import NoNumbersError, UserError
 from runtime.grammar import JsonGrammar
@@ -345,14 +346,14 @@ class Engine:
         begin = sequence.cache.length
         chunk = ids[begin : begin + CHUNK - (begin + CHUNK + 1 == len(ids))]  # no last one is left alone
         if begin + len(chunk) < len(ids):
-            sequence.forward_greedy(chunk, running.embeds)
+            _likeliest(sequence, chunk, running.embeds)
             self._held[slot].names = running.names[: begin + len(chunk)]
             return
         if self._wants_logits(running.request):
             logits = sequence.forward(chunk, running.embeds)
             token = None
         else:
-            logits, token = None, sequence.forward_greedy(chunk, running.embeds)
+            logits, token = None, _likeliest(sequence, chunk, running.embeds)
         self._held[slot].names = list(running.names)
         running.embeds = None
         self._move(slot, len(self._active))
@@ -379,20 +380,25 @@ class Engine:
         return not request.options.sampling.greedy or request.logprobs is not None or request.grammar is not None
 
     def _take(self, running: _Running, token: int | None, logits: np.ndarray | None) -> None:
-        """The next token of an answer, chosen from `logits` where they are given."""
+        """The next token of an answer, chosen from `logits` where they are given; None where the likeliest is no
+        number."""
         request, answer = running.request, running.answer
-        logprob = None
-        if logits is not None:
-            try:
+        try:
+            if logits is not None:
                 token = _chosen(running, logits)
-            except UserError as error:  # a schema that grew too large; logits that are no numbers
-                self._leave(running)
-                reason = "crash" if isinstance(error, NoNumbersError) else "request"
-                self._observer.finished(reason)
-                request.sink(Failed(reason, str(error)))
-                return
-            if request.logprobs is not None:
-                logprob = logprob_of(logits, token, request.logprobs)
+            elif token is None:
+                raise NoNumbersError
+        except UserError as error:  # a schema that grew too large; logits that are no numbers
+            reason = "crash" if isinstance(error, NoNumbersError) else "request"
+            if reason == "crash":  # nobody is to take over what its slot holds
+                self._held[self._active.index(running)].names = []
+            self._leave(running)
+            self._observer.finished(reason)
+            request.sink(Failed(reason, str(error)))
+            return
+        logprob = None
+        if logits is not None and request.logprobs is not None:
+            logprob = logprob_of(logits, token, request.logprobs)
         text = answer.push(token)
         now = time.monotonic()
         tell = self._observer.next_token if len(answer.token_ids) > 1 else self._observer.first_token
@@ -470,6 +476,14 @@ class Engine:
             found[picture.key] = copied(rows) if len(by_size) > 1 else rows
             self.model.cache.put(picture.key, found[picture.key])
             row += picture.tokens
+
+
+def _likeliest(sequence: Sequence, ids: list[int], embeds: Array | None) -> int | None:
+    """The likeliest token after `ids`; None where its logit is no number."""
+    try:
+        return sequence.forward_greedy(ids, embeds)
+    except NoNumbersError:
+        return None
 
 
 def _chosen(running: _Running, logits: np.ndarray) -> int:

@@ -161,6 +161,46 @@ def test_chat_keeps_the_image_and_answers_as_one_long_prompt_would(model, confor
     assert np.abs(logits - trace.first_logits).max() < 1e-4 * np.abs(logits).max()
 
 
+def test_what_a_stop_string_cut_off_is_no_part_of_the_chat(model, conformance, reference):
+    """A stop string that begins in one token and ends in the next one: the second turn sees what was shown alone."""
+    case = reference["cases"][0]
+    *_, whole = model.generate([conformance / case["image"]], case["prompt"], runtime.Options(max_new_tokens=24))
+    ids = whole.result.token_ids
+    shown = [model.tokenizer.decode(ids[:count]) for count in range(len(ids))]
+    last, middle = next(
+        (count, before)
+        for count in range(4, len(ids) - 1)
+        if (before := shown[count][len(shown[count - 1]) :]) and (after := shown[count + 1][len(shown[count]) :])
+    )
+    after = shown[last + 1][len(shown[last]) :]
+    stop = middle[-1] + after[0]
+    assert shown[last + 1].find(stop) == len(shown[last]) - 1
+    conversation, trace = model.chat(runtime.Options(max_new_tokens=24, stop=(stop,))), runtime.Trace()
+    *_, first = conversation.ask(case["prompt"], [conformance / case["image"]])
+    assert first.result.text == shown[last][:-1]
+    *_, _ = conversation.ask("And now?", trace=trace)
+
+    from runtime.prompt import first_turn, next_turn
+
+    traced = runtime.Trace()
+    *_, _ = model.generate([conformance / case["image"]], case["prompt"], runtime.Options(max_new_tokens=1), traced)
+    prompt = model.tokenizer.encode_prompt(first_turn(model.bundle.prompt, case["prompt"], 1), [16])
+    prompt += ids[: last - 1]
+    prompt += model.tokenizer.encode_prompt(next_turn(model.bundle.prompt, "And now?"), [], continued=True)
+    logits = model.decoder.start(512).forward(prompt, traced.image_embeds)
+    assert np.abs(logits - trace.first_logits).max() < 1e-4 * np.abs(logits).max()
+
+
+def test_an_answer_ends_where_another_question_is_asked(model, picture):
+    for asking in (model.chat(runtime.Options(max_new_tokens=4)), model.about([picture], runtime.Options(4))):
+        first = asking.ask("What is this?")
+        next(first)
+        *_, second = asking.ask("And this?")
+        assert len(second.result.token_ids) == 4
+        with pytest.raises(runtime.UserError, match="ended by another question"):
+            next(first)
+
+
 def test_chat_on_the_terminal_takes_questions_until_the_end(conformance_bundle, picture):
     done = infer(conformance_bundle, "--image", picture, "--max-new-tokens", 3, input="What?\nAnd then?\n")
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import pytest
 import runtime
 from runtime.decoder import allocate
 from runtime.device import Cpu
+from runtime.errors import NoNumbersError
 from runtime.slots import Slots
 
 PROMPTS = ([1, 20, 30, 40, 50], [1, 9], [1, *range(60, 90)], [1, 7, -1, -2, 8])
@@ -106,6 +107,18 @@ def test_rows_of_nothing_leave_other_slots_as_they_are(decoder, images, alone):
     slots[1].forward(list(range(3, 43)))
     slots.step([ids[0][-1]])
     assert slots[1].cache.length == 39
+
+
+def test_a_row_of_no_numbers_is_told_from_the_others(decoder, images, alone):
+    slots = Slots(decoder, 3, 64)
+    tokens = [slot.forward_greedy(PROMPTS[0], images) for slot in slots]
+    broken = slots[1]
+    broken.cache.layers[0][1][:] = np.nan
+    first, nothing, third = slots.step(tokens)
+    assert first == third == alone[0][0][1]
+    assert nothing is None
+    with pytest.raises(NoNumbersError):
+        broken.forward_greedy([5])
 
 
 def test_a_full_slot_stops_all_and_nothing_is_fed(decoder):

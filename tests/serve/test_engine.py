@@ -10,7 +10,7 @@ from PIL import Image
 
 import runtime
 from runtime import kernels
-from runtime.errors import UserError
+from runtime.errors import NoNumbersError, UserError
 from runtime.model import Options, Picture
 from runtime.prompt import first_turn
 from runtime.sampling import Sampling
@@ -232,6 +232,20 @@ def test_draws_depend_on_their_seed_alone(model, engine):
     others = [asked(model, 0, sampling=Sampling(temperature=1.5, seed=seed)) for seed in range(3)]
     engine.submit(*(one.request for one in others))
     assert any(one.ids() != expected for one in others)
+
+
+def test_embeds_that_are_no_numbers_fail_their_greedy_request_alone(model, engine, alone):
+    whole, other = asked(model, 1), asked(model, 4)
+    broken = Asked(model, "What is this?", [picture(9)])
+    broken.request.pictures[0].embeds = np.full((broken.request.pictures[0].tokens, 128), np.nan, np.float32)
+    engine.submit(whole.request, broken.request, other.request)
+    (failed,) = broken.tokens()
+    assert (failed.reason, str(failed)) == ("crash", str(NoNumbersError()))
+    assert (whole.ids(), other.ids()) == (alone[1][0], alone[4][0])
+    again = Asked(model, "What is this?", [picture(9)])
+    engine.submit(again.request)
+    *_, last = model.generate([picture(9)], "What is this?", Options(max_new_tokens=12))
+    assert again.ids() == last.result.token_ids, "nothing is left of what failed"
 
 
 def test_logprobs_are_those_of_the_logits(model, engine):

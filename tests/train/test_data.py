@@ -346,12 +346,22 @@ def test_records_in_lines_are_known_by_what_is_in_the_file(tmp_path):
     assert list(read_records(tmp_path / "lines.json")) == list(read_records(tmp_path / "list.json")) == records
 
 
+def test_a_line_that_is_no_json_is_skipped_alone(conformance, tmp_path, rule):
+    whole = json.dumps(says("What?", "Text."))
+    (tmp_path / "a.jsonl").write_text(f"{whole}\n{whole[:20]}\n{whole}\n")
+    tokenizer = load_tokenizer(conformance / "checkpoint")
+    data = Conversations((Records(str(tmp_path / "a.jsonl")),), TEMPLATES["vicuna_v1"], None, tokenizer, rule, 512)
+    assert len(data) == 3
+    assert data[1] == Skipped(f"{tmp_path / 'a.jsonl'}[1]", "not a JSON object")
+    assert torch.equal(data[0].input_ids, data[2].input_ids)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.json", "{\n}", "neither a list"),
         ("a.json", "[", "neither a list"),
-        ("a.jsonl", "{}\n{", "neither a list"),
+        ("a.jsonl", "{\n{}", "neither a list"),
         ("a.json", "[]", "no records in it"),
         ("none.json", None, "No such file"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,6 +207,33 @@ def test_too_many_malformed_records_end_the_run(tmp_path: Path):
     with pytest.raises(report.TooManySkipped, match=r"2 malformed records, more than malformed_limit \(1\)"):
         run(recipe_for(tmp_path, malformed_limit=1), skip={2: ["a"], 4: ["a", "b"]})
     assert len((tmp_path / "malformed.jsonl").read_text().splitlines()) == 2
+
+
+def test_records_that_cannot_be_printed_are_skipped_as_others_are(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", open(tmp_path / "said", "w", encoding="utf-8"))  # noqa: SIM115
+    run(recipe_for(tmp_path), skip={2: ["\ud83d.png"]})
+    sys.stdout.flush()
+    assert "skipped \\ud83d.png: " in (tmp_path / "said").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "malformed.jsonl").read_text())["record"] == "\\ud83d.png"
+
+
+def test_a_run_that_learnt_from_no_record_has_no_end(tmp_path: Path):
+    recipe = recipe_for(tmp_path, global_batch=2, steps=2)
+    for _ in range(2):  # once more, as whoever starts it again has it
+        task = Regression(recipe)
+        task.steps = lambda first, last: [[Points(x=torch.zeros(0, 3), y=torch.zeros(0, 1))]] * (last - first)
+        with pytest.raises(report.NothingLearnt, match=r"malformed\.jsonl says why"):
+            loop.train(task, recipe, ALONE)
+    assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_chosen_where_a_gpu_has_it_and_not_where_it_is_imitated(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    world = World(0, 1, torch.device("cuda"))
+    expected = torch.bfloat16 if native else torch.float32
+    assert loop.compute_dtype(recipe_for(tmp_path, precision="auto"), world) == expected
+    assert loop.compute_dtype(recipe_for(tmp_path, precision="bf16"), world) == torch.bfloat16
 
 
 def test_a_step_in_which_everything_was_skipped_has_no_loss(tmp_path: Path):

@@ -113,7 +113,10 @@ class Conversations(Dataset):
 
 
 def read_records(file: Path) -> Iterator[Any]:
-    """The records of a JSON list or of JSON lines. Raises RecipeError for a file that is neither."""
+    """The records of a JSON list or of JSON lines, of which one that is no JSON comes as its text.
+
+    Raises RecipeError for a file that is neither; it is one of lines if the first one is JSON.
+    """
     try:
         with file.open(encoding="utf-8") as stream:
             first = next((line for line in stream if line.strip()), "")
@@ -121,11 +124,19 @@ def read_records(file: Path) -> Iterator[Any]:
             if first.lstrip().startswith("["):
                 yield from json.load(stream)
             else:
-                yield from (json.loads(line) for line in stream if line.strip())
+                json.loads(first or "null")
+                yield from (_record(line) for line in stream if line.strip())
     except OSError as error:
         raise RecipeError(f"data: {file}: {error.strerror or error}") from error
     except ValueError as error:
         raise RecipeError(f"data: {file}: neither a list of records nor one in each line: {error}") from error
+
+
+def _record(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
 
 
 def length_of(record: Any) -> int:
