@@ -2,8 +2,8 @@
 
     python -m benchmarks.chain [--json FILE]
 
-Every run is a process of its own, as a user starts it, in rounds through all precisions; medians are recorded. The
-resident pages of the memory-mapped weights count towards the peak memory.
+Every run is a process of its own, as a user starts it, in rounds through all precisions; medians are recorded. Pages
+of mapped weights that are resident count towards the peak memory.
 """
 
 import argparse
@@ -29,12 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chain", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/chain.json")
     args = parser.parse_args()
-    checkpoint = open_checkpoint(None)
-    bundles = {}
-    for precision in PRECISIONS:
-        bundles[precision] = BUILD / "bundle" / f"{checkpoint.folder.name}-{precision}"
-        if not (bundles[precision] / MANIFEST).is_file():
-            export_bundle(checkpoint, bundles[precision], checkpoint.resolution, decoder_precision=precision)
+    bundles = {precision: bundle_of(precision) for precision in PRECISIONS}
     runs: dict[str, list[dict]] = {precision: [] for precision in PRECISIONS}
     for _ in range(ROUNDS + 1):
         for precision, bundle in bundles.items():
@@ -49,6 +44,15 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     record.write("chain", rows, args.json)
+
+
+def bundle_of(precision: str) -> Path:
+    """The demo model's bundle with this precision of the decoder, made where it is not there."""
+    checkpoint = open_checkpoint(None)
+    bundle = BUILD / "bundle" / f"{checkpoint.folder.name}-{precision}"
+    if not (bundle / MANIFEST).is_file():
+        export_bundle(checkpoint, bundle, checkpoint.resolution, decoder_precision=precision)
+    return bundle
 
 
 def infer(bundle: Path) -> dict:

@@ -1,12 +1,13 @@
 """The decoder through this project's runtime and through what a user would take instead, side by side.
 
-    python -m benchmarks.decode [--peers NAME ...] [--contexts N ...] [--batches N ...] [--tokens N ...] [--rounds N]
-                                [--threads N] [--json F]
+    python -m benchmarks.decode [--bundle DIR] [--checkpoint ID] [--peers NAME ...] [--contexts N ...] [--batches N ...]
+                                [--tokens N ...] [--rounds N] [--threads N] [--json F]
 
 Every library runs in a process of its own, llama.cpp in the environment that `make peers` makes. They take turns, a
 round through all, so that a slow minute of the machine falls on all of them; the first round warms up. Medians are
 recorded, and the median of the ratios round by round; above 1 this project is ahead. Each peer is compared with our
-decoder of the same weights: float32, or 4 bits where the peer has 4. llama.cpp reads the GGUF that the demo model's
+decoder of the same weights: float32, or 4 bits where the peer has 4; with the decoder of --bundle, where one is named.
+llama.cpp reads the GGUF that the demo model's
 weights come from, with its usual cache in 16 bits; ours holds the same weights (`calib.blocks`) and a cache in 32.
 GenAI's own 4 bits are others.
 
@@ -14,7 +15,7 @@ prefill: so many image embeds (ids where a library cannot begin with embeds) to 
 after so many ids of English; `same` counts the ids that agree with ours before the first that differs. With a batch, so
 many sequences after the same BATCH_CONTEXT ids, all of whose tokens count.
 limit: what the machine allows at best, reading weights once a step and each cache, or multiplying as fast as a large
-float32 product does (no limit of this kind where 4-bit weights meet inputs in 8 bits); `reached` is our share of it.
+product does: one of float32, or one of bytes, where weights of 4 or 8 bits meet inputs in 8; `reached` is our share.
 """
 
 import argparse
@@ -22,13 +23,26 @@ import os
 import tempfile
 from pathlib import Path
 
+from transformers import LlamaConfig
+
 from benchmarks import record
 from benchmarks.calibration import english
-from benchmarks.limits import matmul_rate, read_bandwidth
+from benchmarks.limits import DecoderFiles, language_operations, machine_limits, prefill_ms, products_rate
 from benchmarks.peers.decoders import PEERS
-from benchmarks.peers.turns import Running, compared, in_turn, same, versions_of_peers, with_llama_cpp
+from benchmarks.peers.turns import (
+    Running,
+    add_model,
+    compared,
+    in_turn,
+    of_other_weights,
+    opened,
+    same,
+    start,
+    there,
+    versions_of_peers,
+)
 from export.bundle import export_bundle
-from export.cli import BUILD, open_checkpoint
+from export.cli import BUILD
 from export.decoder import quietly, write_llama
 from runtime.bundle import open_bundle
 from train.data.tokenizer import load_tokenizer
@@ -43,7 +57,8 @@ KIND = "decoders"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.split("\n")[0])
     known = [name for name in PEERS if name != "ours"]
-    parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all")
+    add_model(parser, "made of the checkpoint, with each precision that peers have")
+    parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all that are installed")
     parser.add_argument("--contexts", nargs="*", type=int, default=[128, 640, 2048, 4096], metavar="N")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 4, 8, 16], metavar="N")
     parser.add_argument(
@@ -53,8 +68,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/decode.json")
     args = parser.parse_args()
-    checkpoint = open_checkpoint(None)
-    limits = {"read_gb_per_s": read_bandwidth(args.threads), "matmul_gflop_per_s": matmul_rate(args.threads)}
+    checkpoint, bundle = opened(parser, args)
+    args.peers = there(of_other_weights(args, args.peers))
+    limits = machine_limits(args.threads)
     about = {"threads": args.threads, "versions_of_peers": versions_of_peers()}
     about["limits"] = {key: round(value, 1) for key, value in limits.items()}
     capacity = max([*args.contexts, *args.tokens, BATCH_CONTEXT]) + STEPS + 1
@@ -62,23 +78,21 @@ def main() -> None:
     common |= {"hidden": checkpoint.llama_config.hidden_size, "checkpoint": str(checkpoint.folder)}
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         common["folders"] = folders(checkpoint, Path(folder), args.peers)
-        bundles, ours, theirs = {}, {}, {}
-        for precision in sorted({precision_of(name) for name in args.peers}):
+        bundles = {bundle.decoder.precision: bundle} if bundle else {}
+        beside = {name: bundle.decoder.precision if bundle else precision_of(name) for name in args.peers}
+        for precision in sorted(set(beside.values()) - bundles.keys()):
             out = Path(folder, precision)
             export_bundle(checkpoint, out, checkpoint.resolution, decoder_precision=precision)
             bundles[precision] = open_bundle(out)
         common["ids"] = english(load_tokenizer(checkpoint.folder).encode, capacity)
-        for precision, bundle in bundles.items():
-            ours[precision] = Running(KIND, "ours", common | {"bundle": str(bundle.folder)})
-        for name in args.peers:
-            start = with_llama_cpp if name == "llama.cpp" else Running
-            if worker := start(KIND, name, common):
-                theirs[name] = worker
-        rows = measured(ours, theirs, args)
+        ours = {
+            precision: Running(KIND, "ours", common | {"bundle": str(bundle.folder)})
+            for precision, bundle in bundles.items()
+        }
+        theirs = {name: start(KIND, name, common) for name in args.peers}
+        rows = measured(ours, theirs, beside, args)
         for row in rows:
-            part = bundles[row["precision"]].decoder
-            file = bundles[row["precision"]].path(part.file)
-            row |= limit_of(row, sum(p.stat().st_size for p in file.parent.glob(f"{file.name}*")), checkpoint, limits)
+            row |= limit_of(row, DecoderFiles.of(bundles[row["precision"]]), checkpoint.llama_config, limits)
             print(row, flush=True)
         for worker in (*ours.values(), *theirs.values()):
             worker.close()
@@ -109,19 +123,21 @@ def folders(checkpoint, folder: Path, peers: list[str]) -> dict[str, str]:
     return found
 
 
-def measured(ours: dict[str, Running], theirs: dict[str, Running], args: argparse.Namespace) -> list[dict]:
-    """A row for each piece of work and peer."""
+def measured(
+    ours: dict[str, Running], theirs: dict[str, Running], beside: dict[str, str], args: argparse.Namespace
+) -> list[dict]:
+    """A row for each piece of work and peer. beside: peer -> precision of ours that it is compared with."""
     pieces = [("prefill", {"tokens": tokens}, 1) for tokens in args.tokens]
     pieces += [("decode", {"context": context, "steps": STEPS}, 1) for context in args.contexts]
     pieces += [("decode", {"context": BATCH_CONTEXT, "steps": STEPS, "batch": batch}, batch) for batch in args.batches]
     rows = []
     for work, arguments, batch in pieces:
         taking = {name: worker for name, worker in theirs.items() if batch == 1 or PEERS[name].batches}
-        needed = {precision_of(name) for name in taking}
+        needed = {beside[name] for name in taking}
         workers = {name: worker for name, worker in ours.items() if name in needed} | taking
         answers = in_turn(workers, args.rounds, work, **arguments)
         for peer in taking:
-            precision = precision_of(peer)
+            precision = beside[peer]
             own, other = answers[precision], answers[peer]
             size = arguments.get("tokens") or arguments["context"]
             row = {"work": work, "peer": peer, "precision": precision, "batch": batch, "context": size}
@@ -135,23 +151,19 @@ def measured(ours: dict[str, Running], theirs: dict[str, Running], args: argpars
     return rows
 
 
-def limit_of(row: dict, size: int, checkpoint, limits: dict[str, float]) -> dict:
-    """size: bytes of the weights, whose embeddings are the head's. The head is computed for the last position alone."""
-    config, tokens = checkpoint.llama_config, row["context"]
-    width, layers, attended = config.hidden_size, config.num_hidden_layers, config.num_attention_heads * config.head_dim
-    matrices = width * (2 * attended + 2 * config.num_key_value_heads * config.head_dim + 3 * config.intermediate_size)
-    head, rate = 2 * width * config.vocab_size, limits["matmul_gflop_per_s"] * 1e9
-    if row["work"] == "decode":
-        cache = 2 * layers * config.num_key_value_heads * config.head_dim * 4 * tokens
-        seconds = (size + cache * row["batch"]) / (limits["read_gb_per_s"] * 1e9)
-        if row["precision"] != "int4":
-            seconds = max(seconds, row["batch"] * (2 * layers * (matrices + 2 * attended * tokens) + head) / rate)
-        limit = row["batch"] / seconds
-        return {"limit": round(limit, 1), "reached": round(row["ours"] / limit, 3)}
-    if row["precision"] == "int4":
-        return {"limit": "", "reached": ""}
-    limit = 1e3 * (2 * tokens * layers * (matrices + attended * tokens) + head) / rate
-    return {"limit": round(limit, 1), "reached": round(limit / row["ours"], 3)}
+def limit_of(row: dict, part: DecoderFiles, config: LlamaConfig, limits: dict[str, float]) -> dict:
+    """part: its embeddings are the head's."""
+    tokens, batch = row["context"], row["batch"]
+    if row["work"] == "prefill":
+        limit = prefill_ms(config, tokens, part, limits)
+        return {"limit": round(limit, 1), "reached": round(limit / row["ours"], 3)}
+    layers, attended = config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    cache = 2 * layers * config.num_key_value_heads * config.head_dim * 4 * tokens
+    # a step of one sequence; `language_operations` has one position attend to itself
+    operations = language_operations(config, 1) + 2 * layers * attended * (2 * tokens - 1)
+    reading = (part.size + cache * batch) / (1e9 * limits["read_gb_per_s"])
+    seconds = max(reading, batch * operations / products_rate(part.precision, limits))
+    return {"limit": round(batch / seconds, 1), "reached": round(row["ours"] * seconds / batch, 3)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The image encoder through this project's runtime and through what a user would take instead, side by side.
 
-    python -m benchmarks.encoder [--bundle DIR] [--peers NAME ...] [--sizes HxW ...] [--rounds N] [--threads N]
-                                 [--json F]
+    python -m benchmarks.encoder [--bundle DIR] [--checkpoint ID] [--peers NAME ...] [--sizes HxW ...] [--rounds N]
+                                 [--threads N] [--json F]
 
 One image, float32, from pixel values to image embeds; see `benchmarks.decode` for how libraries take turns. `error` is
 the relative difference of the embeds from ours. limit: the operations of convolutions and products at the speed of a
@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import record
 from benchmarks.limits import matmul_rate
 from benchmarks.peers.encoders import PEERS
-from benchmarks.peers.turns import Running, compared, in_turn
+from benchmarks.peers.turns import add_model, compared, in_turn, opened, start, there
 from export.bundle import export_bundle
-from export.cli import BUILD, open_checkpoint
+from export.cli import BUILD, name_of
 from runtime.bundle import MANIFEST, open_bundle
 from train.model import load_image_encoder
 
@@ -33,20 +33,25 @@ KIND = "encoders"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=__doc__.split("\n")[0])
     known = [name for name in PEERS if name != "ours"]
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="of the demo model; default: made where it is not")
-    parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all")
+    add_model(parser, "the checkpoint's in build/, made where it is not there")
+    parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all that are installed")
     parser.add_argument("--sizes", nargs="+", type=size, default=[size(text) for text in SIZES], metavar="HxW")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/encoder.json")
     args = parser.parse_args()
-    checkpoint = open_checkpoint(None)
-    bundle = args.bundle or BUILD / "bundle" / checkpoint.folder.name
-    if args.bundle is None and not (bundle / MANIFEST).is_file():
-        export_bundle(checkpoint, bundle, checkpoint.resolution)
+    checkpoint, bundle = opened(parser, args)
+    if bundle is None:
+        folder = BUILD / "bundle" / name_of(checkpoint)
+        if not (folder / MANIFEST).is_file():
+            export_bundle(checkpoint, folder, checkpoint.resolution)
+        bundle = open_bundle(folder)
+    if not (graph := bundle.encoder_file("fp32")):
+        parser.error(f"{bundle.folder} has no float32 encoder, which this compares; export one with --precision fp32")
     rate = matmul_rate(args.threads)
-    spec = {"bundle": str(open_bundle(bundle).folder), "checkpoint": str(checkpoint.folder), "threads": args.threads}
-    workers = {name: Running(KIND, name, spec) for name in ("ours", *args.peers)}
+    spec = {"graph": str(bundle.path(graph)), "stride": bundle.encoder.stride, "threads": args.threads}
+    spec["checkpoint"] = str(checkpoint.folder)
+    workers = {name: start(KIND, name, spec) for name in ("ours", *there(args.peers))}
     encoder = load_image_encoder(checkpoint).eval()
     rows = []
     for height, width in args.sizes:

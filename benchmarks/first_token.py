@@ -1,12 +1,15 @@
 """From a page's file and a question to the first token, through this project and through what a user would build.
 
-    python -m benchmarks.first_token [--bundle DIR] [--peers NAME ...] [--rounds N] [--threads N] [--json F]
+    python -m benchmarks.first_token [--bundle DIR] [--checkpoint ID] [--peers NAME ...] [--rounds N] [--threads N]
+                                     [--json F]
 
 A drawn page at 1536 and the demo model; see `benchmarks.decode` for how libraries take turns.
 
 first_token: against OpenVINO and llama.cpp one after the other (our decoder in 4 bits), and PyTorch with transformers
 (float32); and against ourselves, where the image has been seen before (its embeds are kept) or is held (its keys and
-values are). load: from the start of the process until it can be asked.
+values are). With --bundle, ours is that one beside all. limit: the encoder's operations and the prefill's, or what is
+left of them, at the speeds that `benchmarks.decode` says; never less than reading the decoder's weights. loads: from
+the start of the process until it can be asked.
 vit-l-tiles is another comparison: ConvNeXt-L with the fifth stage on the whole page against CLIP's ViT-L/14-336 on the
 page and its quarters, both of random weights in PyTorch, before the same decoder of the demo model in 4 bits.
 """
@@ -16,15 +19,33 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from transformers import LlamaConfig
+
 from benchmarks import record
-from benchmarks.peers.turns import Running, compared, in_turn, versions_of_peers, with_llama_cpp
+from benchmarks.encoder import operations
+from benchmarks.limits import DecoderFiles, machine_limits, prefill_ms
+from benchmarks.peers.chains import released_encoder
+from benchmarks.peers.turns import (
+    Running,
+    add_model,
+    compared,
+    in_turn,
+    of_other_weights,
+    opened,
+    start,
+    there,
+    versions_of_peers,
+)
 from export.bundle import export_bundle
-from export.cli import BUILD, open_checkpoint
+from export.cli import BUILD
 from runtime.bundle import Bundle, open_bundle
 from runtime.prompt import first_turn
 from runtime.tokenizer import Tokenizer
+from train.model import load_image_encoder
 from train.model.demo import GGUF
 
 KIND = "chains"
@@ -38,29 +59,76 @@ QUESTION, ANOTHER = "What is the total?", "Who issued this document?"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_token", description=__doc__.split("\n")[0])
     known = [*PRECISIONS, TILED]
-    parser.add_argument("--bundle", metavar="DIR", help="in place of the demo model's with 4 bits, against peers of 4")
-    parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all")
+    parts = sorted({part for name in PRECISIONS for part in name.split("+")})
+    add_model(parser, "made of the checkpoint, with 4 bits and with float32")
+    parser.add_argument(
+        "--peers", nargs="*", default=known, choices=known + parts, help="or parts of them; default: all installed"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/first_token.json")
     args = parser.parse_args()
-    checkpoint = open_checkpoint(None)
+    checkpoint, bundle = opened(parser, args)
+    if bundle and not bundle.encoder_file("fp32"):
+        parser.error(f"{bundle.folder} has no float32 encoder, which OpenVINO runs; export one with --precision fp32")
+    asked = [name for name in known if {name, *name.split("+")} & set(args.peers)]
+    args.peers = there(of_other_weights(args, asked))
+    limits = machine_limits(args.threads)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        bundles = {}
-        for precision in ("fp32", "int4"):
+        beside = {name: bundle.decoder.precision if bundle else PRECISIONS.get(name, "int4") for name in args.peers}
+        bundles = {bundle.decoder.precision: bundle} if bundle else {}
+        for precision in sorted(set(beside.values()) - bundles.keys()):
             out = Path(folder, precision)
-            if precision == "int4" and args.bundle:
-                out = args.bundle
-            else:
-                export_bundle(checkpoint, out, checkpoint.resolution, decoder_precision=precision)
+            export_bundle(checkpoint, out, checkpoint.resolution, decoder_precision=precision)
             bundles[precision] = open_bundle(out)
-        specs = {precision: spec_of(bundle, page(Path(folder)), args.threads) for precision, bundle in bundles.items()}
-        for spec in specs.values():
-            spec |= {"gguf": str(BUILD / "smollm2" / GGUF), "checkpoint": str(checkpoint.folder)}
-        rows = beside_peers(specs, args)
+        image, common = (
+            page(Path(folder)),
+            {"gguf": str(BUILD / "smollm2" / GGUF), "checkpoint": str(checkpoint.folder)},
+        )
+        specs = {name: spec_of(part, image, args.threads) | common for name, part in bundles.items()}
+        least = {name: Least(checkpoint.llama_config, DecoderFiles.of(part), limits) for name, part in bundles.items()}
+        encoder = load_image_encoder(checkpoint)
+        rows, loads = [], []
+        for peer in [name for name in args.peers if name != TILED]:
+            precision = beside[peer]
+            encode_ms = least[precision].encode_ms(encoder, specs[precision]["resolution"])
+            load, found = beside_peer(peer, specs[precision], precision, least[precision], encode_ms, args.rounds)
+            loads.append(load)
+            rows += found
         if TILED in args.peers:
-            rows += beside_tiles(specs["int4"])
-    record.write("first_token", rows, args.json, {"threads": args.threads, "versions_of_peers": versions_of_peers()})
+            rows += beside_tiles(specs[beside[TILED]], beside[TILED], least[beside[TILED]])
+    about = {"threads": args.threads, "versions_of_peers": versions_of_peers()}
+    about |= {"limits": {key: round(value, 1) for key, value in limits.items()}, "loads": loads}
+    record.write("first_token", rows, args.json, about)
+
+
+@dataclass(frozen=True)
+class Least:
+    """What the machine's limits leave of a bundle's chain."""
+
+    config: LlamaConfig
+    part: DecoderFiles
+    limits: dict[str, float]
+
+    def encode_ms(self, encoder: torch.nn.Module, side: int) -> float:
+        """An encoder's operations at the speed of a float32 product."""
+        return operations(encoder, side, side) / (1e6 * self.limits["matmul_gflop_per_s"])
+
+    def row(self, prefilled: int, encode_ms: float, ours: float) -> dict:
+        """Columns of a row. ours: ms."""
+        limit = encode_ms + prefill_ms(self.config, prefilled, self.part, self.limits)
+        return {"limit": round(limit, 1), "reached": round(limit / ours, 3)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A worker that is asked with some arguments each time, in turn with others."""
+
+    worker: Running
+    arguments: dict
+
+    def ask(self, work: str) -> dict:
+        return self.worker.ask(work, **self.arguments)
 
 
 def page(folder: Path) -> Path:
@@ -80,6 +148,7 @@ def spec_of(bundle: Bundle, image: Path, threads: int) -> dict:
     visual = (rule.resolution // bundle.encoder.stride) ** 2
     return {
         "bundle": str(bundle.folder),
+        "graph": str(bundle.path("encoder/fp32.onnx")),
         "image": str(image),
         "question": QUESTION,
         "another_question": ANOTHER,
@@ -94,49 +163,50 @@ def spec_of(bundle: Bundle, image: Path, threads: int) -> dict:
     }
 
 
-def beside_peers(specs: dict[str, dict], args: argparse.Namespace) -> list[dict]:
-    """Rows of `load` and `first_token`."""
-    rows = []
-    for peer in [name for name in args.peers if name != TILED]:
-        precision = PRECISIONS[peer]
-        spec, start = specs[precision], with_llama_cpp if "llama.cpp" in peer else Running
-        workers, starts = {}, {"ours": [], peer: []}
-        for _ in range(args.rounds + 1):  # the first one fills the page cache
-            for name, taken in starts.items():
-                if name in workers:
-                    workers[name].close()
-                if (worker := (Running if name == "ours" else start)(KIND, name, spec)) is None:
-                    break
-                workers[name] = worker
-                taken.append(worker.start)
-        if peer not in workers:
-            workers["ours"].close()
-            continue
-        row = {"peer": peer, "precision": precision, "batch": 1}
-        compared_starts = compared(starts["ours"][1:], starts[peer][1:])
-        rows.append(row | {"work": "load", "image": "", "context": "", "metric": "ms", "same": "", **compared_starts})
-        answers = in_turn(workers, args.rounds, "first_token")
-        rows.append(row_of(row | {"image": "new"}, answers["ours"], answers[peer]))
-        workers[peer].close()
-        if precision == "int4":
-            for image in ("seen", "held"):
-                again = in_turn({"ours": workers["ours"]}, args.rounds, "first_token", image=image)["ours"]
-                row = {"peer": "ours, the image new", "precision": precision, "batch": 1, "image": image}
-                rows.append(row_of(row, again, answers["ours"]))
-        workers["ours"].close()
-        print(*rows, sep="\n", flush=True)
-    return rows
+def beside_peer(
+    peer: str, spec: dict, precision: str, least: Least, encode_ms: float, rounds: int
+) -> tuple[dict, list[dict]]:
+    """A row about loading, and those about the first token, of an image that is new and, where our decoder is not in
+    float32, seen or held."""
+    workers, starts = {}, {"ours": [], peer: []}
+    for _ in range(rounds + 1):  # the first one fills the page cache
+        for name, taken in starts.items():
+            if name in workers:
+                workers[name].close()
+            workers[name] = start(KIND, name, spec)
+            taken.append(workers[name].start)
+    common = {"peer": peer, "precision": precision, "batch": 1}
+    load = common | {"metric": "ms", **compared(starts["ours"][1:], starts[peer][1:])}
+    print(load, flush=True)
+    again = ("seen", "held") if precision != "fp32" else ()
+    taking = {"ours": workers["ours"], peer: workers[peer]}
+    taking |= {image: Asked(workers["ours"], {"image": image}) for image in again}
+    answers = in_turn(taking, rounds, "first_token")
+    for worker in workers.values():
+        worker.close()
+    own = answers["ours"]
+    rows = [row_of(common | {"image": "new"}, own, answers[peer])]
+    for image in again:
+        rows.append(row_of(common | {"peer": "ours, the image new", "image": image}, answers[image], own))
+    for row, found in zip(rows, (own, *(answers[image] for image in again)), strict=True):
+        row |= least.row(found[-1]["prefilled"], encode_ms if row["image"] == "new" else 0, row["ours"])
+    print(*rows, sep="\n", flush=True)
+    return load, rows
 
 
-def beside_tiles(spec: dict) -> list[dict]:
+def beside_tiles(spec: dict, precision: str, least: Least) -> list[dict]:
     """Rows of the released encoder at several resolutions against the tiles."""
     workers = {str(side): Running(KIND, "convnext-l", spec | {"resolution": side}) for side in RELEASED}
     tiles = Running(KIND, TILED, spec | {"capacity": 4096})
     answers = in_turn(workers | {TILED: tiles}, LONG_ROUNDS, "first_token")
+    with torch.device("meta"):
+        encoder = released_encoder(spec["hidden"])
     rows = []
     for side, worker in workers.items():
-        row = {"peer": TILED, "precision": "int4", "batch": 1, "image": f"new, ConvNeXt-L at {side}"}
-        rows.append(row_of(row, answers[side], answers[TILED]) | {"same": ""})
+        row = {"peer": TILED, "precision": precision, "batch": 1, "image": f"new, ConvNeXt-L at {side}"}
+        row = row_of(row, answers[side], answers[TILED]) | {"same": ""}
+        prefilled = row["context"] + len(spec["before"]) + len(spec["after"])
+        rows.append(row | least.row(prefilled, least.encode_ms(encoder, int(side)), row["ours"]))
         worker.close()
     tiles.close()
     print(*rows, sep="\n", flush=True)

@@ -1,8 +1,25 @@
 """What the machine can do at best, measured: the bounds that other figures stand next to."""
 
 import time
+from dataclasses import dataclass
 
 import torch
+from transformers import LlamaConfig
+
+from runtime.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class DecoderFiles:
+    """What a bundle's decoder reads: bytes, and their precision."""
+
+    size: int
+    precision: str
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "DecoderFiles":
+        file = bundle.path(bundle.decoder.file)
+        return cls(sum(found.stat().st_size for found in file.parent.glob(f"{file.name}*")), bundle.decoder.precision)
 
 
 def read_bandwidth(threads: int, megabytes: int = 2000, rounds: int = 5) -> float:
@@ -15,6 +32,36 @@ def matmul_rate(threads: int, size: int = 1536, rounds: int = 9) -> float:
     """GFLOP/s of a float32 product of square matrices, the best of the rounds."""
     one = torch.randn(size, size)
     return 2 * size**3 / 1e9 / _least(lambda: one @ one, threads, rounds)
+
+
+def machine_limits(threads: int) -> dict[str, float]:
+    """All three that bound a decoder, by the names that results files give them."""
+    limits = {"read_gb_per_s": read_bandwidth(threads), "matmul_gflop_per_s": matmul_rate(threads)}
+    return limits | {"bytes_gop_per_s": bytes_rate(threads)}
+
+
+def bytes_rate(threads: int, size: int = 2048, rounds: int = 9) -> float:
+    """10^9 operations a second of a product of square matrices of signed bytes, the best of the rounds."""
+    one = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+    return 2 * size**3 / 1e9 / _least(lambda: torch._int_mm(one, one), threads, rounds)
+
+
+def language_operations(config: LlamaConfig, tokens: int) -> int:
+    """Of prefilling so many positions, with logits for the last one alone: multiplications and additions."""
+    width, layers, attended = config.hidden_size, config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    matrices = width * (2 * attended + 2 * config.num_key_value_heads * config.head_dim + 3 * config.intermediate_size)
+    return 2 * tokens * layers * (matrices + attended * tokens) + 2 * width * config.vocab_size
+
+
+def products_rate(precision: str, limits: dict[str, float]) -> float:
+    """Operations a second of products with a decoder's weights: those of 4 and 8 bits meet inputs in 8."""
+    return 1e9 * limits["matmul_gflop_per_s" if precision in ("fp32", "fp16") else "bytes_gop_per_s"]
+
+
+def prefill_ms(config: LlamaConfig, tokens: int, part: DecoderFiles, limits: dict[str, float]) -> float:
+    """The least time of prefilling so many positions."""
+    reading = part.size / (1e9 * limits["read_gb_per_s"])
+    return 1e3 * max(reading, language_operations(config, tokens) / products_rate(part.precision, limits))
 
 
 def _least(work, threads: int, rounds: int) -> float:

@@ -147,8 +147,16 @@ COLUMNS = {
         ("peak_memory_gib", "peak memory, GiB"),
         ("files_gb", "files, GB"),
     ],
+    "first_token.loads": [
+        ("peer", "peer"),
+        ("precision", "decoder"),
+        ("ours", "ours, ms"),
+        ("theirs", "theirs, ms"),
+        ("ratio", "times as fast"),
+        ("peak_mib", "our memory, MiB"),
+        ("peer_peak_mib", "theirs, MiB"),
+    ],
     "first_token": [
-        ("work", "work"),
         ("image", "the image"),
         ("peer", "peer"),
         ("precision", "decoder"),
@@ -156,8 +164,18 @@ COLUMNS = {
         ("theirs", "theirs, ms"),
         ("ratio", "times as fast"),
         ("same", "same token"),
+        ("limit", "the machine's limit, ms"),
+        ("reached", "our share of it"),
         ("peak_mib", "our memory, MiB"),
         ("peer_peak_mib", "theirs, MiB"),
+    ],
+    "load": [
+        ("decoder", "decoder"),
+        ("start", "start"),
+        ("seconds", "process until it can be asked, s"),
+        ("load_ms", "of these, `import runtime` and `runtime.load`, ms"),
+        ("own_mib", "memory of its own, MiB"),
+        ("shared_mib", "shared with another process, MiB"),
     ],
     "quantised": [
         ("left", "groups left in float32"),
@@ -200,17 +218,19 @@ SHOWN = {
 
 
 def table(name: str) -> str:
-    """The results file as a Markdown table with its machine and command below."""
-    content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    """The results file as a Markdown table with its machine and command below. name: of the file; behind a dot the key
+    of its rows, if that is not `rows`."""
+    file, _, key = name.partition(".")
+    content = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     keys, titles = zip(*COLUMNS[name], strict=True)
-    rows = filter(SHOWN.get(name), content["rows"])
+    rows = filter(SHOWN.get(name), content[key or "rows"])
     lines = [titles, ["---"] * len(titles), *([_text(row[key]) for key in keys] for row in rows)]
     machine, versions = content["machine"], content["versions"]
     instructions = f" ({', '.join(found)})" if (found := machine.get("instructions")) else ""
     source = (
         f"`{content['command']}`, {content['date']}, {machine['processor']}{instructions}, {machine['cores']} cores, "
         f"onnxruntime {versions['onnxruntime']}, torch {versions['torch']}; "
-        f"[results file](benchmarks/results/{name}.json)"
+        f"[results file](benchmarks/results/{file}.json)"
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{source}"
 
@@ -222,7 +242,7 @@ def _text(value: object) -> str:
 def fill(text: str) -> str:
     """`text` with each marked place filled from its file."""
     return re.sub(
-        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
+        r"(<!-- table ([\w.]+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{table(match[2])}\n{match[3]}",
         text,
         flags=re.DOTALL,

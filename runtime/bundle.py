@@ -20,7 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -157,12 +158,20 @@ def open_bundle(folder: str | os.PathLike | None) -> Bundle:
     Raises UserError: no such bundle, unfinished export, manifest of another format or with a wrong key, file missing
     or altered. Each file's sha256 is taken once and remembered by its size and times in the user's cache folder.
     """
+    with opening(folder) as bundle:
+        return bundle
+
+
+@contextlib.contextmanager
+def opening(folder: str | os.PathLike | None) -> Iterator[Bundle]:
+    """`open_bundle` for whoever has work of its own meanwhile: files whose sha256 is not known are read beside it, and
+    one that was altered is an error at its end, in the place of whatever that has led to."""
     folder = Path(folder) if folder is not None else _demo_bundle()
     manifest = _read_manifest(folder)
     for section in ("image", "prompt", "tokenizer", "encoder", "decoder", "files"):
         if not isinstance(manifest.get(section), dict):
             raise UserError(f"{folder / MANIFEST}: no section {section!r}; the bundle is damaged, export it again")
-    _verify(folder, manifest["files"])
+    _check_files(folder, manifest["files"])
     bundle = Bundle(
         folder,
         str(manifest.get("name", folder.name)),
@@ -186,7 +195,12 @@ def open_bundle(folder: str | os.PathLike | None) -> Bundle:
             f"{folder / MANIFEST}: images are multiples of {bundle.image.multiple}, the encoder's stride is "
             f"{bundle.encoder.stride}; export it again"
         )
-    return bundle
+    with ThreadPoolExecutor(1) as reader:
+        checked = reader.submit(_check_hashes, folder, manifest["files"])
+        try:
+            yield bundle
+        finally:
+            checked.result()
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -222,8 +236,7 @@ def _part(kind: type, section: dict, folder: Path) -> Any:
     return kind(**section)
 
 
-def _verify(folder: Path, files: dict[str, dict]) -> None:
-    memory = _HashMemory()
+def _check_files(folder: Path, files: dict[str, dict]) -> None:
     for name, expected in files.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:  # a link is no matter: the hash is of the content
@@ -239,7 +252,13 @@ def _verify(folder: Path, files: dict[str, dict]) -> None:
                 f"{file}: altered since the export ({stat.st_size} bytes, the manifest says {expected['size']}); "
                 "export it again"
             )
-        if memory.sha256(file, stat) != expected["sha256"]:
+
+
+def _check_hashes(folder: Path, files: dict[str, dict]) -> None:
+    memory = _HashMemory()
+    for name, expected in files.items():
+        file = folder / name
+        if memory.sha256(file, file.stat()) != expected["sha256"]:
             raise UserError(f"{file}: altered since the export (its sha256 is not the manifest's); export it again")
     memory.save()
 

@@ -24,7 +24,7 @@ from PIL import Image
 from runtime import prompt as prompts
 from runtime.answer import Answer
 from runtime.backends import Backends, open_parts
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle import Bundle, opening
 from runtime.cache import DEFAULT_BYTES, EmbedsCache, digest
 from runtime.decoder import Sequence as DecoderSequence
 from runtime.device import Array, concatenate, to_numpy
@@ -448,7 +448,8 @@ def load(
     backends = backends or Backends()
     if threads is not None:
         backends = replace(backends, threads=threads)
-    return Model(open_bundle(bundle), backends, cache_bytes)
+    with opening(bundle) as opened:
+        return Model(opened, backends, cache_bytes)
 
 
 def _ms_since(begin: float) -> float:

@@ -47,7 +47,10 @@ class Ours(Chain):
         self._model = runtime.load(spec["bundle"], spec["threads"])
 
     def first_token(self, image: str = "new") -> dict:
-        """image: `new`; `seen`, in a call before, about another question; `held`, prefilled for another question."""
+        """image: `new`; `seen`, in a call before, about another question; `held`, prefilled for another question.
+
+        Also returns how many positions were prefilled, those of the image among them.
+        """
         from runtime.cache import EmbedsCache
         from runtime.model import Options
 
@@ -65,7 +68,9 @@ class Ours(Chain):
         seconds = time.perf_counter() - begin
         timings = piece.result.timings
         encode_s = (timings.preprocess_ms + timings.encode_ms) / 1000
-        return {"seconds": seconds, "encode_s": encode_s, "token": piece.token_id, "tokens": piece.result.visual_tokens}
+        result = piece.result
+        found = {"seconds": seconds, "encode_s": encode_s, "token": piece.token_id, "tokens": result.visual_tokens}
+        return found | {"prefilled": result.prompt_tokens}
 
 
 class OpenVinoLlamaCpp(Chain):
@@ -77,7 +82,7 @@ class OpenVinoLlamaCpp(Chain):
         from benchmarks.peers.decoders import LlamaCpp
 
         hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": spec["threads"]}  # bf16 where there is bf16
-        self._encoder = openvino.Core().compile_model(spec["bundle"] + "/encoder/fp32.onnx", "CPU", hints)
+        self._encoder = openvino.Core().compile_model(spec["graph"], "CPU", hints)
         self._decoder, self._spec = LlamaCpp(spec), spec
 
     def encode(self) -> np.ndarray:
@@ -115,13 +120,9 @@ class Released(Chain):
     def __init__(self, spec: dict[str, Any]):
         import torch
 
-        from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
-
         torch.set_num_threads(spec["threads"])
-        config = EncoderConfig.from_variant("large", (6, 3072), layer_scale=0.5)
-        projector = build_projector("mlp2x_gelu", config.widths[-1], spec["hidden"])
         self._torch, self._spec = torch, spec
-        self._image_encoder = ImageEncoder(ConvNeXtEncoder(config), projector).eval()
+        self._image_encoder = released_encoder(spec["hidden"])
         self._open_decoder()
 
     def _open_decoder(self) -> None:
@@ -138,6 +139,14 @@ class Released(Chain):
     def prefill(self, embeds: np.ndarray) -> int:
         ids = [*self._spec["before"], *range(-1, -1 - len(embeds), -1), *self._spec["after"]]
         return self._decoder.start(len(ids)).forward_greedy(ids, embeds)
+
+
+def released_encoder(hidden: int) -> Any:
+    """ConvNeXt-L with its fifth stage and a projector to `hidden`, of random weights, in PyTorch."""
+    from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
+
+    config = EncoderConfig.from_variant("large", (6, 3072), layer_scale=0.5)
+    return ImageEncoder(ConvNeXtEncoder(config), build_projector("mlp2x_gelu", config.widths[-1], hidden)).eval()
 
 
 class VitTiles(Released):

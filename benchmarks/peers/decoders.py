@@ -52,7 +52,7 @@ class Decoding:
     """The pieces of work. spec: also ids, of the text that all peers are given, and hidden, the width of embeds."""
 
     def __init__(self, peer: Peer, spec: dict[str, Any]):
-        self._peer, self._ids, self._held = peer, spec["ids"], 0
+        self._peer, self._ids, self._held = peer, spec["ids"], 0  # the context that it holds and has room for
         self._embeds = np.random.default_rng(0).standard_normal((spec["capacity"], spec["hidden"]), np.float32) * 0.1
 
     def prefill(self, tokens: int) -> dict:
@@ -71,11 +71,11 @@ class Decoding:
         """
         if batch > 1:
             return self._decode_rows(context, steps, batch)
-        if self._held < context - 1:
+        if self._held != context:  # no cache is larger than its work
             self._peer.reserve(context + steps + 1)
             self._peer.prefill(self._ids[: context - 1])
         self._peer.rewind(context - 1)
-        self._held = context - 1
+        self._held = context
         token = self._peer.prefill(self._ids[context - 1 : context])
         found = []
         begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,9 @@ Encode = Callable[[np.ndarray], np.ndarray]  # pixel values [3, H, W] -> image e
 
 def ours(spec: dict[str, Any]) -> Encode:
     """The bundle's float32 graph through `runtime.encoder`."""
-    from runtime.bundle import open_bundle
     from runtime.encoder import OnnxEncoder
 
-    bundle = open_bundle(spec["bundle"])
-    encoder = OnnxEncoder(bundle.path("encoder/fp32.onnx"), bundle.encoder.stride, spec["threads"])
+    encoder = OnnxEncoder(Path(spec["graph"]), spec["stride"], spec["threads"])
     return lambda pixels: encoder([pixels])
 
 
@@ -26,7 +25,7 @@ def openvino(spec: dict[str, Any]) -> Encode:
     import openvino
 
     hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": spec["threads"]}
-    compiled = openvino.Core().compile_model(spec["bundle"] + "/encoder/fp32.onnx", "CPU", hints)
+    compiled = openvino.Core().compile_model(spec["graph"], "CPU", hints)
     return lambda pixels: compiled([pixels[None]])[0][0]
 
 
@@ -87,5 +86,5 @@ class Encoding:
 
 
 def start(name: str, spec: dict[str, Any]) -> Encoding:
-    """spec: bundle, a folder; checkpoint, another; threads."""
+    """spec: graph, a bundle's float32 encoder, and its stride; checkpoint, a folder; threads."""
     return Encoding(PEERS[name](spec))

@@ -1,20 +1,35 @@
 """Libraries in processes of their own, taking turns at the same work, so that a slow minute of the machine falls on all
 of them."""
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
-from export.cli import BUILD
+from export.cli import BUILD, open_checkpoint
+from runtime.bundle import Bundle, open_bundle
+from train.model import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 LLAMA_CPP = BUILD / "peers" / "llama.cpp" / "bin" / "python"
 INSTALLED = LLAMA_CPP.parents[1] / ".installed"
+# what a peer's name has -> module, and the package that brings it
+PACKAGES = {
+    "torch": ("torch", "torch"),
+    "torch-compile": ("torch", "torch"),
+    "transformers": ("transformers", "transformers"),
+    "transformers-static": ("transformers", "transformers"),
+    "openvino": ("openvino", "openvino"),
+    "optimum": ("optimum.onnxruntime", "optimum-onnx"),
+    "ort-genai": ("onnxruntime_genai", "onnxruntime-genai"),
+    "vit-l-tiles": ("timm", "timm"),
+}
 
 
 class Running:
@@ -54,12 +69,59 @@ class Running:
         self._said.close()
 
 
-def with_llama_cpp(kind: str, name: str, spec: dict) -> Running | None:
-    """The worker in the environment that `make peers` makes; None, and a word on stderr, where it is not there."""
-    if INSTALLED.is_file():
-        return Running(kind, name, spec, LLAMA_CPP)
-    print(f"{name} is left out: `make peers` installs it", file=sys.stderr)
-    return None
+def there(names: Iterable[str]) -> list[str]:
+    """Those of the peers that are installed; a word on stderr for each that is not."""
+    missing = {name: package for name in names if (package := _lacks(name))}
+    for name, package in missing.items():
+        how = "`make peers`" if package == "llama.cpp" else f"pip install {package}"
+        print(f"{name} is left out: {how} installs it", file=sys.stderr)
+    return [name for name in names if name not in missing]
+
+
+def _lacks(name: str) -> str | None:
+    """What a peer is without; None if nothing."""
+    if "llama.cpp" in name:  # an environment of its own, with all of it
+        return None if INSTALLED.is_file() else "llama.cpp"
+    modules = {module: package for part, (module, package) in PACKAGES.items() if part in name.split("+")}
+    return next((package for module, package in modules.items() if not _found(module)), None)
+
+
+def _found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of what it lies in
+        return False
+
+
+def start(kind: str, name: str, spec: dict) -> Running:
+    """The worker of a peer that is `there`, in the environment that it lives in."""
+    return Running(kind, name, spec, LLAMA_CPP if "llama.cpp" in name else sys.executable)
+
+
+def add_model(parser: argparse.ArgumentParser, what: str) -> None:
+    """The options `--bundle` and `--checkpoint`."""
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help=f"of the same model; default: {what}")
+    parser.add_argument("--checkpoint", metavar="ID", help="what peers in PyTorch load; default: the demo model's")
+
+
+def opened(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Checkpoint, Bundle | None]:
+    """What the options of `add_model` name; ends the process where the two cannot be of one model."""
+    checkpoint = open_checkpoint(args.checkpoint)
+    bundle = open_bundle(args.bundle) if args.bundle else None
+    if bundle and bundle.encoder.hidden_size != checkpoint.llama_config.hidden_size:
+        parser.error(
+            f"--bundle {args.bundle}: its image embeds have {bundle.encoder.hidden_size} values, those of the "
+            f"checkpoint's language model {checkpoint.llama_config.hidden_size}; name its own by --checkpoint"
+        )
+    return checkpoint, bundle
+
+
+def of_other_weights(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """The peers without llama.cpp where a checkpoint is named: its GGUF has the demo model's language model."""
+    if args.checkpoint and any("llama.cpp" in name for name in names):
+        print("llama.cpp is left out: its weights are those of the demo model's language model", file=sys.stderr)
+        return [name for name in names if "llama.cpp" not in name]
+    return names
 
 
 def versions_of_peers() -> dict[str, str]:

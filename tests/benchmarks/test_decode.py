@@ -1,12 +1,16 @@
 """The decode benchmark: peers in processes of their own do the same work and find the same ids."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import decode
-from benchmarks.peers.decoders import PEERS
+from benchmarks.limits import DecoderFiles
+from benchmarks.peers import turns
+from benchmarks.peers.decoders import PEERS, Decoding, Peer
 from benchmarks.peers.turns import Running
 from export.cli import open_checkpoint
 from runtime.bundle import open_bundle
@@ -87,7 +91,8 @@ def test_a_ratio_above_one_means_that_ours_is_faster():
     ours = {"fp32": Fake(2.0, [1, 2, 3]), "int4": Fake(0.5, [1, 2, 4])}
     theirs = {"transformers": Fake(4.0, [1, 2, 3]), "llama.cpp": Fake(0.4, [1, 9, 4]), "optimum": Fake(1, [1, 2, 3])}
     args = SimpleNamespace(tokens=[64], contexts=[128], batches=[8], rounds=3)
-    rows = {(row["work"], row["batch"], row["peer"]): row for row in decode.measured(ours, theirs, args)}
+    beside = {name: decode.precision_of(name) for name in theirs}
+    rows = {(row["work"], row["batch"], row["peer"]): row for row in decode.measured(ours, theirs, beside, args)}
     prefill = rows["prefill", 1, "transformers"]
     assert (prefill["ours"], prefill["theirs"], prefill["ratio"], prefill["metric"]) == (2000, 4000, 2, "ms")
     slower = rows["decode", 1, "llama.cpp"]
@@ -99,20 +104,20 @@ def test_a_ratio_above_one_means_that_ours_is_faster():
 
 def test_limits_are_bytes_and_operations(conformance):
     """By hand for the conformance decoder."""
-    checkpoint = open_checkpoint(str(conformance / "checkpoint"))
-    c = checkpoint.llama_config
-    limits = {"read_gb_per_s": 10.0, "matmul_gflop_per_s": 50.0}
+    c = open_checkpoint(str(conformance / "checkpoint")).llama_config
+    limits = {"read_gb_per_s": 10.0, "matmul_gflop_per_s": 50.0, "bytes_gop_per_s": 200.0}
+    weights = DecoderFiles(1_000_000, "fp32")
     row = {"work": "decode", "precision": "fp32", "batch": 1, "context": 100, "ours": 1000.0}
     cache = 100 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * 2 * 4
-    found = decode.limit_of(row, 1_000_000, checkpoint, limits)
+    found = decode.limit_of(row, weights, c, limits)
     assert found["limit"] == pytest.approx(1e10 / (1_000_000 + cache), rel=1e-3)
     assert found["reached"] == pytest.approx(1000 / found["limit"], rel=1e-2)
-    both = decode.limit_of(row | {"batch": 2}, 1_000_000, checkpoint, limits)["limit"]
+    both = decode.limit_of(row | {"batch": 2}, weights, c, limits)["limit"]
     assert both == pytest.approx(2e10 / (1_000_000 + 2 * cache), rel=1e-3)
     slow = limits | {"matmul_gflop_per_s": 1e-3}
-    one, ten = (decode.limit_of(row | {"batch": n}, 1_000_000, checkpoint, slow)["limit"] for n in (1, 10))
+    one, ten = (decode.limit_of(row | {"batch": n}, weights, c, slow)["limit"] for n in (1, 10))
     assert one == ten < 1, "arithmetic is the limit of a slow processor, whatever the batch"
-    weights = sum(
+    numbers = sum(
         np.prod(shape)
         for shape in (
             (c.hidden_size, c.num_attention_heads * 32),
@@ -121,10 +126,46 @@ def test_limits_are_bytes_and_operations(conformance):
             (3 * c.hidden_size, c.intermediate_size),
         )
     )
-    operations = 2 * 100 * c.num_hidden_layers * (weights + 100 * c.num_attention_heads * 32)
+    operations = 2 * 100 * c.num_hidden_layers * (numbers + 100 * c.num_attention_heads * 32)
     operations += 2 * c.hidden_size * c.vocab_size
-    found = decode.limit_of(row | {"work": "prefill", "ours": 5.0}, 1, checkpoint, limits)
+    prefill = row | {"work": "prefill", "ours": 5.0}
+    found = decode.limit_of(prefill, replace(weights, size=1), c, limits)
     assert found["limit"] == pytest.approx(operations / 50e9 * 1e3, abs=0.06)
+    found = decode.limit_of(prefill, DecoderFiles(1, "int4"), c, limits)
+    assert found["limit"] == pytest.approx(operations / 200e9 * 1e3, abs=0.06)
+    assert decode.limit_of(prefill, DecoderFiles(10**9, "int4"), c, limits)["limit"] == 100, "once through the weights"
+
+
+def test_no_peer_decodes_with_more_room_than_its_work():
+    """A cache that was made for a longer context costs memory, and time where all of it is looked at."""
+
+    class Noting(Peer):
+        def __init__(self):
+            self.reserved = []
+
+        def prefill(self, ids, embeds=None):
+            return 0
+
+        def rewind(self, length):
+            pass
+
+        def reserve(self, positions, rows=1):
+            self.reserved.append(positions)
+
+    peer = Noting()
+    work = Decoding(peer, {"ids": [0] * 64, "capacity": 64, "hidden": 2})
+    for context in (20, 20, 40, 30, 30):
+        work.decode(context, 4)
+    assert peer.reserved == [25, 45, 35]
+
+
+def test_peers_that_are_not_installed_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(turns, "_found", lambda module: module != "onnxruntime_genai")
+    monkeypatch.setattr(turns, "INSTALLED", Path("nowhere"))
+    assert turns.there(["llama.cpp", "optimum", "ort-genai", "openvino+llama.cpp"]) == ["optimum"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is left out: ")[0] for line in said] == ["llama.cpp", "ort-genai", "openvino+llama.cpp"]
+    assert "pip install onnxruntime-genai" in said[1]
 
 
 def test_the_command_line_names_the_peers():

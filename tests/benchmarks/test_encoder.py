@@ -13,7 +13,8 @@ from train.model import Checkpoint, load_image_encoder
 
 @pytest.fixture(scope="module")
 def spec(conformance, conformance_bundle):
-    return {"bundle": str(conformance_bundle), "checkpoint": str(conformance / "checkpoint"), "threads": 1}
+    graph, checkpoint = conformance_bundle / "encoder/fp32.onnx", conformance / "checkpoint"
+    return {"graph": str(graph), "stride": 64, "checkpoint": str(checkpoint), "threads": 1}
 
 
 def test_peers_find_the_same_embeds(spec):
@@ -54,3 +55,9 @@ def test_sizes_are_height_and_width():
     assert done.returncode == 2
     assert "--sizes" in done.stderr
     assert np.prod(encoder.size("256x1024")) == 512**2
+
+
+def test_a_bundle_of_another_model_is_refused(conformance_bundle):
+    done = run_module("benchmarks.encoder", "--bundle", conformance_bundle)
+    assert done.returncode == 2
+    assert "name its own by --checkpoint" in done.stderr

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import runtime
 from runtime import bundle as bundles
 from runtime.bundle import MANIFEST, PARTIAL, open_bundle, write_bundle
 from runtime.errors import UserError
@@ -51,6 +52,15 @@ def test_one_flipped_bit_is_seen_even_after_the_bundle_was_opened(bundle, file):
     (bundle / file).write_bytes(content)
     with pytest.raises(UserError, match=f"{file}.*altered.*sha256"):
         open_bundle(bundle)
+
+
+@pytest.mark.parametrize("file", ["decoder/model.onnx", "decoder/model.onnx.data", "tokenizer/tokenizer.json"])
+def test_a_model_of_altered_files_is_refused_as_such(bundle, file):
+    """Its parts are opened while hashes are taken, and fail in their own words."""
+    content = (bundle / file).read_bytes()
+    (bundle / file).write_bytes(b"\0" * 64 + content[64:])
+    with pytest.raises(UserError, match=f"{file}.*altered.*sha256"):
+        runtime.load(bundle)
 
 
 def test_another_size_is_seen(bundle):
