@@ -1,8 +1,10 @@
-"""Draws results files as PNG files beside them. Each picture carries the hash of the file it was drawn from."""
+"""Draws results files as PNG files beside them, and the logs of the demo model's training as one. Each picture carries
+the hash of what it was drawn from."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from PIL import Image
 from benchmarks.record import RESULTS
 
 SOURCE = "Source"  # PNG's own word for where a picture comes from
+CURVES = Path(__file__).parents[1] / "train" / "runs" / "convllava-smol" / "curves.png"
+TOLD = ("told_apart", "characters_right/stride_64")  # what a run may log of how much it tells right, 0 to 1
 
 Line = dict[Any, float]  # x -> y
 
@@ -111,6 +115,27 @@ def draw_serve(rows: list[dict], figure: Any) -> None:
         axis.legend(fontsize="small")
 
 
+def draw_curves(logs: dict[str, list[dict]], figure: Any) -> None:
+    """A panel for each run: the loss, and in grey behind it the share that is told right, where that is logged."""
+    columns = 4
+    axes = figure.subplots(math.ceil(len(logs) / columns), columns, squeeze=False)
+    for axis in axes.flat[len(logs) :]:
+        axis.set_axis_off()
+    for axis, (name, rows) in zip(axes.flat, logs.items(), strict=False):
+        axis.set_title(name, fontsize="small")
+        axis.tick_params(labelsize="x-small")
+        if told := next((key for key in TOLD if key in rows[0]), None):
+            behind = axis.twinx()
+            behind.plot([row["step"] for row in rows], [row[told] for row in rows], color="0.75", lw=0.8)
+            behind.set(ylim=(0, 1))
+            behind.tick_params(labelsize="x-small", colors="0.5")
+            axis.set_zorder(behind.get_zorder() + 1)
+            axis.patch.set_visible(False)
+        known = [row for row in rows if row["loss"] is not None]
+        axis.plot([row["step"] for row in known], [row["loss"] for row in known], lw=0.8)
+        axis.grid(alpha=0.3)
+
+
 DRAWN: dict[str, tuple[Callable[[list[dict], Any], None], tuple[float, float]]] = {
     "decode": (draw_decode, (15, 7)),
     "encoder": (draw_encoder, (8, 7)),
@@ -123,21 +148,37 @@ def outdated() -> Iterator[Path]:
     """Pictures that are missing or were drawn from another state of their results file."""
     for name in DRAWN:
         file, picture = RESULTS / f"{name}.json", RESULTS / f"{name}.png"
-        if file.is_file() and (not picture.is_file() or Image.open(picture).info.get(SOURCE) != _digest(file)):
+        if file.is_file() and _is_outdated(picture, [file]):
             yield picture
+    if _is_outdated(CURVES, _logs()):
+        yield CURVES
+
+
+def _is_outdated(picture: Path, sources: Sequence[Path]) -> bool:
+    return not picture.is_file() or Image.open(picture).info.get(SOURCE) != _digest(sources)
+
+
+def _logs() -> list[Path]:
+    return sorted(CURVES.parent.glob("*.jsonl"))
 
 
 def draw(picture: Path) -> None:
     from matplotlib.figure import Figure
 
-    file = picture.with_suffix(".json")
-    function, size = DRAWN[file.stem]
-    content = json.loads(file.read_text(encoding="utf-8"))
-    figure = Figure(size, layout="constrained")
-    function(content["rows"], figure)
-    figure.suptitle(f"{content['machine']['processor']}, {content['machine']['cores']} cores, {content['date']}")
-    figure.savefig(picture, dpi=100, metadata={SOURCE: _digest(file)})
+    if picture == CURVES:
+        sources, figure = _logs(), Figure((14, 12), layout="constrained")
+        logs = {log.stem: list(map(json.loads, log.read_text(encoding="utf-8").splitlines())) for log in sources}
+        draw_curves(logs, figure)
+        figure.suptitle("loss by step, and in grey what is told right")
+    else:
+        sources = [picture.with_suffix(".json")]
+        function, size = DRAWN[picture.stem]
+        content = json.loads(sources[0].read_text(encoding="utf-8"))
+        figure = Figure(size, layout="constrained")
+        function(content["rows"], figure)
+        figure.suptitle(f"{content['machine']['processor']}, {content['machine']['cores']} cores, {content['date']}")
+    figure.savefig(picture, dpi=80 if picture == CURVES else 100, metadata={SOURCE: _digest(sources)})
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digest(files: Sequence[Path]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

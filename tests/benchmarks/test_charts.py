@@ -83,6 +83,21 @@ def test_bars_are_the_encoder_and_the_rest():
     assert [bar.get_width() for bar in rest] == [400, 600, 50]
 
 
+def test_every_run_of_the_demo_model_has_its_curve():
+    logs = {
+        "one": [{"step": step, "loss": 1 / step, "told_apart": step / 4} for step in (1, 2, 3)],
+        "two": [{"step": 10, "loss": 0.5}, {"step": 20, "loss": None}, {"step": 30, "loss": 0.25}],
+    }
+    figure = Figure()
+    charts.draw_curves(logs, figure)
+    one, two = figure.axes[:2]
+    assert [axis.get_title() for axis in (one, two)] == ["one", "two"]
+    assert list(one.lines[0].get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert list(two.lines[0].get_xdata()) == [10, 30]
+    assert list(figure.axes[-1].lines[0].get_ydata()) == [1 / 4, 2 / 4, 3 / 4]
+    assert {log.stem for log in charts._logs()} >= {"stage0", "align", "figures_align"}
+
+
 def test_rates_are_drawn_with_and_without_batching():
     figure = Figure()
     charts.draw_serve(SERVE, figure)
