@@ -181,4 +181,7 @@ def draw(picture: Path) -> None:
 
 
 def _digest(files: Sequence[Path]) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    content = [file.read_bytes() for file in files]
+    if len(files) > 1:  # then their names are drawn, too
+        content += [file.name.encode() for file in files]
+    return hashlib.sha256(b"".join(content)).hexdigest()

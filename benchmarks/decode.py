@@ -7,15 +7,15 @@ Every library runs in a process of its own, llama.cpp in the environment that `m
 round through all, so that a slow minute of the machine falls on all of them; the first round warms up. Medians are
 recorded, and the median of the ratios round by round; above 1 this project is ahead. Each peer is compared with our
 decoder of the same weights: float32, or 4 bits where the peer has 4; with the decoder of --bundle, where one is named.
-llama.cpp reads the GGUF that the demo model's
-weights come from, with its usual cache in 16 bits; ours holds the same weights (`calib.blocks`) and a cache in 32.
-GenAI's own 4 bits are others.
+llama.cpp reads the GGUF that the demo model's weights come from, with its usual cache in 16 bits; ours holds the same
+weights (`calib.blocks`) and a cache in 32. GenAI's own 4 bits are others.
 
 prefill: so many image embeds (ids where a library cannot begin with embeds) to the first token. decode: greedy steps
 after so many ids of English; `same` counts the ids that agree with ours before the first that differs. With a batch, so
 many sequences after the same BATCH_CONTEXT ids, all of whose tokens count.
-limit: what the machine allows at best, reading weights once a step and each cache, or multiplying as fast as a large
-product does: one of float32, or one of bytes, where weights of 4 or 8 bits meet inputs in 8; `reached` is our share.
+limit: what the machine allows at best, going through the weights' file and each cache once a step, or multiplying as
+fast as a large product does: one of float32, or one of bytes, where weights of 4 or 8 bits meet inputs in 8; `reached`
+is our share of it.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/decode.json")
     args = parser.parse_args()
     checkpoint, bundle = opened(parser, args)
-    args.peers = there(of_other_weights(args, args.peers))
+    args.peers = there(parser, of_other_weights(args, args.peers))
     limits = machine_limits(args.threads)
     about = {"threads": args.threads, "versions_of_peers": versions_of_peers()}
     about["limits"] = {key: round(value, 1) for key, value in limits.items()}
@@ -158,7 +158,7 @@ def limit_of(row: dict, part: DecoderFiles, config: LlamaConfig, limits: dict[st
         limit = prefill_ms(config, tokens, part, limits)
         return {"limit": round(limit, 1), "reached": round(limit / row["ours"], 3)}
     layers, attended = config.num_hidden_layers, config.num_attention_heads * config.head_dim
-    cache = 2 * layers * config.num_key_value_heads * config.head_dim * 4 * tokens
+    cache = 2 * layers * config.num_key_value_heads * config.head_dim * part.number * tokens
     # a step of one sequence; `language_operations` has one position attend to itself
     operations = language_operations(config, 1) + 2 * layers * attended * (2 * tokens - 1)
     reading = (part.size + cache * batch) / (1e9 * limits["read_gb_per_s"])

@@ -6,10 +6,10 @@
 A drawn page at 1536 and the demo model; see `benchmarks.decode` for how libraries take turns.
 
 first_token: against OpenVINO and llama.cpp one after the other (our decoder in 4 bits), and PyTorch with transformers
-(float32); and against ourselves, where the image has been seen before (its embeds are kept) or is held (its keys and
-values are). With --bundle, ours is that one beside all. limit: the encoder's operations and the prefill's, or what is
-left of them, at the speeds that `benchmarks.decode` says; never less than reading the decoder's weights. loads: from
-the start of the process until it can be asked.
+(float32); and against ourselves, beside the first of them, where the image has been seen before (its embeds are kept)
+or is held (its keys and values are). With --bundle, ours is that one beside all. limit: the encoder's operations and
+the prefill's, or what is left of them, at the speeds that `benchmarks.decode` says; never less than reading the
+decoder's weights. loads: from the start of the process until it can be asked.
 vit-l-tiles is another comparison: ConvNeXt-L with the fifth stage on the whole page against CLIP's ViT-L/14-336 on the
 page and its quarters, both of random weights in PyTorch, before the same decoder of the demo model in 4 bits.
 """
@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def main() -> None:
     if bundle and not bundle.encoder_file("fp32"):
         parser.error(f"{bundle.folder} has no float32 encoder, which OpenVINO runs; export one with --precision fp32")
     asked = [name for name in known if {name, *name.split("+")} & set(args.peers)]
-    args.peers = there(of_other_weights(args, asked))
+    args.peers = there(parser, of_other_weights(args, asked))
     limits = machine_limits(args.threads)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         beside = {name: bundle.decoder.precision if bundle else PRECISIONS.get(name, "int4") for name in args.peers}
@@ -81,10 +82,8 @@ def main() -> None:
             out = Path(folder, precision)
             export_bundle(checkpoint, out, checkpoint.resolution, decoder_precision=precision)
             bundles[precision] = open_bundle(out)
-        image, common = (
-            page(Path(folder)),
-            {"gguf": str(BUILD / "smollm2" / GGUF), "checkpoint": str(checkpoint.folder)},
-        )
+        image = page(Path(folder))
+        common = {"gguf": str(BUILD / "smollm2" / GGUF), "checkpoint": str(checkpoint.folder)}
         specs = {name: spec_of(part, image, args.threads) | common for name, part in bundles.items()}
         least = {name: Least(checkpoint.llama_config, DecoderFiles.of(part), limits) for name, part in bundles.items()}
         encoder = load_image_encoder(checkpoint)
@@ -92,7 +91,10 @@ def main() -> None:
         for peer in [name for name in args.peers if name != TILED]:
             precision = beside[peer]
             encode_ms = least[precision].encode_ms(encoder, specs[precision]["resolution"])
-            load, found = beside_peer(peer, specs[precision], precision, least[precision], encode_ms, args.rounds)
+            again = () if rows else ("seen", "held")
+            load, found = beside_peer(
+                peer, again, specs[precision], precision, least[precision], encode_ms, args.rounds
+            )
             loads.append(load)
             rows += found
         if TILED in args.peers:
@@ -164,10 +166,9 @@ def spec_of(bundle: Bundle, image: Path, threads: int) -> dict:
 
 
 def beside_peer(
-    peer: str, spec: dict, precision: str, least: Least, encode_ms: float, rounds: int
+    peer: str, again: Sequence[str], spec: dict, precision: str, least: Least, encode_ms: float, rounds: int
 ) -> tuple[dict, list[dict]]:
-    """A row about loading, and those about the first token, of an image that is new and, where our decoder is not in
-    float32, seen or held."""
+    """A row about loading, and those about the first token, of an image that is new and such as `again` says."""
     workers, starts = {}, {"ours": [], peer: []}
     for _ in range(rounds + 1):  # the first one fills the page cache
         for name, taken in starts.items():
@@ -178,7 +179,6 @@ def beside_peer(
     common = {"peer": peer, "precision": precision, "batch": 1}
     load = common | {"metric": "ms", **compared(starts["ours"][1:], starts[peer][1:])}
     print(load, flush=True)
-    again = ("seen", "held") if precision != "fp32" else ()
     taking = {"ours": workers["ours"], peer: workers[peer]}
     taking |= {image: Asked(workers["ours"], {"image": image}) for image in again}
     answers = in_turn(taking, rounds, "first_token")

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import LlamaConfig
 
@@ -11,15 +12,17 @@ from runtime.bundle import Bundle
 
 @dataclass(frozen=True)
 class DecoderFiles:
-    """What a bundle's decoder reads: bytes, and their precision."""
+    """What a bundle's decoder reads: bytes, their precision, and bytes of a number in its KV cache."""
 
     size: int
     precision: str
+    number: int = 4
 
     @classmethod
     def of(cls, bundle: Bundle) -> "DecoderFiles":
         file = bundle.path(bundle.decoder.file)
-        return cls(sum(found.stat().st_size for found in file.parent.glob(f"{file.name}*")), bundle.decoder.precision)
+        size = sum(found.stat().st_size for found in file.parent.glob(f"{file.name}*"))
+        return cls(size, bundle.decoder.precision, np.dtype(bundle.decoder.kv_dtype).itemsize)
 
 
 def read_bandwidth(threads: int, megabytes: int = 2000, rounds: int = 5) -> float:
@@ -54,8 +57,9 @@ def language_operations(config: LlamaConfig, tokens: int) -> int:
 
 
 def products_rate(precision: str, limits: dict[str, float]) -> float:
-    """Operations a second of products with a decoder's weights: those of 4 and 8 bits meet inputs in 8."""
-    return 1e9 * limits["matmul_gflop_per_s" if precision in ("fp32", "fp16") else "bytes_gop_per_s"]
+    """Operations a second of products with a decoder's weights: those of 4 and 8 bits may meet inputs in 8."""
+    least = limits["matmul_gflop_per_s"]
+    return 1e9 * (max(least, limits["bytes_gop_per_s"]) if precision in ("int4", "int8") else least)
 
 
 def prefill_ms(config: LlamaConfig, tokens: int, part: DecoderFiles, limits: dict[str, float]) -> float:

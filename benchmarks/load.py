@@ -5,10 +5,10 @@
 For each bundle, by default the demo model's with each precision of the decoder, processes are started one after the
 other, in rounds through all bundles. first: without remembered hashes, so that each file is read for its sha256, and
 without its files in the page cache where the system lets them go. again: as every later start. Medians of seconds from
-the start of the process until `runtime.load` is done; of them, `load_ms` is spent in it.
+the start of the process until `runtime.load` is done; of them, `load_ms` is spent in it and in `import runtime`.
 
-Then two processes hold the same bundle and have answered: what is one's own (`own_mib`), and what both share of the
-mapped weights (`shared_mib`), as Linux counts it (/proc/PID/smaps_rollup).
+Then two processes hold the same bundle and have answered: what is one's own (`own_mib`), and what both have resident of
+the bundle's mapped files (`shared_mib`), as Linux counts it (/proc/PID/smaps).
 """
 
 import argparse
@@ -56,10 +56,18 @@ class Held:
         self.process.stdin.flush()
         self._answer()
 
-    def mib(self) -> dict[str, float]:
-        """Linux's sums over its mappings."""
-        lines = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines()[1:]
-        return {key: int(value.split()[0]) / 1024 for key, _, value in (line.partition(":") for line in lines)}
+    def mib(self, bundle: Path) -> dict[str, float]:
+        """own: of all its mappings what nobody else has. shared: of the bundle's files what somebody else has too."""
+        found, of_bundle = {"own": 0.0, "shared": 0.0}, False
+        for line in Path(f"/proc/{self.process.pid}/smaps").read_text().splitlines():
+            key, *values = line.split(maxsplit=5)
+            if not key.endswith(":"):  # a mapping's addresses, and at the end its file
+                of_bundle = str(bundle.resolve()) in line
+            elif key.startswith("Private_"):
+                found["own"] += int(values[0]) / 1024
+            elif key.startswith("Shared_") and of_bundle:
+                found["shared"] += int(values[0]) / 1024
+        return found
 
     def _answer(self) -> dict:
         if not (line := self.process.stdout.readline()):
@@ -105,11 +113,9 @@ def rows_of(bundle: Path, starts: dict[tuple[Path, str], list[Held]]) -> list[di
         two = [Held(bundle, Path(cache)) for _ in range(2)]
         for held in two:
             held.ask()
-        mib = two[1].mib()
+        memory = {f"{whose}_mib": round(mib) for whose, mib in two[1].mib(bundle).items()}
         for held in two:
             held.close()
-    memory = {"own_mib": round(mib["Private_Dirty"] + mib["Private_Clean"])}
-    memory["shared_mib"] = round(mib["Shared_Clean"] + mib["Shared_Dirty"])
     rows = []
     for which in ("first", "again"):
         taken = starts[bundle, which]

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -195,12 +196,18 @@ def opening(folder: str | os.PathLike | None) -> Iterator[Bundle]:
             f"{folder / MANIFEST}: images are multiples of {bundle.image.multiple}, the encoder's stride is "
             f"{bundle.encoder.stride}; export it again"
         )
+    given_up = threading.Event()
     with ThreadPoolExecutor(1) as reader:
-        checked = reader.submit(_check_hashes, folder, manifest["files"])
+        checked = reader.submit(_check_hashes, folder, manifest["files"], given_up)
         try:
             yield bundle
-        finally:
+        except Exception:
             checked.result()
+            raise
+        except BaseException:  # whoever interrupts a start does not wait for it
+            given_up.set()
+            raise
+        checked.result()
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -254,10 +261,12 @@ def _check_files(folder: Path, files: dict[str, dict]) -> None:
             )
 
 
-def _check_hashes(folder: Path, files: dict[str, dict]) -> None:
+def _check_hashes(folder: Path, files: dict[str, dict], given_up: threading.Event) -> None:
     memory = _HashMemory()
     for name, expected in files.items():
         file = folder / name
+        if given_up.is_set():
+            return
         if memory.sha256(file, file.stat()) != expected["sha256"]:
             raise UserError(f"{file}: altered since the export (its sha256 is not the manifest's); export it again")
     memory.save()

@@ -197,7 +197,7 @@ def _as_json(model, result) -> dict:
 
 
 def peak_memory_mib() -> float:
-    """The most memory this process has held, MiB; pages of memory-mapped weights count once touched."""
+    """The most memory this process has held, MiB; pages of mapped weights count once touched."""
     # getrusage's figure begins at the size of whichever process started this one
     with suppress(OSError):
         if match := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):

@@ -402,7 +402,10 @@ class Questions(Conversation):
         self._held: list[int] = []  # ids of the last prompt, which the KV cache still begins with
 
     def ask(self, prompt: str, trace: Trace | None = None) -> Iterator[Piece]:
-        """As `Model.generate` with the images: the same tokens. The Result's prompt_tokens are those prefilled anew."""
+        """As `Model.generate` with the images: the same tokens. The Result's prompt_tokens are those prefilled anew.
+
+        An answer that is under way ends there, even if this question fails; going on with it raises UserError.
+        """
         begin = time.perf_counter()
         if self._sequence is None:
             ids, limit, pictures = self._inputs(prompt, self._images, trace)
@@ -415,6 +418,7 @@ class Questions(Conversation):
             ids = self._model.tokenizer.encode_prompt(text, pictures.tokens)
             # The last id is fed in any case, for its logits. A prefill that failed left the cache shorter than its ids.
             kept = common_length(self._held[: sequence.cache.length], ids[:-1])
+            self._turn += 1  # an answer under way has no place to go on from, whatever becomes of this one
             sequence.rewind(kept)
             limit = self._limit(ids[kept:])
         self._held = ids

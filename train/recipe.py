@@ -96,6 +96,7 @@ class Records:
 
     def __post_init__(self):
         _more_than_nothing(f"data: {self.records}: weight", self.weight)
+        _at_least(f"data: {self.records}: resolution", self.resolution, 1)
 
 
 @dataclass(frozen=True)
@@ -303,12 +304,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _at_least(key: str, value: float | None, least: int) -> None:
     if value is not None and not least <= value < math.inf:
-        raise RecipeError(f"{key}: {value}, expected at least {least}")
+        finite = "" if math.isfinite(value) else "a finite number, "
+        raise RecipeError(f"{key}: {value}, expected {finite}at least {least}")
 
 
 def _more_than_nothing(key: str, value: float) -> None:
     if not 0 < value < math.inf:
-        raise RecipeError(f"{key}: {value}, expected more than 0")
+        finite = "" if math.isfinite(value) else "a finite number, "
+        raise RecipeError(f"{key}: {value}, expected {finite}more than 0")
 
 
 def _override(content: dict[str, Any], override: str) -> None:

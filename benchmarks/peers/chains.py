@@ -42,9 +42,11 @@ class Ours(Chain):
 
     def __init__(self, spec: dict[str, Any]):
         import runtime
+        from runtime.backends import Backends
 
         self._spec = spec
-        self._model = runtime.load(spec["bundle"], spec["threads"])
+        float32 = Backends("onnx", encoder_precision="fp32")  # as the others have it
+        self._model = runtime.load(spec["bundle"], spec["threads"], float32)
 
     def first_token(self, image: str = "new") -> dict:
         """image: `new`; `seen`, in a call before, about another question; `held`, prefilled for another question.

@@ -333,7 +333,10 @@ class Genai(Peer):
         options = {"session_options": {"intra_op_num_threads": spec["threads"]}}
         config.overlay(json.dumps({"model": {"decoder": options}}))
         self._model = onnxruntime_genai.Model(config)
-        self._capacity = spec["capacity"]
+        self.reserve(spec["capacity"])
+
+    def reserve(self, positions: int, rows: int = 1) -> None:
+        self._capacity = positions
         self.rewind(0)
 
     def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 from export.cli import BUILD, open_checkpoint
 from runtime.bundle import Bundle, open_bundle
@@ -69,13 +70,15 @@ class Running:
         self._said.close()
 
 
-def there(names: Iterable[str]) -> list[str]:
-    """Those of the peers that are installed; a word on stderr for each that is not."""
+def there(parser: argparse.ArgumentParser, names: Sequence[str]) -> list[str]:
+    """Those of the peers that are installed; a word on stderr for each that is not. Ends the process where none is."""
     missing = {name: package for name in names if (package := _lacks(name))}
     for name, package in missing.items():
         how = "`make peers`" if package == "llama.cpp" else f"pip install {package}"
         print(f"{name} is left out: {how} installs it", file=sys.stderr)
-    return [name for name in names if name not in missing]
+    if not (found := [name for name in names if name not in missing]):
+        parser.error("there is no peer to compare with")
+    return found
 
 
 def _lacks(name: str) -> str | None:
@@ -133,7 +136,14 @@ def versions_of_peers() -> dict[str, str]:
     return {"llama-cpp-python": found.stdout.strip()}
 
 
-def in_turn(workers: Mapping[str, Running], rounds: int, work: str, **arguments) -> dict[str, list[dict]]:
+class Worker(Protocol):
+    """`Running`, or what asks one."""
+
+    def ask(self, work: str, **arguments) -> dict:
+        """Do a piece of work; returns its answer."""
+
+
+def in_turn(workers: Mapping[str, Worker], rounds: int, work: str, **arguments) -> dict[str, list[dict]]:
     """Each worker's answers, a round through all of them at a time, without those of a round before to warm up."""
     samples: dict[str, list[dict]] = {name: [] for name in workers}
     for _ in range(rounds + 1):

@@ -345,16 +345,18 @@ class Engine:
         sequence, ids = self._slots[slot], running.request.ids
         begin = sequence.cache.length
         chunk = ids[begin : begin + CHUNK - (begin + CHUNK + 1 == len(ids))]  # no last one is left alone
-        if begin + len(chunk) < len(ids):
-            _likeliest(sequence, chunk, running.embeds)
-            self._held[slot].names = running.names[: begin + len(chunk)]
-            return
-        if self._wants_logits(running.request):
+        end, logits, token = begin + len(chunk), None, None
+        if end == len(ids) and self._wants_logits(running.request):
             logits = sequence.forward(chunk, running.embeds)
-            token = None
-        else:
-            logits, token = None, _likeliest(sequence, chunk, running.embeds)
-        self._held[slot].names = list(running.names)
+        elif (token := _likeliest(sequence, chunk, running.embeds)) is None:
+            self._held[slot].names = []  # nobody is to take over what it holds
+            with self._lock:
+                self._prefilling = None
+            self._fail(running.request, NoNumbersError())
+            return
+        self._held[slot].names = running.names[:end]
+        if end < len(ids):
+            return
         running.embeds = None
         self._move(slot, len(self._active))
         with self._lock:
@@ -389,12 +391,10 @@ class Engine:
             elif token is None:
                 raise NoNumbersError
         except UserError as error:  # a schema that grew too large; logits that are no numbers
-            reason = "crash" if isinstance(error, NoNumbersError) else "request"
-            if reason == "crash":  # nobody is to take over what its slot holds
+            if isinstance(error, NoNumbersError):
                 self._held[self._active.index(running)].names = []
             self._leave(running)
-            self._observer.finished(reason)
-            request.sink(Failed(reason, str(error)))
+            self._fail(request, error)
             return
         logprob = None
         if logits is not None and request.logprobs is not None:
@@ -408,6 +408,11 @@ class Engine:
             self._leave(running)
             self._observer.finished(answer.finish_reason)
         request.sink(Token(token, text, logprob, answer.finish_reason))
+
+    def _fail(self, request: Request, error: UserError) -> None:
+        reason = "crash" if isinstance(error, NoNumbersError) else "request"
+        self._observer.finished(reason)
+        request.sink(Failed(reason, str(error)))
 
     def _leave(self, running: _Running) -> None:
         """Its slot becomes the first idle one, so that those that decode stay together."""

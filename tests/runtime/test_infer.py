@@ -199,6 +199,13 @@ def test_an_answer_ends_where_another_question_is_asked(model, picture):
         assert len(second.result.token_ids) == 4
         with pytest.raises(runtime.UserError, match="ended by another question"):
             next(first)
+    # of questions that share a cache also by one that fails
+    first = asking.ask("What is this?")
+    next(first)
+    with pytest.raises(runtime.UserError, match="longer than the context"):
+        next(asking.ask("word " * 5000))
+    with pytest.raises(runtime.UserError, match="ended by another question"):
+        next(first)
 
 
 def test_chat_on_the_terminal_takes_questions_until_the_end(conformance_bundle, picture):
