@@ -14,7 +14,7 @@ Runtime rounds them to 8 bits for each product.
 Matrices are read and written one at a time, so that memory for the largest is enough.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -144,14 +144,9 @@ def quantise_weights(
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     head = next(node for node in graph.node if "logits" in node.output)
-    products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in tensors]
+    products = _products(graph)
     plans = {node.input[1]: (bits, method) for node in products if bits is not None} | {head.input[1]: (8, "rtn")}
-    for name, (_, how) in plans.items():
-        if how == "q4_1" and tensors[name].dims[0] % BLOCK:
-            raise UserError(
-                f"{name} has {tensors[name].dims[0]} inputs, which blocks with offsets (q4_1) want to be a multiple of "
-                f"{BLOCK}; take int8, or --method rtn of calib.quantize"
-            )
+    check_whole_blocks(graph, {name for name, (_, how) in plans.items() if how == "q4_1"})
     shapes = {name: tuple(tensors[name].dims) for name in plans}
     _share_embeddings(graph, head, shapes[head.input[1]])
     _take_blocks(graph, plans, shapes)
@@ -171,6 +166,25 @@ def quantise_weights(
             if name in used:
                 graph.initializer.append(_stored(name, values, data))
     onnx.save(model, str(target))
+
+
+def check_whole_blocks(graph: onnx.GraphProto, names: Collection[str] | None = None) -> None:
+    """Raises UserError where a matrix has a number of inputs that BLOCK does not divide. names: of the matrices; None:
+    of all that products are taken with."""
+    if names is None:
+        names = {node.input[1] for node in _products(graph)}
+    for tensor in graph.initializer:
+        if tensor.name in names and tensor.dims[0] % BLOCK:
+            raise UserError(
+                f"{tensor.name} has {tensor.dims[0]} inputs, which blocks with offsets (q4_1, gptq) and awq want to be "
+                f"a multiple of {BLOCK}; take int8, or --method rtn of calib.quantize"
+            )
+
+
+def _products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """With matrices of the graph's own."""
+    matrices = {tensor.name for tensor in graph.initializer}
+    return [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in matrices]
 
 
 def write_variants(file: Path) -> dict[str, Path]:

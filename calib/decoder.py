@@ -8,12 +8,13 @@ to what the layer then gives (AWQ, arXiv 2306.00978, and NNCF's scale estimation
 
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from calib.blocks import BLOCK, quantise_weights
+from calib.blocks import BLOCK, check_whole_blocks, quantise_weights
 from calib.blocks import METHODS as BLOCK_METHODS
 from calib.gptq import Compensated
 from calib.images import Page, pixels_of
@@ -38,6 +39,14 @@ def check_options(precision: str, method: str) -> None:
         raise UserError(f"unknown --method {method!r} of a decoder, expected {', '.join(METHODS)}")
     if BITS[precision] not in METHODS[method]:
         raise UserError(f"--method {method} is for int4; in 8 bits rounding to the nearest loses nothing to win back")
+
+
+def check_source(source: Path, method: str) -> None:
+    """Raises UserError for what a method needs and the graph `source`, or this environment, has not."""
+    if method != "rtn":
+        check_whole_blocks(onnx.load(str(source), load_external_data=False).graph)
+    if method == "awq" and find_spec("nncf") is None:
+        raise UserError("--method awq takes NNCF: pip install '.[calib]'")
 
 
 def quantise_decoder(
@@ -96,7 +105,8 @@ def prompts(bundle: Bundle, encoder: Path, pages: Iterable[Page]) -> Iterable[di
     for page in pages:
         embeds, question = encode([pixels_of(page, bundle.image)]), page.questions[0]
         text = with_answer(first_turn(bundle.prompt, question.prompt, 1), question.answer or "")
-        yield _start(bundle.decoder, tokenizer.encode_prompt(text, [len(embeds)]), embeds)
+        ids = tokenizer.encode_prompt(text, [len(embeds)])
+        yield _start(bundle.decoder, ids[: bundle.decoder.context_length], embeds)
 
 
 def _start(part: DecoderPart, ids: list[int], embeds: np.ndarray) -> dict[str, np.ndarray]:

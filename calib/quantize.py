@@ -14,7 +14,9 @@ calib/ in the new bundle says what is lost against float32.
 import argparse
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,7 +164,10 @@ class DecoderOptions:
     questions: int = 200
 
     def __post_init__(self):
-        decoder.check_options(self.precision, self.method or decoder.DEFAULTS.get(self.precision))
+        method = self.method or decoder.DEFAULTS.get(self.precision)
+        decoder.check_options(self.precision, method)
+        if self.samples is not None and method not in decoder.PROMPTS:
+            raise UserError(f"--samples is for {' and '.join(decoder.PROMPTS)}: {method} is not calibrated on any")
         for name in ("samples", "questions"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name} is {value}, expected 1 or more")
@@ -179,6 +184,7 @@ def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
     if part.precision != "fp32":
         raise UserError(f"{bundle.folder} has a decoder in {part.precision}; export it with --decoder-precision fp32")
     method = options.method or decoder.DEFAULTS[options.precision]
+    decoder.check_source(bundle.path(part.file), method)
     samples = options.samples or decoder.PROMPTS.get(method, LEAST)
     calibration, held_out = split(find_pages(data), max(samples, LEAST), options.questions)
     pages = held_out or spread(calibration, HELD_OUT)
@@ -261,6 +267,7 @@ def calibrate(bundle: Bundle, pages: list[Page], out: Path, options: Options) ->
 
 def kept_ranges(out: Path, options: Options) -> Path:
     """Where ranges are kept from image to image; without `Options.cache` until the bundle is there."""
+    out = Path(os.path.abspath(out))  # "." has no name of its own
     return options.cache or out.with_name(f"{out.name}.ranges.npz")
 
 
@@ -313,7 +320,8 @@ def main() -> int:
         file = args.out / "encoder" / f"{options.precision}.onnx"
     else:
         for name in ("budget", "depthwise", "cache"):
-            if getattr(args, name):
+            value = getattr(args, name)
+            if value is not None and value is not False:  # a budget of 0 is one
                 raise UserError(f"--{name} is for --part encoder")
         options = DecoderOptions(**given)
         outcome = quantise_decoder_bundle(bundle, args.out, args.data, options)
@@ -343,6 +351,7 @@ def describe(loss: Loss, questions: int, tokens: int) -> str:
 
 def run() -> None:
     """Exit with main's status; with 2 and one line for what the user can put right."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that partial folders are cleared away
     try:
         sys.exit(main())
     except (UserError, OSError) as error:

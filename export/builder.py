@@ -62,6 +62,8 @@ class Options:
             )
         if self.max_batch < 1:
             raise UserError(f"--max-batch is {self.max_batch}, expected 1 or more")
+        if self.timing_cache is not None and not self.timing_cache.absolute().parent.is_dir():
+            raise UserError(f"--timing-cache {self.timing_cache}: its folder does not exist")
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UserError(f"--workspace-mib is {self.workspace_mib}, expected 1 or more")
 
@@ -118,6 +120,7 @@ def build(file: Path, options: Options) -> tuple[bytes, dict]:
         config.set_flag(trt.BuilderFlag.REFIT)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    config.clear_flag(trt.BuilderFlag.TF32)  # it would round float32 to 10 bits unasked
     if options.flavour == "rtx":  # datacenter TensorRT builds for the GPU that is present
         capability = getattr(trt.ComputeCapability, options.target.upper(), None)
         if capability is None:

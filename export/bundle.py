@@ -6,6 +6,7 @@ python -m export.bundle --checkpoint DIR --res N --out DIR [--precision fp32|fp1
 """
 
 import argparse
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,12 @@ def export_bundle(
         hint = CALIBRATE if decoder_precision == "int4" else ""
         _require(report(check_decoder(checkpoint, decoder_file, decoder_precision)), "decoder", hint)
         variants = write_variants(decoder_file) if decoder_precision in BLOCKS else {}
-        if "kernels_file" in variants and kernels.unavailable() is None:
+        if "prefill_file" in variants:
+            rows = check_decoder(checkpoint, variants["prefill_file"], decoder_precision, "prefill")
+            _require(report(rows), "decoder for prompts")
+        if "kernels_file" in variants and (missing := kernels.unavailable()):
+            print(f"warning: decoder/kernels.onnx is not compared with PyTorch: {missing}", file=sys.stderr)
+        elif "kernels_file" in variants:
             rows = check_decoder(checkpoint, variants["kernels_file"], decoder_precision, "kernels")
             _require(report(rows), "decoder with kernels")
         if portable:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from runtime.errors import UserError
 from runtime.image import MAX_RESOLUTION
@@ -103,7 +104,7 @@ def run(main: Callable[[], int]) -> None:
     except (UserError, CheckpointError, TokenizerError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is either
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ParityError as error:

@@ -11,8 +11,9 @@ in the bundle, which `calib.quantize` makes. The engine (`export.builder`) and i
 
 import argparse
 import shutil
+import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -20,12 +21,14 @@ import onnx
 from export import trtexec
 from export.builder import CURRENT, Options, build, capability, import_flavour
 from export.cli import run
-from export.half import Kept, cast_embeds, half_graph
+from export.half import Kept, cast_embeds, half_graph, is_half
 from export.validate import describe_run, validate
 from runtime.bundle import Bundle, file_sha256, open_bundle
 from runtime.device import present_gpu
 from runtime.engines import FLAVOURS, FORMAT, engine_folder, engine_name, read_report, report_file, write_report
 from runtime.errors import UserError
+
+SIDES = ("min_res", "opt_res", "max_res", "max_batch")  # of images
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def engine_graph(source: Source, options: Options) -> tuple[onnx.ModelProto, lis
     if quantised != (options.precision != "fp16"):
         found = "has Q/DQ nodes" if quantised else "has no Q/DQ nodes"
         raise UserError(f"{source.file} {found}, so it is no source of a {options.precision} engine")
+    if is_half(model):
+        print(f"warning: {source.file} is in float16, so that no node was looked for that overflows", file=sys.stderr)
     model, kept = half_graph(model, options.part)
     if options.part == "decoder":
         _one_sequence(model.graph)
@@ -174,14 +179,22 @@ def build_engine(source: Source, options: Options) -> Path:
 
 def main() -> int:
     args = _arguments().parse_args()
-    names = ("part", "precision", "flavour", "min_res", "opt_res", "max_res", "max_batch", "timing_cache")
-    names = (*names, "workspace_mib", "refit", "version_compatible")
+    names = ("part", "precision", "flavour", "timing_cache", "workspace_mib", "refit", "version_compatible")
     if args.flavour in FLAVOURS:
         import_flavour(args.flavour)
-    wanted = [Options(target=target, **{name: getattr(args, name) for name in names}) for target in _targets(args)]
     if args.onnx and args.bundle:
         raise UserError("--onnx or --bundle, not both")
+    if args.capability and args.validate:
+        raise UserError("--capability builds no engine that --validate could run")
+    given = {name: value for name in SIDES if (value := getattr(args, name)) is not None}
+    if args.part == "decoder" and given:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise UserError(f"{option} is for --part encoder: a decoder's engine has one sequence and no images")
+    common = {name: getattr(args, name) for name in names}
+    wanted = [Options(target=target, **common) for target in _targets(args)]
     bundle = None if args.onnx else open_bundle(args.bundle)
+    sides = _sides(given, bundle.image.resolution if bundle else Options.opt_res)
+    wanted = [replace(options, **given | sides) for options in wanted]
     for options in wanted:
         source = source_of(bundle, options) if bundle else source_of_file(args.onnx)
         if args.capability:
@@ -193,6 +206,13 @@ def main() -> int:
             validate(engine, source.file)
         print(describe(engine, read_report(engine)), flush=True)
     return 0
+
+
+def _sides(given: dict[str, int], resolution: int) -> dict[str, int]:
+    """The sides, around the resolution where they are not given."""
+    least, most = given.get("min_res", 1), given.get("max_res", max(resolution, Options.max_res))
+    usual = given.get("opt_res", min(max(resolution, least), most))
+    return {"min_res": given.get("min_res", min(usual, Options.min_res)), "opt_res": usual, "max_res": max(usual, most)}
 
 
 def _targets(args: argparse.Namespace) -> list[str]:
@@ -251,10 +271,12 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="fp16", help="fp16 (default), int8 or fp8")
     parser.add_argument("--flavour", default="rtx", help="rtx (default): TensorRT for RTX; tensorrt: datacenter")
     parser.add_argument("--target", default=CURRENT, help="sm80,sm86,sm89,sm120: an engine for each; or current")
-    parser.add_argument("--min-res", type=int, default=768, metavar="N", help="shortest side, pixels")
-    parser.add_argument("--opt-res", type=int, default=1536, metavar="N", help="side to tune for, pixels")
-    parser.add_argument("--max-res", type=int, default=1536, metavar="N", help="longest side, pixels")
-    parser.add_argument("--max-batch", type=int, default=1, metavar="N")
+    sides = f"default: {Options.min_res}, or the side to tune for, if that is less"
+    parser.add_argument("--min-res", type=int, metavar="N", help=f"shortest side, pixels; {sides}")
+    parser.add_argument("--opt-res", type=int, metavar="N", help="side to tune for, pixels; default: the bundle's")
+    sides = f"default: {Options.max_res}, or the side to tune for, if that is more"
+    parser.add_argument("--max-res", type=int, metavar="N", help=f"longest side, pixels; {sides}")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="images at once; default: 1")
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and written, for faster builds")
     parser.add_argument("--workspace-mib", type=int, metavar="N", help="scratch memory; default: all there is")
     parser.add_argument("--refit", action="store_true", help="weights can be replaced later")
@@ -265,6 +287,15 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _check_sides(bundle: Bundle, options: Options) -> None:
+    """Raises UserError for sides that are no multiples of the stride; says so where the engine cannot take images of
+    the bundle's own size."""
+    side = bundle.image.resolution
+    if options.part == "encoder" and not options.min_res <= side <= options.max_res:
+        print(
+            f"warning: an engine for sides of {options.min_res} to {options.max_res} takes no images of {side}, the "
+            f"bundle's resolution: --res has to say another each time",
+            file=sys.stderr,
+        )
     for name in ("min_res", "opt_res", "max_res"):
         if options.part == "encoder" and (side := getattr(options, name)) % bundle.encoder.stride:
             raise UserError(f"--{name.replace('_', '-')} {side} is not a multiple of {bundle.encoder.stride}")

@@ -36,13 +36,17 @@ class Kept:
     value: float
 
 
+def is_half(model: onnx.ModelProto) -> bool:
+    """Whether a graph takes no float32."""
+    return all(value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT for value in model.graph.input)
+
+
 def half_graph(model: onnx.ModelProto, part: str) -> tuple[onnx.ModelProto, list[Kept]]:
     """(the graph in FP16, the nodes that stay in FP32). A graph that takes FP16 already is returned as it is.
 
     part: encoder or decoder. Raises UserError for a graph that is not finite in FP32.
     """
-    floats = [v for v in model.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
-    if not floats:
+    if is_half(model):
         return model, []
     try:
         kept = nodes_to_keep(model, probe_inputs(model, part))

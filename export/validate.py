@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import helper
 
 from export import trtexec
 from export.cli import ParityError
@@ -82,10 +84,12 @@ def _with_polygraphy(engine: Path, report: dict, source_file: Path) -> dict:
     found_runner, reference_runner = polygraphy_runners(engine, report, source_file)
     random, runs = np.random.default_rng(0), []
     (profile,) = report["profiles"]
+    given = onnx.load(str(source_file), load_external_data=False).graph.input
+    types = {value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in given}
     with found_runner as found, reference_runner as reference:
         for shapes in corners(profile):
             feeds = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-            error = _relative_error(*_outputs(found, reference, feeds, report))
+            error = _relative_error(*_outputs(found, reference, feeds, report, types))
             runs.append({"profile": 0, "shapes": shapes, "error": _within_bound(engine, shapes, error, report)})
     return {"tool": "polygraphy", "runs": runs}
 
@@ -102,11 +106,15 @@ def polygraphy_runners(engine: Path, report: dict, source_file: Path) -> tuple[A
     return found, OnnxrtRunner(lambda: open_session(source_file, None))
 
 
-def _outputs(found: Any, reference: Any, feeds: dict[str, np.ndarray], report: dict) -> tuple[np.ndarray, np.ndarray]:
-    """What engine and reference make of the same float32 inputs; an engine may take them in FP16."""
+def _outputs(
+    found: Any, reference: Any, feeds: dict[str, np.ndarray], report: dict, types: dict[str, np.dtype]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What engine and reference make of the same float32 inputs; either may take them in FP16. types: the
+    reference's."""
     (output,) = report["outputs"]
     of_engine = {tensor["name"]: feeds[tensor["name"]].astype(DTYPES[tensor["dtype"]]) for tensor in report["inputs"]}
-    return found.infer(of_engine)[output["name"]], reference.infer(feeds)[output["name"]]
+    of_reference = {name: values.astype(types[name]) for name, values in feeds.items()}
+    return found.infer(of_engine)[output["name"]], reference.infer(of_reference)[output["name"]]
 
 
 def _with_runtime(engine: Path, report: dict, source_file: Path) -> dict:
@@ -115,11 +123,13 @@ def _with_runtime(engine: Path, report: dict, source_file: Path) -> dict:
     from export.decoder import PortableSequence
 
     random = np.random.default_rng(0)
-    found = EngineDecoder(Engine(engine, report), Cuda()).start(DECODER_STEPS + DECODER_PROMPT)
+    decoder = EngineDecoder(Engine(engine, report), Cuda())
+    length = min(DECODER_PROMPT, decoder.capacity - DECODER_STEPS)
+    found = decoder.start(DECODER_STEPS + length)
     reference = PortableSequence(source_file)
     shapes = {tensor["name"]: tensor["shape"] for tensor in (*report["inputs"], *report["outputs"])}
-    embeds = random.standard_normal((DECODER_PROMPT // 2, shapes["image_embeds"][1]), dtype=np.float32)
-    tokens = random.integers(0, shapes["logits"][2], DECODER_PROMPT - len(embeds) + DECODER_STEPS).tolist()
+    embeds = random.standard_normal((length // 2, shapes["image_embeds"][1]), dtype=np.float32)
+    tokens = random.integers(0, shapes["logits"][2], length - len(embeds) + DECODER_STEPS).tolist()
     prompt = [*tokens[DECODER_STEPS:], *range(-1, -len(embeds) - 1, -1)]
     runs = []
     for step in range(DECODER_STEPS + 1):

@@ -2,15 +2,16 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 import runtime
 from calib.blocks import BLOCK
-from calib.decoder import prompts, quantise_decoder
+from calib.decoder import check_source, prompts, quantise_decoder
 from calib.images import find_pages
 from calib.quantize import DecoderOptions, Options, quantise_bundle, quantise_decoder_bundle
 from runtime.bundle import open_bundle
@@ -54,6 +55,28 @@ def rounded(source, feeds, tmp_path_factory):
         files[precision, method] = folder / f"{precision}-{method}.onnx"
         quantise_decoder(source, files[precision, method], precision, method, feeds)
     return files
+
+
+def test_calibration_keeps_to_the_context(bundle, dataset):
+    short = replace(bundle, decoder=replace(bundle.decoder, context_length=40))
+    pages = find_pages(dataset)[:8]
+    whole, cut = (list(prompts(b, b.path("encoder/fp32.onnx"), pages)) for b in (bundle, short))
+    assert max(feed["input_ids"].shape[1] for feed in whole) > 40
+    for one, other in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(other["input_ids"], one["input_ids"][:, :40])
+        assert other["attention_mask"].shape == other["input_ids"].shape
+
+
+def test_matrices_of_part_of_a_block_are_refused_before_any_work(tmp_path):
+    weights = numpy_helper.from_array(np.zeros((48, 64), np.float32), "body")
+    product = helper.make_node("MatMul", ["x", "body"], ["logits"])
+    x, logits = (helper.make_tensor_value_info(name, 1, ["n", size]) for name, size in (("x", 48), ("logits", 64)))
+    graph = helper.make_graph([product], "decoder", [x], [logits], [weights])
+    onnx.save(helper.make_model(graph), tmp_path / "g")
+    for method in ("q4_1", "gptq", "awq"):
+        with pytest.raises(UserError, match="body has 48 inputs"):
+            check_source(tmp_path / "g", method)
+    check_source(tmp_path / "g", "rtn")
 
 
 def logits(file, bundle, feeds) -> np.ndarray:

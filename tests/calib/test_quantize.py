@@ -1,6 +1,7 @@
 """Q/DQ encoders: what they are made of, how far they are from float32, and what cannot be quantised."""
 
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ import runtime
 from calib.activations import METHODS, Activations, activations_of
 from calib.images import Page, calibration_pixels, find_pages
 from calib.qdq import is_depthwise, measure_means, quantise
-from calib.quantize import Options, quantise_bundle
+from calib.quantize import Options, kept_ranges, quantise_bundle
 from export.encoder import export_encoder
 from runtime import backends
 from runtime.backends import Backends
@@ -302,7 +303,10 @@ def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
     assert_one_line_error(run_module("calib.quantize", *arguments, "--precision", "int4"), "int4", "int8 or fp8")
     decoder = (*arguments, "--part", "decoder")
     assert_one_line_error(run_module("calib.quantize", *decoder, "--precision", "fp8"), "fp8", "int4 or int8")
-    assert_one_line_error(run_module("calib.quantize", *decoder, "--budget", "1"), "--budget is for --part encoder")
+    for budget in ("1", "0"):
+        done = run_module("calib.quantize", *decoder, "--budget", budget)
+        assert_one_line_error(done, "--budget is for --part encoder")
+    assert_one_line_error(run_module("calib.quantize", *decoder, "--samples", "16"), "--samples is for gptq and awq")
     for options, said in (
         ({"samples": 15}, "--samples is 15, expected 16"),
         ({"questions": 0}, "--questions"),
@@ -313,6 +317,12 @@ def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
         with pytest.raises(UserError, match=said):
             Options(**options)
     assert not (tmp_path / "out").exists()
+
+
+def test_ranges_lie_beside_the_folder_that_out_names(tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    assert kept_ranges(Path(), Options()) == kept_ranges(tmp_path / "new", Options()) == tmp_path / "new.ranges.npz"
 
 
 def test_a_bundle_without_a_float32_encoder(conformance, pictures, tmp_path):

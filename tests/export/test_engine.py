@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
+from export import engine as engine_command
 from export.builder import Options
 from export.encoder import export_encoder
 from export.engine import build_engine, main, source_of, source_of_file
@@ -241,6 +242,22 @@ def test_what_tensorrt_for_rtx_cannot_do_here_is_said(graph, option, said):
     assert sorted(file.name for file in graph.parent.iterdir()) == ["fp32.onnx"]
 
 
+@pytest.mark.parametrize(
+    ("resolution", "given", "sides"),
+    [
+        (1536, {}, (768, 1536, 1536)),
+        (320, {}, (320, 320, 1536)),
+        (2048, {}, (768, 2048, 2048)),
+        (1536, {"max_res": 768}, (768, 768, 768)),
+        (320, {"min_res": 512}, (512, 512, 1536)),
+        (320, {"opt_res": 1024}, (768, 1024, 1536)),
+        (1536, {"min_res": 64, "opt_res": 128, "max_res": 256}, (64, 128, 256)),
+    ],
+)
+def test_sides_are_around_the_bundles_resolution(resolution, given, sides):
+    assert tuple(engine_command._sides(given, resolution).values()) == sides
+
+
 def test_embeds_leave_in_the_decoder_s_type(conformance_bundle):
     options = Options(target="sm89")
     source = source_of(open_bundle(conformance_bundle), options)
@@ -266,6 +283,9 @@ def test_embeds_leave_in_the_decoder_s_type(conformance_bundle):
         (["--max-batch", 0, "--target", "sm89"], ["--max-batch"]),
         (["--workspace-mib", 0, "--target", "sm89"], ["--workspace-mib"]),
         (["--onnx", "nowhere.onnx", "--target", "sm89"], ["--onnx or --bundle"]),
+        (["--part", "decoder", "--max-batch", 2, "--target", "sm89"], ["--max-batch is for --part encoder"]),
+        (["--timing-cache", "nowhere/cache", "--target", "sm89"], ["--timing-cache nowhere/cache", "does not exist"]),
+        (["--capability", "--validate"], ["--capability builds no engine"]),
     ],
 )
 def test_mistakes_are_told(conformance_bundle, monkeypatch, arguments, mentions):

@@ -146,6 +146,20 @@ def test_polygraphy_compares_at_the_corners_where_there_is_a_gpu_alone(engine, g
     ]
 
 
+def test_a_graph_in_float16_is_given_what_it_takes(engine, tmp_path, monkeypatch):
+    half = tmp_path / "fp16.onnx"
+    export_encoder(tiny(), half, "fp16")
+
+    class Half(Runner):
+        def infer(self, feeds):
+            return {"image_embeds": self._session.run(None, feeds)[0]}
+
+    monkeypatch.setattr(trtexec, "on_path", lambda flavour: False)
+    monkeypatch.setattr(validate, "present_gpu", lambda: "sm89")
+    monkeypatch.setattr(validate, "polygraphy_runners", lambda *_: (Half(half), Half(half)))
+    assert {run["error"] for run in validate.validate(engine, half)["runs"]} == {0.0}
+
+
 def test_polygraphy_s_runners_are_those_of_the_flavour(engine, graph):
     """They are made, not run: a GPU is what running takes."""
     found, reference = validate.polygraphy_runners(engine, read_report(engine), graph)
