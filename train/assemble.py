@@ -26,6 +26,7 @@ from train.model import (
     load_model,
 )
 from train.model.checkpoint import folder_or_hub, read_json
+from train.model.configs import llava_config, preprocessor_config, sized, vision_config
 from train.recipe import Encoder, Recipe, RecipeError
 
 DEFAULT_RESOLUTION = 768  # of a new model; the original's first
@@ -55,8 +56,10 @@ class Source:
         language = _open_llama(recipe.language_model)
         like = dataclasses.replace(
             language,
-            config=language.config | _llava_config(recipe, config),
-            vision_config=_vision_config(config),
+            config=language.config
+            | llava_config(config, recipe.projector, recipe.resolution or DEFAULT_RESOLUTION)
+            | {"tokenizer_model_max_length": recipe.max_length},
+            vision_config=vision_config(config),
             preprocessor=preprocessor,
         )
         try:
@@ -96,10 +99,7 @@ def _as_trained(like: Checkpoint, recipe: Recipe) -> Checkpoint:
         side = recipe.resolution
         config["mm_vision_resolution"] = side
         vision = vision | {"image_size": side}
-        preprocessor = preprocessor | {
-            "crop_size": {"height": side, "width": side},
-            "size": {"shortest_edge": side},
-        }
+        preprocessor = preprocessor | sized(side)
     return dataclasses.replace(like, config=config, vision_config=vision, preprocessor=preprocessor)
 
 
@@ -112,49 +112,6 @@ def _open_llama(source: str) -> Checkpoint:
     return Checkpoint(folder, folder, config, {}, {})
 
 
-def _llava_config(recipe: Recipe, encoder: EncoderConfig) -> dict[str, Any]:
-    """What a LlavaConfig has beside its Llama's keys."""
-    return {
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "mm_hidden_size": encoder.widths[-1],
-        "mm_projector_type": recipe.projector,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_resolution": recipe.resolution or DEFAULT_RESOLUTION,
-        "mm_vision_select_layer": -1,
-        "mm_vision_tower": "vision_tower",
-        "tokenizer_model_max_length": recipe.max_length,
-        "vision_add_five_stage": 0,
-    }
-
-
-def _vision_config(encoder: EncoderConfig) -> dict[str, Any]:
-    return {
-        "model_type": "convnext",
-        "depths": list(encoder.depths),
-        "hidden_sizes": list(encoder.widths),
-        "hidden_act": "gelu",
-        "layer_scale_init_value": encoder.layer_scale,
-        "norm_eps": encoder.norm_eps,
-        "num_channels": 3,
-        "num_stages": len(encoder.depths),
-        "patch_size": encoder.patch_size,
-    }
-
-
-def _preprocessor(mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
-    side = DEFAULT_RESOLUTION
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "crop_size": {"height": side, "width": side},
-        "size": {"shortest_edge": side},
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "resample": 3,
-    }
-
-
 def _encoder_to_build(encoder: Encoder) -> tuple[EncoderConfig, dict[str, Any]]:
     """The shape of a new model's encoder, fifth stage included, and its preprocessor_config.json."""
     if encoder.variant:
@@ -162,15 +119,18 @@ def _encoder_to_build(encoder: Encoder) -> tuple[EncoderConfig, dict[str, Any]]:
             config = EncoderConfig.from_variant(encoder.variant)
         except ValueError as error:
             raise RecipeError(f"encoder.variant: {error}") from None
-        preprocessor = _preprocessor(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)  # which every ConvLLaVA was trained with
+        preprocessor = preprocessor_config(
+            OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, DEFAULT_RESOLUTION
+        )  # which every ConvLLaVA was trained with
     elif encoder.timm:
         model = _timm_model(encoder.timm, pretrained=False)
         config = _timm_config(model)
-        preprocessor = _preprocessor(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        mean, std = (model.pretrained_cfg[key] for key in ("mean", "std"))
+        preprocessor = preprocessor_config(mean, std, DEFAULT_RESOLUTION)
     else:
         tower = _open_convnext(encoder.pretrained)
         config = tower.encoder_config
-        preprocessor = _preprocessor(*tower.pixel_statistics)
+        preprocessor = preprocessor_config(*tower.pixel_statistics, DEFAULT_RESOLUTION)
     if encoder.layer_scale is not None:
         if config.layer_scale <= 0:
             raise RecipeError("encoder.layer_scale: this encoder's blocks have none; remove the key")

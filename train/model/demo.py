@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from train.model.checkpoint import Checkpoint, CheckpointError, load_model, save_checkpoint
+from train.model.configs import llava_config, preprocessor_config, vision_config
 from train.model.convllava import ConvLLaVA, ImageEncoder
 from train.model.encoder import ConvNeXtEncoder, EncoderConfig
 from train.model.low_rank import add_factors, factors
@@ -106,8 +107,6 @@ def _configs(decoder: LlamaForCausalLM, encoder: EncoderConfig) -> tuple[dict, d
     """config.json, vision_tower/config.json and preprocessor_config.json."""
     llama = decoder.config
     config = {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
         "attention_bias": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -127,35 +126,10 @@ def _configs(decoder: LlamaForCausalLM, encoder: EncoderConfig) -> tuple[dict, d
         "image_aspect_ratio": "pad",
         "conversation_template": "chatml",
         "conversation_system": SYSTEM,
-        "mm_hidden_size": encoder.widths[-1],
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_resolution": RESOLUTION,
-        "mm_vision_select_layer": -1,
-        "mm_vision_tower": "vision_tower",
-        "vision_add_five_stage": 0,
+        **llava_config(encoder, "mlp2x_gelu", RESOLUTION),
     }
-    vision = {
-        "model_type": "convnext",
-        "depths": list(encoder.depths),
-        "hidden_sizes": list(encoder.widths),
-        "hidden_act": "gelu",
-        "image_size": RESOLUTION,
-        "layer_scale_init_value": encoder.layer_scale,
-        "num_channels": 3,
-        "num_stages": len(encoder.depths),
-        "patch_size": encoder.patch_size,
-    }
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "crop_size": {"height": RESOLUTION, "width": RESOLUTION},
-        "size": {"shortest_edge": RESOLUTION},
-        "image_mean": OPENAI_CLIP_MEAN,
-        "image_std": OPENAI_CLIP_STD,
-        "resample": 3,
-    }
-    return config, vision, preprocessor
+    vision = vision_config(encoder) | {"image_size": RESOLUTION}
+    return config, vision, preprocessor_config(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, RESOLUTION)
 
 
 def _write_tokenizer(weights: Path, file: Path) -> None:
