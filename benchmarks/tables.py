@@ -68,7 +68,7 @@ COLUMNS = {
     "chain": CHAIN,
     "chain_vnni": CHAIN,
     "decode": DECODE,
-    "decode_vnni": DECODE,
+    "decode_avx2": DECODE,
     "decoder_graphs": [
         ("graph", "graph"),
         ("precision", "precision"),
@@ -175,7 +175,7 @@ COLUMNS = {
         ("seconds", "process until it can be asked, s"),
         ("load_ms", "of these, `import runtime` and `runtime.load`, ms"),
         ("own_mib", "memory of its own, MiB"),
-        ("shared_mib", "shared with another process, MiB"),
+        ("shared_mib", "of the bundle's files, shared with another process, MiB"),
     ],
     "quantised": [
         ("left", "groups left in float32"),
@@ -206,12 +206,11 @@ COLUMNS = {
         ("stride_64", "64"),
     ],
 }
+DECODED = {("prefill", 1, 640), ("decode", 1, 128), ("decode", 1, 640), ("decode", 1, 4096), ("decode", 8, 256)}
 # name -> which rows are shown, where the charts have them all
 SHOWN = {
-    "decode": lambda row: (
-        (row["work"], row["batch"], row["context"])
-        in {("prefill", 1, 640), ("decode", 1, 128), ("decode", 1, 640), ("decode", 1, 4096), ("decode", 8, 256)}
-    ),
+    "decode": lambda row: (row["work"], row["batch"], row["context"]) in DECODED,
+    "decode_avx2": lambda row: (row["work"], row["batch"], row["context"]) in DECODED,
     "encoder": lambda row: row["context"] in ("768x768", "1536x1536"),
     "serve": lambda row: row["work"] != "sweep",
 }
