@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import decode
-from benchmarks.limits import DecoderFiles
+from benchmarks.limits import DecoderFiles, _product
 from benchmarks.peers import turns
 from benchmarks.peers.decoders import PEERS, Decoding, Peer
 from benchmarks.peers.turns import Running
@@ -135,6 +135,12 @@ def test_limits_are_bytes_and_operations(conformance):
     found = decode.limit_of(prefill, DecoderFiles(1, "int4"), c, limits)
     assert found["limit"] == pytest.approx(operations / 200e9 * 1e3, abs=0.06)
     assert decode.limit_of(prefill, DecoderFiles(10**9, "int4"), c, limits)["limit"] == 100, "once through the weights"
+
+
+def test_the_product_that_is_timed_is_one():
+    one = np.random.default_rng(0).standard_normal((24, 24)).astype(np.float32)
+    (found,) = _product(one, 1).run(None, {"x": one})
+    np.testing.assert_allclose(found, one.astype(np.float64) @ one, rtol=1e-4, atol=1e-4)
 
 
 def test_no_peer_decodes_with_more_room_than_its_work():
