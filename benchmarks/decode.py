@@ -31,14 +31,13 @@ from benchmarks.limits import DecoderFiles, language_operations, machine_limits,
 from benchmarks.peers.decoders import PEERS
 from benchmarks.peers.turns import (
     Running,
-    add_model,
+    add_model_options,
     compared,
     in_turn,
-    of_other_weights,
-    opened,
+    installed,
+    open_model,
     same,
-    start,
-    there,
+    start_peer,
     versions_of_peers,
 )
 from export.bundle import export_bundle
@@ -57,7 +56,7 @@ KIND = "decoders"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.split("\n")[0])
     known = [name for name in PEERS if name != "ours"]
-    add_model(parser, "made of the checkpoint, with each precision that peers have")
+    add_model_options(parser, "made of the checkpoint, with each precision that peers have")
     parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all that are installed")
     parser.add_argument("--contexts", nargs="*", type=int, default=[128, 640, 2048, 4096], metavar="N")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 4, 8, 16], metavar="N")
@@ -68,8 +67,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/decode.json")
     args = parser.parse_args()
-    checkpoint, bundle = opened(parser, args)
-    args.peers = there(parser, of_other_weights(args, args.peers))
+    checkpoint, bundle = open_model(parser, args)
+    args.peers = installed(parser, args, args.peers)
     limits = machine_limits(args.threads)
     about = {"threads": args.threads, "versions_of_peers": versions_of_peers()}
     about["limits"] = {key: round(value, 1) for key, value in limits.items()}
@@ -89,7 +88,7 @@ def main() -> None:
             precision: Running(KIND, "ours", common | {"bundle": str(bundle.folder)})
             for precision, bundle in bundles.items()
         }
-        theirs = {name: start(KIND, name, common) for name in args.peers}
+        theirs = {name: start_peer(KIND, name, common) for name in args.peers}
         rows = measured(ours, theirs, beside, args)
         for row in rows:
             row |= limit_of(row, DecoderFiles.of(bundles[row["precision"]]), checkpoint.llama_config, limits)
@@ -158,7 +157,7 @@ def limit_of(row: dict, part: DecoderFiles, config: LlamaConfig, limits: dict[st
         limit = prefill_ms(config, tokens, part, limits)
         return {"limit": round(limit, 1), "reached": round(limit / row["ours"], 3)}
     layers, attended = config.num_hidden_layers, config.num_attention_heads * config.head_dim
-    cache = 2 * layers * config.num_key_value_heads * config.head_dim * part.number * tokens
+    cache = 2 * layers * config.num_key_value_heads * config.head_dim * part.kv_itemsize * tokens
     # a step of one sequence; `language_operations` has one position attend to itself
     operations = language_operations(config, 1) + 2 * layers * attended * (2 * tokens - 1)
     reading = (part.size + cache * batch) / (1e9 * limits["read_gb_per_s"])

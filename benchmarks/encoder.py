@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import record
 from benchmarks.limits import matmul_rate
 from benchmarks.peers.encoders import PEERS
-from benchmarks.peers.turns import add_model, compared, in_turn, opened, start, there
+from benchmarks.peers.turns import add_model_options, compared, in_turn, installed, open_model, start_peer
 from export.bundle import export_bundle
 from export.cli import BUILD, name_of
 from runtime.bundle import MANIFEST, open_bundle
@@ -33,14 +33,14 @@ KIND = "encoders"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=__doc__.split("\n")[0])
     known = [name for name in PEERS if name != "ours"]
-    add_model(parser, "the checkpoint's in build/, made where it is not there")
+    add_model_options(parser, "the checkpoint's in build/, made where it is not there")
     parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all that are installed")
     parser.add_argument("--sizes", nargs="+", type=size, default=[size(text) for text in SIZES], metavar="HxW")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/encoder.json")
     args = parser.parse_args()
-    checkpoint, bundle = opened(parser, args)
+    checkpoint, bundle = open_model(parser, args)
     if bundle is None:
         folder = BUILD / "bundle" / name_of(checkpoint)
         if not (folder / MANIFEST).is_file():
@@ -51,7 +51,7 @@ def main() -> None:
     rate = matmul_rate(args.threads)
     spec = {"graph": str(bundle.path(graph)), "stride": bundle.encoder.stride, "threads": args.threads}
     spec["checkpoint"] = str(checkpoint.folder)
-    workers = {name: start(KIND, name, spec) for name in ("ours", *there(parser, args.peers))}
+    workers = {name: start_peer(KIND, name, spec) for name in ("ours", *installed(parser, args, args.peers))}
     encoder = load_image_encoder(checkpoint).eval()
     rows = []
     for height, width in args.sizes:

@@ -32,13 +32,12 @@ from benchmarks.limits import DecoderFiles, machine_limits, prefill_ms
 from benchmarks.peers.chains import released_encoder
 from benchmarks.peers.turns import (
     Running,
-    add_model,
+    add_model_options,
     compared,
     in_turn,
-    of_other_weights,
-    opened,
-    start,
-    there,
+    installed,
+    open_model,
+    start_peer,
     versions_of_peers,
 )
 from export.bundle import export_bundle
@@ -61,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_token", description=__doc__.split("\n")[0])
     known = [*PRECISIONS, TILED]
     parts = sorted({part for name in PRECISIONS for part in name.split("+")})
-    add_model(parser, "made of the checkpoint, with 4 bits and with float32")
+    add_model_options(parser, "made of the checkpoint, with 4 bits and with float32")
     parser.add_argument(
         "--peers", nargs="*", default=known, choices=known + parts, help="or parts of them; default: all installed"
     )
@@ -69,11 +68,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/first_token.json")
     args = parser.parse_args()
-    checkpoint, bundle = opened(parser, args)
+    checkpoint, bundle = open_model(parser, args)
     if bundle and not bundle.encoder_file("fp32"):
         parser.error(f"{bundle.folder} has no float32 encoder, which OpenVINO runs; export one with --precision fp32")
     asked = [name for name in known if {name, *name.split("+")} & set(args.peers)]
-    args.peers = there(parser, of_other_weights(args, asked))
+    args.peers = installed(parser, args, asked)
     limits = machine_limits(args.threads)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         beside = {name: bundle.decoder.precision if bundle else PRECISIONS.get(name, "int4") for name in args.peers}
@@ -85,7 +84,9 @@ def main() -> None:
         image = page(Path(folder))
         common = {"gguf": str(BUILD / "smollm2" / GGUF), "checkpoint": str(checkpoint.folder)}
         specs = {name: spec_of(part, image, args.threads) | common for name, part in bundles.items()}
-        least = {name: Least(checkpoint.llama_config, DecoderFiles.of(part), limits) for name, part in bundles.items()}
+        least = {
+            name: ChainLimit(checkpoint.llama_config, DecoderFiles.of(part), limits) for name, part in bundles.items()
+        }
         encoder = load_image_encoder(checkpoint)
         rows, loads = [], []
         for peer in [name for name in args.peers if name != TILED]:
@@ -105,7 +106,7 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
-class Least:
+class ChainLimit:
     """What the machine's limits leave of a bundle's chain."""
 
     config: LlamaConfig
@@ -166,7 +167,7 @@ def spec_of(bundle: Bundle, image: Path, threads: int) -> dict:
 
 
 def beside_peer(
-    peer: str, again: Sequence[str], spec: dict, precision: str, least: Least, encode_ms: float, rounds: int
+    peer: str, again: Sequence[str], spec: dict, precision: str, least: ChainLimit, encode_ms: float, rounds: int
 ) -> tuple[dict, list[dict]]:
     """A row about loading, and those about the first token, of an image that is new and such as `again` says."""
     workers, starts = {}, {"ours": [], peer: []}
@@ -174,7 +175,7 @@ def beside_peer(
         for name, taken in starts.items():
             if name in workers:
                 workers[name].close()
-            workers[name] = start(KIND, name, spec)
+            workers[name] = start_peer(KIND, name, spec)
             taken.append(workers[name].start)
     common = {"peer": peer, "precision": precision, "batch": 1}
     load = common | {"metric": "ms", **compared(starts["ours"][1:], starts[peer][1:])}
@@ -194,7 +195,7 @@ def beside_peer(
     return load, rows
 
 
-def beside_tiles(spec: dict, precision: str, least: Least) -> list[dict]:
+def beside_tiles(spec: dict, precision: str, least: ChainLimit) -> list[dict]:
     """Rows of the released encoder at several resolutions against the tiles."""
     workers = {str(side): Running(KIND, "convnext-l", spec | {"resolution": side}) for side in RELEASED}
     tiles = Running(KIND, TILED, spec | {"capacity": 4096})

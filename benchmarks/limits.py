@@ -19,7 +19,7 @@ class DecoderFiles:
 
     size: int
     precision: str
-    number: int = 4
+    kv_itemsize: int = 4
 
     @classmethod
     def of(cls, bundle: Bundle) -> "DecoderFiles":

@@ -293,7 +293,7 @@ def _check_sides(bundle: Bundle, options: Options) -> None:
     if options.part == "encoder" and not options.min_res <= side <= options.max_res:
         print(
             f"warning: an engine for sides of {options.min_res} to {options.max_res} takes no images of {side}, the "
-            f"bundle's resolution: --res has to say another each time",
+            "bundle's resolution: --res has to say another each time",
             file=sys.stderr,
         )
     for name in ("min_res", "opt_res", "max_res"):

@@ -204,7 +204,7 @@ def opening(folder: str | os.PathLike | None) -> Iterator[Bundle]:
         except Exception:
             checked.result()
             raise
-        except BaseException:  # whoever interrupts a start does not wait for it
+        except BaseException:  # whoever interrupts a start waits for the file at hand alone
             given_up.set()
             raise
         checked.result()

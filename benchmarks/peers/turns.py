@@ -70,13 +70,21 @@ class Running:
         self._said.close()
 
 
-def there(parser: argparse.ArgumentParser, names: Sequence[str]) -> list[str]:
-    """Those of the peers that are installed; a word on stderr for each that is not. Ends the process where none is."""
-    missing = {name: package for name in names if (package := _lacks(name))}
-    for name, package in missing.items():
-        how = "`make peers`" if package == "llama.cpp" else f"pip install {package}"
-        print(f"{name} is left out: {how} installs it", file=sys.stderr)
-    if not (found := [name for name in names if name not in missing]):
+def installed(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the peers that can take part, and a word on stderr for each that cannot: what is not installed, and
+    llama.cpp where `add_model_options` was given a checkpoint, as its GGUF has the demo model's language model. Ends
+    the process where none is left."""
+    found = []
+    for name in names:
+        package = _lacks(name)
+        if args.checkpoint and "llama.cpp" in name:
+            print(f"{name} is left out: its weights are the demo model's", file=sys.stderr)
+        elif package:
+            how = "`make peers`" if package == "llama.cpp" else f"pip install {package}"
+            print(f"{name} is left out: {how} installs it", file=sys.stderr)
+        else:
+            found.append(name)
+    if not found:
         parser.error("there is no peer to compare with")
     return found
 
@@ -96,19 +104,19 @@ def _found(module: str) -> bool:
         return False
 
 
-def start(kind: str, name: str, spec: dict) -> Running:
-    """The worker of a peer that is `there`, in the environment that it lives in."""
+def start_peer(kind: str, name: str, spec: dict) -> Running:
+    """The worker of a peer that is `installed`, in the environment that it lives in."""
     return Running(kind, name, spec, LLAMA_CPP if "llama.cpp" in name else sys.executable)
 
 
-def add_model(parser: argparse.ArgumentParser, what: str) -> None:
+def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
     """The options `--bundle` and `--checkpoint`."""
     parser.add_argument("--bundle", type=Path, metavar="DIR", help=f"of the same model; default: {what}")
     parser.add_argument("--checkpoint", metavar="ID", help="what peers in PyTorch load; default: the demo model's")
 
 
-def opened(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Checkpoint, Bundle | None]:
-    """What the options of `add_model` name; ends the process where the two cannot be of one model."""
+def open_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Checkpoint, Bundle | None]:
+    """What the options of `add_model_options` name; ends the process where the two cannot be of one model."""
     checkpoint = open_checkpoint(args.checkpoint)
     bundle = open_bundle(args.bundle) if args.bundle else None
     if bundle and bundle.encoder.hidden_size != checkpoint.llama_config.hidden_size:
@@ -117,14 +125,6 @@ def opened(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[C
             f"checkpoint's language model {checkpoint.llama_config.hidden_size}; name its own by --checkpoint"
         )
     return checkpoint, bundle
-
-
-def of_other_weights(args: argparse.Namespace, names: list[str]) -> list[str]:
-    """The peers without llama.cpp where a checkpoint is named: its GGUF has the demo model's language model."""
-    if args.checkpoint and any("llama.cpp" in name for name in names):
-        print("llama.cpp is left out: its weights are those of the demo model's language model", file=sys.stderr)
-        return [name for name in names if "llama.cpp" not in name]
-    return names
 
 
 def versions_of_peers() -> dict[str, str]:

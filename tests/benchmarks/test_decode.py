@@ -169,13 +169,13 @@ def test_no_peer_decodes_with_more_room_than_its_work():
 def test_peers_that_are_not_installed_are_left_out(monkeypatch, capsys):
     monkeypatch.setattr(turns, "_found", lambda module: module != "onnxruntime_genai")
     monkeypatch.setattr(turns, "INSTALLED", Path("nowhere"))
-    parser = argparse.ArgumentParser()
-    assert turns.there(parser, ["llama.cpp", "optimum", "ort-genai", "openvino+llama.cpp"]) == ["optimum"]
+    parser, given = argparse.ArgumentParser(), argparse.Namespace(checkpoint=None)
+    assert turns.installed(parser, given, ["llama.cpp", "optimum", "ort-genai", "openvino+llama.cpp"]) == ["optimum"]
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" is left out: ")[0] for line in said] == ["llama.cpp", "ort-genai", "openvino+llama.cpp"]
     assert "pip install onnxruntime-genai" in said[1]
     with pytest.raises(SystemExit):
-        turns.there(parser, ["llama.cpp"])
+        turns.installed(parser, given, ["llama.cpp"])
 
 
 def test_the_command_line_names_the_peers():

@@ -60,7 +60,7 @@ def test_limits_leave_out_what_was_computed_before(conformance, conformance_bund
     """Against the encoder's and the prefill's own, and the positions that a held image leaves to be prefilled."""
     checkpoint, limits = open_checkpoint(str(conformance / "checkpoint")), dict.fromkeys(LIMITS, 1.0)
     part = DecoderFiles(1, "fp32")
-    least = first_token.Least(checkpoint.llama_config, part, limits)
+    least = first_token.ChainLimit(checkpoint.llama_config, part, limits)
     encode_ms = least.encode_ms(load_image_encoder(checkpoint), 256)
     assert encode_ms == pytest.approx(operations(load_image_encoder(checkpoint), 256, 256) / 1e6)
     new, seen, held = (ours.ask("first_token", image=image)["prefilled"] for image in ("new", "seen", "held"))
