@@ -97,7 +97,8 @@ def source_graph(bundle: Bundle, options: Options) -> str:
 def engine_graph(source: Source, options: Options) -> tuple[onnx.ModelProto, list[Kept]]:
     """(the graph that the engine is built from, the nodes that stay in FP32).
 
-    Raises UserError where a quantised engine is asked of a graph without Q/DQ nodes, or a graph is no ONNX.
+    Raises UserError where a quantised engine is asked of a graph without Q/DQ nodes, or a graph is no ONNX or takes
+    images of one size.
     """
     try:
         model = onnx.load(str(source.file))
@@ -106,6 +107,10 @@ def engine_graph(source: Source, options: Options) -> tuple[onnx.ModelProto, lis
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
     if "image_embeds" not in names or (options.part == "encoder") != ("pixel_values" in names):
         raise UserError(f"{source.file}: no {options.part} of this project, it has {', '.join(sorted(names)[:6])}")
+    for value in model.graph.input:
+        size = [dim.dim_value for dim in value.type.tensor_type.shape.dim[2:]]
+        if value.name == "pixel_values" and any(size):
+            raise UserError(f"{source.file} takes images of one size, {size}; python -m export.encoder makes others")
     quantised = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     if quantised != (options.precision != "fp16"):
         found = "has Q/DQ nodes" if quantised else "has no Q/DQ nodes"

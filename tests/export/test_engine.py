@@ -305,6 +305,11 @@ def test_files_that_are_no_source_are_one_line(graph):
     assert_one_line_error(run_module("export.engine", *arguments, "nowhere.onnx"), "nowhere.onnx", "no such file")
     assert_one_line_error(run_module("export.engine", *arguments, graph, "--part", "decoder"), "no decoder")
     assert_one_line_error(run_module("export.engine", *arguments, graph, "--precision", "int8"), "no Q/DQ nodes")
+    model = onnx.load(graph)
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_value = 768
+    onnx.save(model, graph)
+    assert_one_line_error(run_module("export.engine", *arguments, graph), "of one size, [768, 768]")
 
 
 def test_a_broken_checkpoint_is_named(graph):
