@@ -61,6 +61,17 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
+def slow_down(monkeypatch, engine):
+    """A step takes 10 ms at least, so that 3,000 tokens are 30 s on any machine."""
+    step = engine._slots.step
+
+    def step_slowly(fed):
+        time.sleep(0.01)
+        return step(fed)
+
+    monkeypatch.setattr(engine._slots, "step", step_slowly)
+
+
 def picture(seed=0, size=(96, 128)):
     """The bytes of a PNG of noise."""
     pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from runtime.serve.engine import Engine
 from runtime.serve.metrics import Metrics
 from runtime.serve.protocol import ApiError
 from tests.conftest import ROOT
-from tests.serve.served import WAIT, Served, asked, free_port, picture, wait_for
+from tests.serve.served import WAIT, Served, asked, free_port, picture, slow_down, wait_for
 
 QUESTION = "What is this?"
 LONG = {"max_tokens": 3000, "stream": True, "extra_body": {"ignore_eos": True}}
@@ -49,17 +48,6 @@ def served(model):
     server = Served(model, limits=Limits(image_bytes=200_000, image_pixels=50_000, images=2, body_bytes=1_000_000))
     yield server
     server.close()
-
-
-def slow_down(monkeypatch, engine):
-    """A step takes 10 ms at least, so that LONG is 30 s on any machine."""
-    step = engine._slots.step
-
-    def step_slowly(fed):
-        time.sleep(0.01)
-        return step(fed)
-
-    monkeypatch.setattr(engine._slots, "step", step_slowly)
 
 
 def create(server, messages, **options):

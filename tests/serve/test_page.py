@@ -10,7 +10,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import runtime
-from tests.serve.served import WAIT, Served, picture, wait_for
+from tests.serve.served import WAIT, Served, picture, slow_down, wait_for
 
 CHROMIUM = shutil.which("chromium")
 BOXED = "It is at [0.25,0.125,0.75,0.5]."
@@ -137,7 +137,8 @@ def test_boxes_of_an_answer_are_drawn_on_the_image(page):
     assert colours == [orange, orange, orange, [255, 255, 255], [255, 255, 255]]
 
 
-def test_it_works_by_keyboard_and_an_answer_can_be_stopped(page, served):
+def test_it_works_by_keyboard_and_an_answer_can_be_stopped(page, served, monkeypatch):
+    slow_down(monkeypatch, served.engine)
     names = []
     for _ in range(8):
         page.keyboard.press("Tab")
