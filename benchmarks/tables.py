@@ -206,11 +206,15 @@ COLUMNS = {
         ("stride_64", "64"),
     ],
 }
-DECODED = {("prefill", 1, 640), ("decode", 1, 128), ("decode", 1, 640), ("decode", 1, 4096), ("decode", 8, 256)}
 # name -> which rows are shown, where the charts have them all
 SHOWN = {
-    "decode": lambda row: (row["work"], row["batch"], row["context"]) in DECODED,
-    "decode_avx2": lambda row: (row["work"], row["batch"], row["context"]) in DECODED,
+    **dict.fromkeys(
+        ("decode", "decode_avx2"),
+        lambda row: (
+            (row["work"], row["batch"], row["context"])
+            in {("prefill", 1, 640), ("decode", 1, 128), ("decode", 1, 640), ("decode", 1, 4096), ("decode", 8, 256)}
+        ),
+    ),
     "encoder": lambda row: row["context"] in ("768x768", "1536x1536"),
     "serve": lambda row: row["work"] != "sweep",
 }
