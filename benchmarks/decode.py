@@ -1,7 +1,7 @@
 """The decoder through this project's runtime and through what a user would take instead, side by side.
 
     python -m benchmarks.decode [--bundle DIR] [--checkpoint ID] [--peers NAME ...] [--contexts N ...] [--batches N ...]
-                                [--tokens N ...] [--rounds N] [--threads N] [--json F]
+                                [--tokens N ...] [--decoder NAME] [--rounds N] [--threads N] [--json F]
 
 Every library runs in a process of its own, llama.cpp in the environment that `make peers` makes. They take turns, a
 round through all, so that a slow minute of the machine falls on all of them; the first round warms up. Medians are
@@ -44,6 +44,7 @@ from export.bundle import export_bundle
 from export.cli import BUILD
 from export.decoder import quietly, write_llama
 from runtime.bundle import open_bundle
+from runtime.decoder import KERNELS
 from train.data.tokenizer import load_tokenizer
 from train.model.demo import GGUF
 
@@ -63,6 +64,8 @@ def main() -> None:
     parser.add_argument(
         "--tokens", nargs="*", type=int, default=[64, 144, 256, 640, 1024], metavar="N", help="to prefill"
     )
+    products = ("auto", "onnx", *KERNELS)
+    parser.add_argument("--decoder", default="auto", choices=products, help="ours, as infer.py has it; default: auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/decode.json")
@@ -85,7 +88,9 @@ def main() -> None:
             bundles[precision] = open_bundle(out)
         common["ids"] = english(load_tokenizer(checkpoint.folder).encode, capacity)
         ours = {
-            precision: Running(KIND, "ours", common | {"bundle": str(bundle.folder)})
+            precision: Running(
+                KIND, "ours", common | {"bundle": str(bundle.folder), "products": products_of(precision, args)}
+            )
             for precision, bundle in bundles.items()
         }
         theirs = {name: start_peer(KIND, name, common) for name in args.peers}
@@ -96,6 +101,11 @@ def main() -> None:
         for worker in (*ours.values(), *theirs.values()):
             worker.close()
     record.write("decode", rows, args.json, about)
+
+
+def products_of(precision: str, args: argparse.Namespace) -> str:
+    """There are kernels for 4 and 8 bits alone."""
+    return args.decoder if precision in ("int4", "int8") else "auto"
 
 
 def precision_of(peer: str) -> str:

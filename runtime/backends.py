@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from runtime.bundle import Bundle
-from runtime.decoder import kernels_are_faster, kernels_missing, open_decoder
+from runtime.decoder import KERNELS, kernels_are_faster, kernels_missing, open_decoder
 from runtime.device import Cuda, int8_sums_saturate, present_gpu
 from runtime.encoder import OPENVINO_PRECISIONS, OnnxEncoder, OpenVinoEncoder
 from runtime.engines import FLAVOURS, choose_engine
@@ -16,7 +16,7 @@ from runtime.session import PROVIDERS, open_device
 
 ENCODERS = ("auto", "onnx", "openvino", "tensorrt")
 MAX_THREADS = 512
-DECODERS = ("auto", "onnx", "kernels", "tensorrt")
+DECODERS = ("auto", "onnx", *KERNELS, "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
@@ -26,7 +26,8 @@ class Backends:
 
     encoder: `onnx` (ONNX Runtime), `openvino`, `tensorrt`, or `auto`: a TensorRT engine where one fits the GPU, else
     ONNX Runtime. decoder: `onnx` (ONNX Runtime's own operators), `kernels` (with `runtime.kernels`), `auto`: the
-    latter for decoders of 4 and 8 bits on x86 processors, where they can be had; or `tensorrt`.
+    latter for decoders of 4 and 8 bits on x86 processors, where they can be had; `kernels24` (with activations in 24
+    bits in place of 8: the ids of float32 products); or `tensorrt`.
     provider: of ONNX Runtime, a key of `PROVIDERS`.
     encoder_precision: which of the bundle's encoders or engines, or bf16 for OpenVINO's way of computing; None: the
     bundle's own (a float32 bundle's engines are fp16). threads: of one operator on the CPU; None: one a physical core.
@@ -53,8 +54,8 @@ class Backends:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What runs a part. runtime: onnxruntime, onnxruntime with kernels, openvino or tensorrt; provider: where it
-    computes; file: inside the bundle; note: why `auto` did not take what would be faster."""
+    """What runs a part. runtime: onnxruntime, onnxruntime with kernels or kernels24, openvino or tensorrt; provider:
+    where it computes; file: inside the bundle; note: why `auto` did not take what would be faster."""
 
     runtime: str
     provider: str
@@ -122,10 +123,10 @@ def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[
 
         engine = _engine(bundle, "decoder", "fp16")
         return EngineDecoder(engine, devices.gpu), _chosen_engine(bundle, engine)
-    with_kernels = {"auto": None, "onnx": False, "kernels": True}[wanted.decoder]
-    decoder = open_decoder(bundle, wanted.threads, wanted.provider, devices.of_provider, with_kernels)
+    decoder = open_decoder(bundle, wanted.threads, wanted.provider, devices.of_provider, wanted.decoder)
     if decoder.kernels:
-        return decoder, Chosen("onnxruntime with kernels", wanted.provider, part.precision, part.kernels_file)
+        runtime = f"onnxruntime with kernels{'24' * (decoder.activation_bits == 24)}"
+        return decoder, Chosen(runtime, wanted.provider, part.precision, part.kernels_file)
     would_help = wanted.decoder == "auto" and kernels_are_faster(part, wanted.provider)
     note = kernels_missing(bundle) if would_help else None
     return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file, note or "")

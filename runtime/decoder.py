@@ -24,6 +24,7 @@ NEXT_TOKEN = "next_token"  # the graph's output [1, 1, 1] int64: the likeliest
 # ids, from which on float32 products repay unpacking the weights where a processor has no instruction for bytes (AVX2,
 # two cores: 0.6 s either way in 4 bits, 1.0 against 0.75 s in 8)
 LEAST_PREFILL = 128
+KERNELS = {"kernels": 8, "kernels24": 24}  # `runtime.kernels`, and to how many bits activations are rounded
 
 
 Layers = list[tuple[Array, Array]]  # keys and values of each layer, [rows, kv_heads, capacity, head_dim]
@@ -67,8 +68,8 @@ class KVCache:
 
 
 class Decoder:
-    """The fused graph on ONNX Runtime. provider, device, operators: see `runtime.session`. prefill: a graph that is
-    equal but for what it costs, for LEAST_PREFILL ids and more. cuda_graph: runs may be recorded.
+    """The fused graph on ONNX Runtime. provider, device, operators, activation_bits: see `runtime.session`. prefill: a
+    graph that is equal but for what it costs, for LEAST_PREFILL ids and more. cuda_graph: runs may be recorded.
 
     row_invariant: what a sequence gets does not depend on how many are computed with it, to the bit. On CPUs ONNX
     Runtime multiplies weights of 4 and 8 bits by one kernel for a single row and by another for several."""
@@ -82,13 +83,14 @@ class Decoder:
         device: Device | None = None,
         prefill: Path | None = None,
         operators: Path | None = None,
+        activation_bits: int = 8,
         cuda_graph: bool = False,
     ):
         self.part = part
         self.device = device or Cpu()
-        self.kernels = operators is not None
+        self.kernels, self.activation_bits = operators is not None, activation_bits
         self.row_invariant = self.kernels or part.precision not in ("int4", "int8", "w4a16")
-        self.session = open_session(file, threads, provider, self.device, operators, cuda_graph)
+        self.session = open_session(file, threads, provider, self.device, operators, activation_bits, cuda_graph)
         self.prefill_session = prefill and open_session(prefill, threads, provider, self.device)
         self.embeds_dtype = np.dtype(input_dtype(self.session, "image_embeds"))
         hidden = next(value.shape[1] for value in self.session.get_inputs() if value.name == "image_embeds")
@@ -113,25 +115,27 @@ def open_decoder(
     threads: int | None = None,
     provider: str = "cpu",
     device: Device | None = None,
-    with_kernels: bool | None = None,
+    products: str = "auto",
 ) -> Decoder:
     """The bundle's fused graph, with products by `runtime.kernels` or with the graph for prompts, where that is faster.
 
-    with_kernels: None takes them where they are known to be faster (`kernels_are_faster`) and can be had.
-    Raises UserError where they are asked for and cannot be had.
+    products: `onnx`, `kernels`, `kernels24` (activations in 24 bits) or `auto`: the kernels where they are known to be
+    faster (`kernels_are_faster`) and can be had. Raises UserError where they are asked for and cannot be had.
     """
     part = bundle.decoder
     slow_bytes = provider == "cpu" and int8_sums_saturate()
-    if with_kernels is None:
-        with_kernels = kernels_are_faster(part, provider) and kernels_missing(bundle) is None
-    if provider == "cuda" and not with_kernels:
+    if products == "auto":
+        ours = kernels_are_faster(part, provider) and kernels_missing(bundle) is None
+        products = "kernels" if ours else "onnx"
+    if provider == "cuda" and products == "onnx":
         return _on_cuda(bundle, device)
-    if not with_kernels:
+    if products == "onnx":
         prefill = bundle.path(part.prefill_file) if part.prefill_file and slow_bytes else None
         return Decoder(bundle.path(part.file), part, threads, provider, device, prefill)
     if (reason := kernels_missing(bundle)) or provider != "cpu":
-        raise UserError(f"--decoder kernels: {reason or 'they are for --provider cpu'}")
-    return Decoder(bundle.path(part.kernels_file), part, threads, provider, device, operators=kernels.library())
+        raise UserError(f"--decoder {products}: {reason or 'they are for --provider cpu'}")
+    file, bits = bundle.path(part.kernels_file), KERNELS[products]
+    return Decoder(file, part, threads, provider, device, operators=kernels.library(), activation_bits=bits)
 
 
 def _on_cuda(bundle: Bundle, device: Device) -> Decoder:

@@ -52,7 +52,8 @@ def parse() -> argparse.Namespace:
         "--decoder",
         default="auto",
         metavar="RUNTIME",
-        help="onnx, kernels, tensorrt or auto (default): this project's kernels where they are faster, else onnx",
+        help="onnx, tensorrt, kernels, kernels24 (with the ids of float32 products) or auto (default): kernels where "
+        "they are faster, else onnx",
     )
     parser.add_argument(
         "--provider", default="cpu", metavar="NAME", help="of ONNX Runtime: cpu, cuda, tensorrt or nv_tensorrt_rtx"

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from runtime import kernels
 from runtime.device import Array, Cpu, Cuda, Device, pointer
 from runtime.errors import UserError
 
@@ -33,14 +34,16 @@ def open_session(
     provider: str = "cpu",
     device: Device | None = None,
     operators: Path | None = None,
+    activation_bits: int = 8,
     cuda_graph: bool = False,
     channels_last: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session whose arrays lie on `device` and whose work goes into its stream.
 
     threads: of one operator on the CPU; None lets ONNX Runtime take one a physical core. operators: a library of some
-    that ONNX Runtime lacks. Of `--provider cuda` alone: cuda_graph: let `run_options` name runs that are recorded;
-    channels_last: convolve images as [B, H, W, C].
+    that ONNX Runtime lacks. activation_bits: to which those of `runtime.kernels` round activations, 8 or 24. Of
+    `--provider cuda` alone: cuda_graph: let `run_options` name runs that are recorded; channels_last: convolve images
+    as [B, H, W, C].
     Raises UserError where ONNX Runtime cannot open the graph, or not with this provider: it never falls back to
     another one by itself.
     """
@@ -52,6 +55,7 @@ def open_session(
     name = PROVIDERS[provider][0]
     try:
         if operators is not None:
+            options.add_session_config_entry(kernels.ACTIVATION_BITS, str(activation_bits))
             options.register_custom_ops_library(str(operators))
         if provider == "nv_tensorrt_rtx":
             stream = {"has_user_compute_stream": "1", "user_compute_stream": str(device.stream)}

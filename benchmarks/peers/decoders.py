@@ -108,7 +108,7 @@ class Ours(Peer):
         from runtime.decoder import open_decoder
 
         bundle = open_bundle(spec["bundle"])
-        self._decoder = open_decoder(bundle, spec["threads"])
+        self._decoder = open_decoder(bundle, spec["threads"], products=spec["products"])
         self.reserve(spec["capacity"])
 
     def reserve(self, positions: int, rows: int = 1) -> None:

@@ -58,6 +58,13 @@ class Api {
     return at<Status*(Context*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, dims, rank, out);
   }
   void release(Shape* shape) const { at<void(Shape*)>(99)(shape); }
+  Status* has_entry(const Options* options, const char* key, int* out) const {
+    return at<Status*(const Options*, const char*, int*)>(237)(options, key, out);
+  }
+  // size: of `value`, and of the text with its final zero
+  Status* entry(const Options* options, const char* key, char* value, size_t* size) const {
+    return at<Status*(const Options*, const char*, char*, size_t*)>(238)(options, key, value, size);
+  }
   Status* constant(const Info* info, size_t index, int* is_constant, const Value** out) const {
     return at<Status*(const Info*, size_t, int*, const Value**)>(249)(info, index, is_constant, out);
   }

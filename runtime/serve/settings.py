@@ -26,7 +26,7 @@ class Settings(BaseModel):
     threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
     encoder: str = "auto"
     encoder_precision: str | None = None
-    decoder: Literal["auto", "onnx", "kernels"] = "auto"
+    decoder: Literal["auto", "onnx", "kernels", "kernels24"] = "auto"
     provider: str = "cpu"
     batch_invariant: bool = True
     allow_remote_images: str = ""

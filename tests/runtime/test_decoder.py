@@ -80,7 +80,7 @@ def rounded_bundle(conformance, tmp_path_factory):
 def test_long_prompts_take_the_graph_for_them_where_bytes_are_slow(rounded_bundle, monkeypatch, slow_bytes):
     """It differs from the other by what that rounds of the activations, and steps after it find the same ids."""
     monkeypatch.setattr(decoders, "int8_sums_saturate", lambda: slow_bytes)
-    decoder = decoders.open_decoder(rounded_bundle, with_kernels=False)
+    decoder = decoders.open_decoder(rounded_bundle, products="onnx")
     assert (decoder.prefill_session is not None) == slow_bytes
     ids = np.random.default_rng(0).integers(3, 400, decoders.LEAST_PREFILL).tolist()
     plain = decoders.Decoder(rounded_bundle.path(rounded_bundle.decoder.file), rounded_bundle.decoder)

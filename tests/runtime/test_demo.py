@@ -2,19 +2,23 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import runtime
+from runtime import kernels
 from runtime.answer import Answer
+from runtime.backends import Backends
 from runtime.cache import EmbedsCache
+from runtime.decoder import Decoder
 from runtime.image import preprocess
 from runtime.image_file import open_image
 from runtime.prompt import first_turn
 from runtime.slots import Slots
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_module
 from train.data.documents import PRESETS, render
 
 QUESTIONS = ("Read the page.", "What is the first number?", "How many numbers are on the page?")
@@ -51,6 +55,24 @@ def alone(model, page):
         found.append(last.result.token_ids)
     assert len({tuple(ids) for ids in found}) == len(QUESTIONS), "it tells the questions apart"
     return found
+
+
+def test_4_bits_by_the_kernels_give_the_ids_of_float32_products(model, page, tmp_path):
+    """`kernels24`, of the same weights, about the page and about nothing that is in it."""
+    if reason := kernels.unavailable():
+        pytest.skip(f"the kernels cannot run: {reason}")
+    checkpoint, out = model.bundle.folder.parent / "checkpoint", tmp_path / "int4"
+    options = ("--checkpoint", checkpoint, "--res", 320, "--decoder-precision", "int4", "--out", out)
+    run_module("export.bundle", *options).check_returncode()
+    ours = runtime.load(out, backends=Backends(decoder="kernels24"))
+    plain = runtime.load(out, backends=Backends(decoder="onnx"))
+    plain.decoder = Decoder(ours.bundle.path(ours.bundle.decoder.prefill_file), ours.bundle.decoder)
+    for question in (*QUESTIONS, "Where is the first number? Answer with a box.", "Tell a long story about a ship."):
+        said = []
+        for each in (ours, plain):
+            *_, last = each.generate([page], question, replace(OPTIONS, max_new_tokens=48))
+            said.append(last.result.token_ids)
+        assert said[0] == said[1]
 
 
 def test_an_image_seen_or_held_gives_the_same_ids(model, page, alone, monkeypatch):

@@ -62,13 +62,14 @@ def dense(blocks: Blocks) -> np.ndarray:
     return weights.reshape(len(weights), -1)
 
 
-def rounded(x: np.ndarray) -> np.ndarray:
-    """Activations [M, K] as the kernels see them: 8 bits for each block. float64."""
+def rounded(x: np.ndarray, activation_bits: int = 8) -> np.ndarray:
+    """Activations [M, K] as the kernels see them, float64: 127 levels a block, 16384 times as many of 24 bits."""
+    most = np.float32(127 if activation_bits == 8 else 127 * 128 * 128)
     blocked = x.reshape(len(x), -1, BLOCK)
     largest = np.abs(blocked).max(-1, keepdims=True)
-    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    factor = np.divide(most, largest, out=np.zeros_like(largest), where=largest > 0)
     levels = np.rint(blocked * factor).astype(np.float64)
-    return (levels * (largest / np.float32(127))).reshape(x.shape)
+    return (levels * (largest / most)).reshape(x.shape)
 
 
 def write(tmp_path, operator: str, matrices: list[Blocks], columns: int, bits: int):
@@ -91,12 +92,12 @@ def write(tmp_path, operator: str, matrices: list[Blocks], columns: int, bits: i
     return file
 
 
-def session(file):
-    return open_session(file, 2, operators=kernels.library())
+def session(file, activation_bits: int = 8):
+    return open_session(file, 2, operators=kernels.library(), activation_bits=activation_bits)
 
 
-def run(file, x: np.ndarray) -> np.ndarray:
-    return session(file).run(None, {"x": x[None]})[0][0]
+def run(file, x: np.ndarray, activation_bits: int = 8) -> np.ndarray:
+    return session(file, activation_bits).run(None, {"x": x[None]})[0][0]
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -108,7 +109,8 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("columns", [32, 96, 576])
 @pytest.mark.parametrize("rows", [8, 20, 50])
 def test_products_are_float64s(tmp_path, bits, zeros, columns, rows):
-    """Of what activations are rounded to; scales are kept in float16, whose rounding is what is left."""
+    """Of what activations are rounded to; scales are kept in float16, whose rounding is what is left. With activations
+    in 24 bits they stay float32, and next to nothing is left even of unrounded products."""
     blocks = blocks_of(rows, columns, bits, zeros)
     file = write(tmp_path, "BlockMatMul", [blocks], columns, bits)
     random = np.random.default_rng(1)
@@ -116,21 +118,24 @@ def test_products_are_float64s(tmp_path, bits, zeros, columns, rows):
         x = random.standard_normal((count, columns)).astype(np.float32)
         expected = rounded(x) @ dense(blocks).T
         assert relative(run(file, x), expected) < 8e-4
+        assert relative(run(file, x, 24), rounded(x, 24) @ dense(blocks).T) < 2e-6
+        assert relative(run(file, x, 24), x.astype(np.float64) @ dense(blocks).T) < 3e-6
     exact = Blocks(bits, blocks.levels, (blocks.scales * 0 + 2.0**-9).astype(np.float32), blocks.zeros)
     file = write(tmp_path, "BlockMatMul", [exact], columns, bits)
     assert relative(run(file, x), rounded(x) @ dense(exact).T) < 2e-6
 
 
+@pytest.mark.parametrize("activation_bits", [8, 24])
 @pytest.mark.parametrize(("operator", "bits"), [*itertools.product(("BlockMatMul", "GatedBlockMatMul"), (4, 8))])
-def test_all_instructions_give_the_same_bits(tmp_path, monkeypatch, instructions, operator, bits):
+def test_all_instructions_give_the_same_bits(tmp_path, monkeypatch, instructions, operator, bits, activation_bits):
     matrices = [blocks_of(50, 576, bits, bits == 4, seed) for seed in range(1 + (operator[0] == "G"))]
     file, random = write(tmp_path, operator, matrices, 576, bits), np.random.default_rng(1)
     for count in (1, 3, 8, 23):
         x = random.standard_normal((count, 576)).astype(np.float32)
-        found = run(file, x)
+        found = run(file, x, activation_bits)
         with monkeypatch.context() as context:
             context.setenv("CONVLLAVA_KERNELS", "avx2")
-            np.testing.assert_array_equal(run(file, x), found)
+            np.testing.assert_array_equal(run(file, x, activation_bits), found)
 
 
 @needs_kernels
@@ -141,8 +146,17 @@ def test_instructions_that_there_are_none_of_are_named(tmp_path, monkeypatch):
         session(file)
 
 
+@needs_kernels
+def test_other_numbers_of_activation_bits_are_refused(tmp_path):
+    file = write(tmp_path, "BlockMatMul", [blocks_of(8, 32, 4, True)], 32, 4)
+    for bits in (0, 4, 16):
+        with pytest.raises(UserError, match="activation_bits"):
+            session(file, bits)
+
+
 @pytest.mark.usefixtures("instructions")
-def test_extremes(tmp_path):
+@pytest.mark.parametrize("activation_bits", [8, 24])
+def test_extremes(tmp_path, activation_bits):
     """Zeros, sums at the edge of 16 bits, scales that float16 has no room for, and matrices of nothing."""
     levels = np.full((16, 3, BLOCK), 15, np.uint8)
     scales = np.full((16, 3), 1.0, np.float32)
@@ -152,38 +166,44 @@ def test_extremes(tmp_path):
         blocks = Blocks(4, levels, (scales * factor).astype(np.float32), highest.zeros)
         file = write(tmp_path, "BlockMatMul", [blocks], 96, 4)
         for x in (ones, -ones, 1e-20 * ones, 1e20 * ones):
-            np.testing.assert_allclose(run(file, x), rounded(x) @ dense(blocks).T, rtol=1e-6)
-        assert not run(file, 0 * ones).any()
+            np.testing.assert_allclose(
+                run(file, x, activation_bits), rounded(x, activation_bits) @ dense(blocks).T, rtol=1e-6
+            )
+        assert not run(file, 0 * ones, activation_bits).any()
     strange = ones.copy()
     lowest = Blocks(8, np.zeros((16, 3, BLOCK), np.uint8), scales)  # -128
     for blocks, operator in ((highest, "BlockMatMul"), (lowest, "BlockMatMul"), (highest, "GatedBlockMatMul")):
         file = write(tmp_path, operator, [blocks] * (1 + (operator[0] == "G")), 96, blocks.bits)
-        expected = run(file, ones)[1]
+        expected = run(file, ones, activation_bits)[1]
         for value in (np.nan, np.inf, -np.inf):
             strange[0, 40] = value
-            found = run(file, strange)
+            found = run(file, strange, activation_bits)
             assert not np.isfinite(found[0]).any(), "nothing is made up from what is no number"
             np.testing.assert_array_equal(found[1], expected)
     for factor in (1e-38, 1e-37):  # next to nothing, yet no division by it
         tiny = Blocks(4, levels, (scales * factor).astype(np.float32), highest.zeros)
-        assert np.abs(run(write(tmp_path, "BlockMatMul", [tiny], 96, 4), ones)).max() < 1e-33
+        assert np.abs(run(write(tmp_path, "BlockMatMul", [tiny], 96, 4), ones, activation_bits)).max() < 1e-33
     file = write(tmp_path, "BlockMatMul", [lowest], 96, 8)
-    np.testing.assert_allclose(run(file, -ones), rounded(-ones) @ dense(lowest).T, rtol=1e-6)
+    np.testing.assert_allclose(
+        run(file, -ones, activation_bits), rounded(-ones, activation_bits) @ dense(lowest).T, rtol=1e-6
+    )
     nothing = Blocks(4, levels, 0 * scales, highest.zeros)
-    assert not run(write(tmp_path, "BlockMatMul", [nothing], 96, 4), ones).any()
+    assert not run(write(tmp_path, "BlockMatMul", [nothing], 96, 4), ones, activation_bits).any()
 
 
 @needs_kernels
+@pytest.mark.parametrize("activation_bits", [8, 24])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gated_products_are_float64s(tmp_path, bits):
+def test_gated_products_are_float64s(tmp_path, bits, activation_bits):
     gate, up = (blocks_of(40, 64, bits, bits == 4, seed) for seed in (0, 1))
     file = write(tmp_path, "GatedBlockMatMul", [gate, up], 64, bits)
     for scale in (0.1, 1.0, 10.0, 100.0):  # to where the sigmoid is 0 and 1
         x = scale * np.random.default_rng(2).standard_normal((5, 64)).astype(np.float32)
-        gates, ups = (rounded(x) @ dense(b).T for b in (gate, up))
+        gates, ups = (rounded(x, activation_bits) @ dense(b).T for b in (gate, up))
         expected = gates / (1 + np.exp(np.minimum(-gates, 700))) * ups
-        assert relative(run(file, x), expected) < 1e-3
-        np.testing.assert_array_equal(run(file, x[2:3])[0], run(file, x)[2])
+        found = run(file, x, activation_bits)
+        assert relative(found, expected) < (1e-3 if activation_bits == 8 else 1e-5)
+        np.testing.assert_array_equal(run(file, x[2:3], activation_bits)[0], found[2])
 
 
 @needs_kernels
@@ -266,13 +286,14 @@ def _restored(blocks: Blocks, columns: int) -> np.ndarray:
 
 
 @needs_kernels
+@pytest.mark.parametrize("activation_bits", [8, 24])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_row_is_the_same_whatever_it_is_computed_with(tmp_path, bits):
+def test_a_row_is_the_same_whatever_it_is_computed_with(tmp_path, bits, activation_bits):
     file = write(tmp_path, "BlockMatMul", [blocks_of(48, 96, bits, bits == 4)], 96, bits)
     x = np.random.default_rng(0).standard_normal((9, 96)).astype(np.float32)
-    alone = np.concatenate([run(file, row[None]) for row in x])
+    alone = np.concatenate([run(file, row[None], activation_bits) for row in x])
     for count in range(1, 10):
-        np.testing.assert_array_equal(run(file, x[:count]), alone[:count])
+        np.testing.assert_array_equal(run(file, x[:count], activation_bits), alone[:count])
 
 
 @needs_kernels
@@ -341,8 +362,27 @@ def test_a_decoder_is_as_near_to_float32_products_as_onnx_runtimes(bundle):
 
 
 @needs_kernels
-def test_sequences_decoded_together_get_what_they_get_alone(bundle):
-    decoder = decoders.open_decoder(bundle, with_kernels=True)
+def test_with_activations_in_24_bits_a_decoder_gives_the_ids_of_float32_products(bundle):
+    """Each with its own ids, as they are used."""
+    exact = decoders.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
+    ours = open_parts(bundle, Backends(decoder="kernels24")).decoder
+    for seed in range(4):
+        sequences, said = [decoder.start(256) for decoder in (exact, ours)], []
+        prompt = np.random.default_rng(seed).integers(3, 400, 60).tolist()
+        for sequence in sequences:
+            ids = [sequence.forward_greedy(prompt)]
+            while len(ids) < 48:
+                ids.append(sequence.forward_greedy(ids[-1:]))
+            said.append(ids)
+        assert said[0] == said[1]
+        expected, found = (sequence.forward([5]) for sequence in sequences)
+        assert relative(found, expected) < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("products", ["kernels", "kernels24"])
+def test_sequences_decoded_together_get_what_they_get_alone(bundle, products):
+    decoder = decoders.open_decoder(bundle, products=products)
     prompts = [np.random.default_rng(seed).integers(3, 400, 5 + 7 * seed).tolist() for seed in range(3)]
     alone, slots = [], Slots(decoder, 3, 64)
     for slot, prompt in zip(slots, prompts, strict=True):
@@ -378,7 +418,7 @@ def test_without_a_compiler_the_reason_is_told(bundle, conformance_bundle, monke
     monkeypatch.setattr(decoders, "is_x86", lambda: False)
     assert open_parts(bundle, Backends(encoder="onnx")).decoder_chosen.note == "", "they would not be taken"
     with pytest.raises(UserError, match="--decoder kernels: they were not built"):
-        decoders.open_decoder(bundle, with_kernels=True)
+        decoders.open_decoder(bundle, products="kernels")
     monkeypatch.undo()
     with pytest.raises(UserError, match="has no graph for them"):
-        decoders.open_decoder(open_bundle(conformance_bundle), with_kernels=True)
+        decoders.open_decoder(open_bundle(conformance_bundle), products="kernels")
