@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 EXTRAS := cpu,export,train,calib,openvino,rtx,serve,benchmarks,dev
 
 # The demo model as far as it is trained
-READER := build/runs/convllava-smol/reader_more/final
+READER := build/runs/convllava-smol/reader_fifth/final
 
 PEERS := build/peers
 LLAMA_CPP := llama-cpp-python==0.3.36
@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard runtime/kernels/*.
 	touch $@
 
 demo: setup
-	test -d $(READER) || $(RUN) -m train.model.demo --unpack train/runs/convllava-smol/reader_more.safetensors $(READER)
+	test -d $(READER) || $(RUN) -m train.model.demo --unpack train/runs/convllava-smol/reader_fifth.safetensors $(READER)
 	$(RUN) -m export.encoder --checkpoint $(READER) --res 1536
 	$(RUN) -m export.bundle --checkpoint $(READER) --res 1536 --out build/bundle/pages
 	$(RUN) runtime/infer.py --bundle build/bundle/pages --image assets/board.png --prompt 'What is written for "Number"?'

@@ -69,6 +69,7 @@ COLUMNS = {
     "chain_vnni": CHAIN,
     "decode": DECODE,
     "decode_avx2": DECODE,
+    "decode_kernels24": DECODE,
     "decoder_graphs": [
         ("graph", "graph"),
         ("precision", "precision"),
@@ -209,7 +210,7 @@ COLUMNS = {
 # name -> which rows are shown, where the charts have them all
 SHOWN = {
     **dict.fromkeys(
-        ("decode", "decode_avx2"),
+        ("decode", "decode_avx2", "decode_kernels24"),
         lambda row: (
             (row["work"], row["batch"], row["context"])
             in {("prefill", 1, 640), ("decode", 1, 128), ("decode", 1, 640), ("decode", 1, 4096), ("decode", 8, 256)}

@@ -7,6 +7,7 @@ python -m runtime.serve --bundle DIR --check     what would be served, on what; 
 import argparse
 import ipaddress
 import math
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -70,17 +71,30 @@ def main() -> int:
 
     hosts = chosen.pop("allow_remote_images", [])
     settings = Settings.of(**chosen, allow_remote_images=",".join(hosts))
+    address = None if check else bound(host, port)  # a port in use is told before the model is loaded
     model = settings.load()
     print(described(model, settings.max_batch), file=sys.stdout if check else sys.stderr)
     if check:
         for row in engine_rows(model.bundle):
             print(row)
     else:
-        serve(settings, model, keys, host, port, stop_seconds)
+        serve(settings, model, keys, address, stop_seconds)
     return 0
 
 
-def serve(settings, model, keys: tuple[str, ...], host: str, port: int, stop_seconds: float) -> None:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address that does not listen yet. Raises UserError where it cannot be had."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise UserError(f"--host {host} --port {port}: {error.strerror}") from error
+    return found
+
+
+def serve(settings, model, keys: tuple[str, ...], address: socket.socket, stop_seconds: float) -> None:
     import uvicorn
 
     from runtime.serve.api import create_app
@@ -99,8 +113,8 @@ def serve(settings, model, keys: tuple[str, ...], host: str, port: int, stop_sec
 
     to_say_so = 5  # seconds
     patience = math.ceil(stop_seconds) + to_say_so
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=patience)
-    Server(config).run()
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=patience)
+    Server(config).run(sockets=[address])
 
 
 def described(model, slots: int) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -491,6 +492,15 @@ def test_check_says_what_would_be_served(conformance_bundle):
     assert server.process.returncode == 0
     assert "onnxruntime cpu fp32" in said
     assert "3 slots" in said
+
+
+def test_a_port_in_use_is_one_line(conformance_bundle):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        server = Process("--bundle", conformance_bundle, "--port", port)
+        _, error = server.process.communicate(timeout=WAIT)
+    assert server.process.returncode == 2
+    assert error == f"error: --host 127.0.0.1 --port {port}: Address already in use\n"
 
 
 @pytest.mark.parametrize(
