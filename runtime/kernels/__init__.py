@@ -25,7 +25,7 @@ def unavailable(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     if missing := NEEDED - processor_flags(cpuinfo):
         return f"the processor has no {', '.join(sorted(missing))}"
     if (found := library()) is None:
-        return "they were not built: pip install the package again with a C++ compiler at hand (-v shows what it says)"
+        return "they were not built: pip install --editable '.[cpu]' with a C++ compiler at hand (see -v)"
     try:
         ctypes.CDLL(str(found))
     except OSError as error:
