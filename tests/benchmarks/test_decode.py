@@ -29,6 +29,7 @@ def spec(conformance, conformance_bundle):
         "checkpoint": str(conformance / "checkpoint"),
         "threads": 1,
         "capacity": 64,
+        "products": "auto",
         "ids": ids,
         "hidden": 128,
     }
@@ -160,7 +161,7 @@ def test_no_peer_decodes_with_more_room_than_its_work():
             self.reserved.append(positions)
 
     peer = Noting()
-    work = Decoding(peer, {"ids": [0] * 64, "capacity": 64, "hidden": 2})
+    work = Decoding(peer, {"ids": [0] * 64, "capacity": 64, "products": "auto", "hidden": 2})
     for context in (20, 20, 40, 30, 30):
         work.decode(context, 4)
     assert peer.reserved == [25, 45, 35]
