@@ -317,7 +317,7 @@ def test_the_command_line_says_what_ran(conformance_bundle, picture):
     ("arguments", "mentions"),
     [
         (["--encoder", "torch"], ["torch", "auto, onnx, openvino, tensorrt"]),
-        (["--decoder", "openvino"], ["openvino", "auto, onnx, kernels, tensorrt"]),
+        (["--decoder", "openvino"], ["openvino", "auto, onnx, kernels, kernels24, tensorrt"]),
         (["--provider", "rocm"], ["rocm", "cpu, cuda, tensorrt, nv_tensorrt_rtx"]),
         (["--provider", "cuda"], ["cuda", "CPUExecutionProvider", ".[gpu]"]),
         (["--provider", "nv_tensorrt_rtx"], ["onnxruntime_ep_nv_tensorrt_rtx", "pip install"]),
