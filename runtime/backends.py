@@ -125,8 +125,8 @@ def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[
         return EngineDecoder(engine, devices.gpu), _chosen_engine(bundle, engine)
     decoder = open_decoder(bundle, wanted.threads, wanted.provider, devices.of_provider, wanted.decoder)
     if decoder.kernels:
-        runtime = f"onnxruntime with kernels{'24' * (decoder.activation_bits == 24)}"
-        return decoder, Chosen(runtime, wanted.provider, part.precision, part.kernels_file)
+        name = next(name for name, bits in KERNELS.items() if bits == decoder.activation_bits)
+        return decoder, Chosen(f"onnxruntime with {name}", wanted.provider, part.precision, part.kernels_file)
     would_help = wanted.decoder == "auto" and kernels_are_faster(part, wanted.provider)
     note = kernels_missing(bundle) if would_help else None
     return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file, note or "")

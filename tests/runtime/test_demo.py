@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 import runtime
-from runtime import kernels
 from runtime.answer import Answer
 from runtime.backends import Backends
 from runtime.cache import EmbedsCache
@@ -57,10 +56,9 @@ def alone(model, page):
     return found
 
 
+@pytest.mark.usefixtures("built")
 def test_4_bits_by_the_kernels_give_the_ids_of_float32_products(model, page, tmp_path):
     """`kernels24`, of the same weights, about the page and about nothing that is in it."""
-    if reason := kernels.unavailable():
-        pytest.skip(f"the kernels cannot run: {reason}")
     checkpoint, out = model.bundle.folder.parent / "checkpoint", tmp_path / "int4"
     options = ("--checkpoint", checkpoint, "--res", 320, "--decoder-precision", "int4", "--out", out)
     run_module("export.bundle", *options).check_returncode()

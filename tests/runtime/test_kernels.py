@@ -1,7 +1,6 @@
 """This project's operators against float64, against ONNX Runtime's MatMulNBits, and in the decoders that have them."""
 
 import itertools
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,16 +17,6 @@ from runtime.errors import UserError
 from runtime.session import open_session
 from runtime.slots import Slots
 from tests.conftest import run_module
-
-
-@pytest.fixture(scope="module")
-def built():
-    reason = kernels.unavailable()
-    if reason and (kernels.processor_flags() >= kernels.NEEDED) and shutil.which("c++"):
-        pytest.fail(f"there is a compiler, and yet {reason}")
-    if reason:
-        pytest.skip(f"the kernels cannot run: {reason}")
-
 
 needs_kernels = pytest.mark.usefixtures("built")
 INSTRUCTIONS = {"avx2": {"avx2"}, "avx_vnni": {"avx_vnni"}, "avx512_vnni": {"avx512vl", "avx512_vnni"}}
@@ -365,7 +354,9 @@ def test_a_decoder_is_as_near_to_float32_products_as_onnx_runtimes(bundle):
 def test_with_activations_in_24_bits_a_decoder_gives_the_ids_of_float32_products(bundle):
     """Each with its own ids, as they are used."""
     exact = decoders.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
-    ours = open_parts(bundle, Backends(decoder="kernels24")).decoder
+    parts = open_parts(bundle, Backends(decoder="kernels24"))
+    ours = parts.decoder
+    assert parts.decoder_chosen.runtime == "onnxruntime with kernels24"
     for seed in range(4):
         sequences, said = [decoder.start(256) for decoder in (exact, ours)], []
         prompt = np.random.default_rng(seed).integers(3, 400, 60).tolist()
