@@ -27,6 +27,8 @@ def main() -> int:
         recipe = read_recipe(args.recipe, args.overrides)
         recipe.accumulation(int(os.environ.get("WORLD_SIZE", "1")))
         run(recipe)
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         if not is_users(error):
             raise
@@ -42,13 +44,15 @@ def is_users(error: Exception) -> bool:
     """Whether the user can put it right. Such an error is one line, without a traceback."""
     if isinstance(error, RecipeError):
         return True
+    from safetensors import SafetensorError
+
     from train.loop import DivergedError
     from train.model import CheckpointError
     from train.model.tokenizer_files import TokenizerError
     from train.report import NothingLearnt, TooManySkipped
 
     kinds = CheckpointError | DivergedError | NothingLearnt | OSError | TokenizerError | TooManySkipped
-    return isinstance(error, kinds)
+    return isinstance(error, kinds | SafetensorError)  # the last for a full disk
 
 
 def run(recipe: Recipe) -> None:
@@ -57,11 +61,13 @@ def run(recipe: Recipe) -> None:
 
     out = Path(recipe.out)
     state.check_same_run(out, recipe)
-    if state.is_finished(out):
-        print(f"{out / 'final'}: this run has finished")
-        return
     world = distributed.join()
     try:
+        state.check_same_folder(out, world)
+        if state.is_finished(out):
+            if world.main:
+                print(f"{out / 'final'}: this run has finished")
+            return
         loop.seed_everything(recipe.seed)  # the same on every process: new weights are drawn from it
         loop.train(make_task(recipe, world), recipe, world)
     finally:

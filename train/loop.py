@@ -268,9 +268,9 @@ def place(model: nn.Module, recipe: Recipe, world: World, compute: torch.dtype) 
     sharded = recipe.fsdp and world.size > 1
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad or sharded else compute)
-    model.to(world.device)
-    if sharded:
+    if sharded:  # before the rest is moved: a device need not hold the whole model
         shard(model, world, compute)
+    model.to(world.device)
     model.train()
 
 

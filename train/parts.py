@@ -11,30 +11,23 @@ Where several of a recipe's parts hold a parameter, the one that comes first in 
 several `encoder.stages.N`, the one with the highest N.
 """
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from train.recipe import Recipe, RecipeError
+from train.recipe import FROM_STAGE, Recipe, RecipeError
 
-NAMES = ("projector", "fifth_stage", "encoder.stages.N", "encoder", "language_model")
 _PREFIX = {"projector": "image_encoder.projector.", "encoder": "image_encoder.encoder.", "language_model": "decoder."}
-_FROM_STAGE = re.compile(r"encoder\.stages\.(\d+)")
 _STAGE = re.compile(r"image_encoder\.encoder\.stages\.(\d+)\.")
 
 
 def check_parts(train: Iterable[str], stages: int, projector: str) -> None:
     """Raises RecipeError for a part that there is none of in a model with `stages` stages and such a projector."""
     for part in train:
-        if match := _FROM_STAGE.fullmatch(part):
-            if int(match[1]) >= stages:
-                raise RecipeError(f"train: {part}, but this encoder has {stages} stages, the last is {stages - 1}")
-        elif part not in NAMES or part == "encoder.stages.N":
-            near = difflib.get_close_matches(part, NAMES, n=1, cutoff=0.0)[0]
-            raise RecipeError(f"train: unknown part {part}; the nearest is {near}")
+        if (match := FROM_STAGE.fullmatch(part)) and int(match[1]) >= stages:
+            raise RecipeError(f"train: {part}, but this encoder has {stages} stages, the last is {stages - 1}")
     if "fifth_stage" in train and stages < 5:
         raise RecipeError(
             f"train: fifth_stage, but this encoder has {stages} stages; give it one with encoder.fifth_stage, or "
@@ -76,12 +69,12 @@ def _holds(part: str, name: str) -> bool:
     stage = int(match[1]) if (match := _STAGE.match(name)) else None
     if part == "fifth_stage":
         return stage == 4
-    if match := _FROM_STAGE.fullmatch(part):
+    if match := FROM_STAGE.fullmatch(part):
         return stage is not None and stage >= int(match[1])
     return name.startswith(_PREFIX[part])
 
 
 def _precedence(part: str) -> int:
     """Lower is closer."""
-    match = _FROM_STAGE.fullmatch(part)
+    match = FROM_STAGE.fullmatch(part)
     return -int(match[1]) if match else {"fifth_stage": -5, "encoder": 1}.get(part, 0)

@@ -7,6 +7,7 @@ Paths in a recipe are relative to the folder the command runs in, as they are on
 
 import difflib
 import math
+import re
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ ASPECTS = ("pad", "any")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 TEMPLATES = ("vicuna_v1", "plain", "chatml")
+PARTS = ("projector", "fifth_stage", "encoder.stages.N", "encoder", "language_model")  # see `train.parts`
+FROM_STAGE = re.compile(r"encoder\.stages\.(\d+)")
+PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d*x_gelu")
 # What tasks on rendered documents do not look at
 CONVERSATION_KEYS = (
     *("data", "resolution", "aspect", "template", "system", "max_length"),
@@ -203,6 +207,10 @@ class Recipe:
             raise RecipeError("checkpoint: has an encoder and a language_model; remove it, or those two keys")
         if self.checkpoint is None and not (self.encoder and self.language_model):
             raise RecipeError("checkpoint: missing; give one to start from, or both encoder and language_model")
+        if not PROJECTOR.fullmatch(self.projector):
+            raise RecipeError(f"projector: {self.projector!r}, expected linear, mlpNx_gelu or identity")
+        if self.checkpoint is not None and self.projector != "mlp2x_gelu":
+            raise RecipeError(f"projector: {self.projector}, but checkpoint has one; remove the key")
         if self.encoder:
             given = [key for key in ("pretrained", "timm", "variant") if getattr(self.encoder, key)]
             if len(given) != 1:
@@ -218,6 +226,10 @@ class Recipe:
     def _check_parts(self) -> None:
         if not self.train:
             raise RecipeError("train: no parts, so that nothing would change")
+        for part in self.train:
+            if part == "encoder.stages.N" or not (part in PARTS or FROM_STAGE.fullmatch(part)):
+                near = difflib.get_close_matches(part, PARTS, n=1, cutoff=0.0)[0]
+                raise RecipeError(f"train: unknown part {part}; the nearest is {near}")
         for part in self.learning_rates:
             if part not in self.train:
                 raise RecipeError(

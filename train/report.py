@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from train.recipe import Recipe
-from train.state import Progress
+from train.state import Progress, write_atomically
 
 if TYPE_CHECKING:
     from train.loop import StepResult
@@ -147,4 +147,4 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 def _forget_after(file: Path, step: int) -> None:
     kept = [row for row in _rows(file) if row["step"] <= step]
     if file.is_file():
-        file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in kept))

@@ -58,9 +58,11 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def check_same_run(out: Path, recipe: Recipe) -> None:
-    """Raises RecipeError, naming the keys, where `out` holds a run of another recipe."""
+    """Raises RecipeError where `out` holds a run of another recipe, naming the keys, or weights of no run."""
     file = out / "recipe.json"
     if not file.is_file():
+        if is_finished(out):
+            raise RecipeError(f"out: {out / 'final'} is of no run, as {file} is missing; give another out")
         return
     if keys := differences(json.loads(file.read_text(encoding="utf-8")), recipe.to_dict()):
         raise RecipeError(
@@ -71,6 +73,13 @@ def check_same_run(out: Path, recipe: Recipe) -> None:
 
 def is_finished(out: Path) -> bool:
     return (out / "final").is_dir()
+
+
+def check_same_folder(out: Path, world: World) -> None:
+    """Raises RecipeError where processes find other checkpoints, as on machines that do not share `out`."""
+    found = world.gather(sorted(folder.name for folder in [*out.glob("step-*"), *out.glob("final")]))
+    if any(names != found[0] for names in found):
+        raise RecipeError(f"out: {out} is not the same folder for all processes; give one that all machines share")
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Run:
             for leftover in self.out.glob(f"*{PARTIAL}"):
                 shutil.rmtree(leftover)
             self.out.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.out / "recipe.json", json.dumps(self.recipe.to_dict(), indent=2) + "\n")
+            write_atomically(self.out / "recipe.json", json.dumps(self.recipe.to_dict(), indent=2) + "\n")
         self.world.barrier()
         folders = checkpoints(self.out)
         if not folders:
@@ -117,8 +126,8 @@ class Run:
                 {name: weights[name].detach().cpu().contiguous() for name in sorted(trained)},
                 training / "trainable.safetensors",
             )
-            torch.save(optimizer, training / "optimizer.pt")
-            torch.save(generators, training / "random.pt")
+            _save(optimizer, training / "optimizer.pt")
+            _save(generators, training / "random.pt")
             text = json.dumps(asdict(progress) | {"recipe": self.recipe.to_dict()}, indent=2)
             (training / "progress.json").write_text(text + "\n", encoding="utf-8")
             _publish(partial, folder)
@@ -175,6 +184,14 @@ def _publish(partial: Path, folder: Path) -> None:
     _flush(folder.parent)
 
 
+def _save(value: Any, file: Path) -> None:
+    """torch.save. Raises OSError where there is no room, which torch says in a RuntimeError of many lines."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise OSError(f"{file}: could not be written; is the disk full? ({str(error).splitlines()[0]})") from error
+
+
 def _remove(folder: Path) -> None:
     """Take the name away first: a folder under its own name is whole."""
     leftover = folder.with_name(folder.name + PARTIAL)
@@ -182,7 +199,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(leftover)
 
 
-def _write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".new")
     partial.write_text(text, encoding="utf-8")
     _flush(partial)

@@ -1,6 +1,7 @@
 """The accuracy benchmark: what it asks, how it scores, what it writes."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from PIL import Image
@@ -60,6 +61,20 @@ def test_a_row_is_the_mean_over_its_questions(model, monkeypatch):
     assert row.exact_match == pytest.approx(1 / 3, abs=1e-4)
     assert row.iou50 == pytest.approx(1 / 3, abs=1e-4)
     assert row.anls_by_kind == {"field": 0.0, "total": 0.9}
+
+
+def test_what_was_not_asked_has_no_mean(model, tmp_path):
+    row = measure(model, 256, "test", 2, 0, kinds=["ground"])
+    assert (row.anls, row.exact_match, row.questions, row.grounding_questions) == (None, None, 2, 2)
+    assert 0 <= row.iou50 <= 1
+    accuracy.plot([asdict(row)], tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size
+
+
+def test_no_questions_are_refused_before_the_bundle_is_read():
+    done = run_module("benchmarks.accuracy", "--bundle", "nowhere", "--questions", 0)
+    assert done.returncode == 2
+    assert "argument --questions: 0, expected at least 1" in done.stderr
 
 
 def test_the_command_writes_a_row_for_each_resolution_and_split(conformance_bundle, tmp_path):

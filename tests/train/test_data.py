@@ -216,7 +216,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path: Path):
 
 
 def says(*messages: str, image: object = None, roles: str = "hg") -> dict:
-    names = {"h": "human", "g": "gpt", "s": "system"}
+    names = {"h": "human", "g": "gpt", "s": "system", "u": "user", "a": "assistant"}
     talk = [{"from": names[roles[i % len(roles)]], "value": value} for i, value in enumerate(messages)]
     return {"id": "7", "conversations": talk} | ({} if image is None else {"image": image})
 
@@ -246,6 +246,8 @@ def test_turns_are_the_originals(record: dict, turns: list[Turn]):
         (says("q", "a", "q"), "roles are human, gpt, human"),
         (says("q", "q", roles="h"), "roles are human, human"),
         (says("a", roles="g"), "roles are none"),
+        (says("Answer in French.", "q", "a", roles="shg"), "roles are system, human, gpt; expected human and gpt"),
+        (says("q", "a", roles="ua"), "roles are user, assistant; expected human and gpt"),
         (says("q", " "), "an empty answer"),
         (says("q", "a <image>", image="a.png"), "<image> in an answer"),
         (says("<image> q", "a"), r"1 <image> placeholder\(s\) for 0 image"),
@@ -505,6 +507,11 @@ def test_datasets_are_mixed_by_weight():
         assert counts[:10].min() == 2 and counts[:10].max() == 3
         assert set(counts[10:20]) == {1}
     assert first.tolist() != second.tolist()
+
+
+def test_a_weight_that_leaves_nothing_of_a_dataset_is_refused():
+    with pytest.raises(ValueError, match=r"\[1\]\.weight: 0\.04 leaves none of 10 records"):
+        Sampler(np.ones(20, np.int64), [(10, 1.0), (10, 0.04)], 4, 0)
 
 
 def test_tensors_are_what_the_model_takes(conformance: Path, tmp_path: Path, rule: ImageRule):

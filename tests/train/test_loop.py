@@ -6,16 +6,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from train import loop, report
+from train import __main__ as command
+from train import loop, report, state
 from train.distributed import World
-from train.recipe import Recipe
+from train.recipe import Recipe, RecipeError
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -201,6 +204,37 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path):
     run(recipe_for(tmp_path, save_every=2, keep=3))
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000006", "step-000008", "step-000010"]
     assert not (tmp_path / "final/training").exists()
+
+
+def test_weights_of_no_run_are_not_taken_for_its_end(tmp_path: Path):
+    (tmp_path / "final").mkdir()
+    with pytest.raises(RecipeError, match=r"final is of no run, as .*recipe.json is missing; give another out"):
+        state.check_same_run(tmp_path, recipe_for(tmp_path))
+
+
+def test_processes_that_find_other_checkpoints_do_not_begin(tmp_path: Path, monkeypatch):
+    """As on two machines with a disk each, of which one has what was written before the run was killed."""
+    (tmp_path / "here/step-000100").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(World, "gather", lambda _, value: [value, []])
+    state.check_same_folder(tmp_path / "there", ALONE)
+    with pytest.raises(RecipeError, match=r"out: .*here is not the same folder for all processes"):
+        state.check_same_folder(tmp_path / "here", ALONE)
+
+
+def test_a_full_disk_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, capsys):
+    """What torch.save raises for one is a RuntimeError; what safetensors raises is its own."""
+    save, recipe = torch.save, recipe_for(tmp_path, save_every=1)
+    monkeypatch.setattr(torch, "save", lambda value, _: save(value, "/dev/full"))
+    with pytest.raises(OSError, match=r"step-000001.partial/training/optimizer.pt: could not be written; is the disk"):
+        run(recipe)
+    full = safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+    for error, status in ((full, 2), (OSError("no room"), 2), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(command, "run", Mock(side_effect=error))
+        monkeypatch.setattr(command, "read_recipe", lambda *_: recipe)
+        monkeypatch.setattr(sys, "argv", ["train", "recipe.yaml"])
+        assert command.main() == status
+        assert capsys.readouterr().err.splitlines()[-1:] == ([f"error: {error}"] if status == 2 else [])
 
 
 def test_too_many_malformed_records_end_the_run(tmp_path: Path):

@@ -72,6 +72,13 @@ def test_overrides_are_yaml_and_may_be_dotted(file: Path):
         (["precision=fp8"], "precision: 'fp8', expected one of auto, fp32, bf16"),
         (["micro_batch=0"], "micro_batch: 0, expected at least 1"),
         (["train=[]"], "train: no parts"),
+        (["train=[projectr]"], "train: unknown part projectr; the nearest is projector"),
+        (["train=[encoder.stages.N]"], "train: unknown part encoder.stages.N"),
+        (["projector=linear"], "projector: linear, but checkpoint has one; remove the key"),
+        (
+            ["checkpoint=null", "language_model=a", "encoder={timm: b}", "projector=mlp"],
+            "projector: 'mlp', expected linear",
+        ),
         (["data=[]"], "data: missing"),
         (["data=[{records: a, weight: 0}]"], "data: a: weight: 0.0, expected more than 0"),
         (["data=[{records: a, weight: .inf}]"], "data: a: weight: inf, expected a finite number, more than 0"),
@@ -154,8 +161,6 @@ def test_parts_that_there_are_none_of_are_refused():
         ("fifth_stage", 4, "linear", "train: fifth_stage, but this encoder has 4 stages"),
         ("encoder.stages.4", 4, "linear", "encoder has 4 stages, the last is 3"),
         ("projector", 5, "identity", "the identity, which has no weights"),
-        ("projectr", 5, "linear", "unknown part projectr; the nearest is projector"),
-        ("encoder.stages.N", 5, "linear", "unknown part"),
     ):
         with pytest.raises(RecipeError, match=message):
             check_parts([part], stages, projector)

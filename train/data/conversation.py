@@ -80,7 +80,7 @@ def images_of(record: dict[str, Any]) -> list[str]:
 def turns_of(record: dict[str, Any]) -> list[Turn]:
     """A record's questions and answers, alternating. Raises MalformedError.
 
-    As in the original, a first message that is not the human's is left out, and a question's only placeholder goes in
+    As in the original, a first message that is the model's is left out, and a question's only placeholder goes in
     front of it, on a line of its own. Several in one question stay where they are.
     """
     messages = record.get("conversations")
@@ -91,7 +91,7 @@ def turns_of(record: dict[str, Any]) -> list[Turn]:
             raise MalformedError("a message has no text; expected keys 'from' and 'value'")
         if _SURROGATE.search(message["value"]):
             raise MalformedError("a lone surrogate, which no encoding can represent")
-    if messages[0].get("from") != "human":
+    if messages[0].get("from") == "gpt":
         messages = messages[1:]
     roles = [message.get("from") for message in messages]
     if not roles or roles != ["human", "gpt"] * (len(roles) // 2):

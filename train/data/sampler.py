@@ -13,14 +13,15 @@ class Sampler:
 
     lengths: for each record, its length in any unit; negative for one without image. Never 0.
     datasets: for each dataset, (number of records, weight), in the order of `lengths`. weight: see `recipe.Records`.
-    Raises ValueError where weights leave no record.
+    Raises ValueError where a weight leaves no record.
     """
 
     def __init__(self, lengths: np.ndarray, datasets: list[tuple[int, float]], global_batch: int, seed: int):
         self._lengths, self._datasets, self._batch, self._seed = lengths, datasets, global_batch, seed
+        for number, (count, weight) in enumerate(datasets):
+            if not round(count * weight):
+                raise ValueError(f"[{number}].weight: {weight} leaves none of {count} records")
         drawn = sum(round(count * weight) for count, weight in datasets)
-        if not drawn:
-            raise ValueError("no record is left by these weights")
         self.steps_in_epoch = -(-drawn // global_batch)
 
     def epoch(self, number: int) -> list[np.ndarray]:
