@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 EXTRAS := cpu,export,train,calib,openvino,rtx,serve,benchmarks,dev
 
 # The demo model as far as it is trained
-READER := build/runs/convllava-smol/reader_fifth/final
+READER := build/carried/reader_fifth
 
 PEERS := build/peers
 LLAMA_CPP := llama-cpp-python==0.3.36

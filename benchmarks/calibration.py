@@ -49,7 +49,7 @@ from runtime.encoder import OnnxEncoder, OpenVinoEncoder
 from runtime.tokenizer import Tokenizer
 
 RUN, PRESET, RES = "reader_fifth", "figures-320", 320
-CHECKPOINT, BUNDLE = BUILD / "runs" / "convllava-smol" / RUN / "final", BUILD / "bundle" / f"{RUN}-{RES}"
+CHECKPOINT, BUNDLE = BUILD / "carried" / RUN, BUILD / "bundle" / f"{RUN}-{RES}"
 INT8 = BUILD / "bundle" / f"{BUNDLE.name}-int8.onnx"  # this project's encoder, for the parts after the first
 PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 320, 64, 128, 9, 1536
 SEARCHED, BUDGET = 64, 1  # of the bundle that a user would make
