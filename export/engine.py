@@ -263,7 +263,8 @@ def describe(engine: Path, report: dict) -> str:
         f"{report['build_seconds']} s, {ran}",
         f"on {report['target']}: {report['trtexec']}",
     ]
-    for run_ in validation["runs"] if validation else ():
+    timed = validation.get("latency") if validation else None
+    for run_ in [*validation["runs"], *(timed["runs"] if timed else ())] if validation else ():
         lines.append(f"  {describe_run(run_)}")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ import torch
 from export import decoder as decoder_export
 from export import encoder as encoder_export
 from export.cli import Difference, compare, open_checkpoint, report, run
+from runtime.backends import Backends
 from runtime.errors import UserError
 from runtime.model import Model, Options, Result, Trace, load
 from runtime.prompt import first_turn
@@ -69,7 +70,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.checkpoint)
-    model = load(args.bundle)
+    model = load(args.bundle, backends=Backends(encoder="onnx"))  # an engine has other bounds
     _check_same_shape(model, checkpoint)
     reference = load_model(checkpoint)
     exact = model.bundle.encoder.precision == model.bundle.decoder.precision == "fp32"

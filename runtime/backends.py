@@ -48,6 +48,8 @@ class Backends:
             raise UserError(f"unknown precision {self.encoder_precision!r}, expected one of {', '.join(PRECISIONS)}")
         if self.encoder_precision == "bf16" and self.encoder != "openvino":
             raise UserError("precision bf16 is OpenVINO's: --encoder openvino")
+        if self.encoder_precision == "fp32" and self.encoder == "tensorrt":
+            raise UserError("precision fp32 is no engine's, which compute in fp16, int8 or fp8: --encoder onnx")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise UserError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
 

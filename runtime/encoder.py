@@ -75,7 +75,7 @@ class OpenVinoEncoder:
 
     precision: of the computation. OpenVINO takes bf16 by itself where the processor has it, at a relative error of
     about 6e-3; here it computes in float32 unless bf16 is asked for.
-    Raises UserError where OpenVINO is not installed or cannot open the graph.
+    Raises UserError where OpenVINO is not installed, cannot open the graph or does not compute in that precision here.
     """
 
     device = Cpu()
@@ -92,6 +92,10 @@ class OpenVinoEncoder:
             compiled = openvino.Core().compile_model(str(file), "CPU", hints)
         except RuntimeError as error:
             raise UserError(f"{file}: OpenVINO {openvino.__version__} cannot open it: {error}") from error
+        if precision == "bf16" and compiled.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
+            raise UserError(
+                "precision bf16: this processor has none, and OpenVINO would compute in float32 in its place"
+            )
         self._request = compiled.create_infer_request()
         self._dtype = compiled.input(0).get_element_type().to_dtype()
 

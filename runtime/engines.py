@@ -81,7 +81,8 @@ def choose_engine(
         raise UserError(
             f"{bundle.folder}: no {precision} {part} engine for {target or 'a GPU'}; there: {there}; "
             f"the GPU: {target or no_gpu}; build one: python -m export.engine --bundle {bundle.folder} --part {part} "
-            f"--precision {precision} --flavour {flavour} --target {target or 'sm89'}"
+            f"--precision {precision} --flavour {flavour} "
+            f"--target {'current' if flavour == 'tensorrt' else target or 'sm89'}"
         )
     problems = []
     for engine in fitting:

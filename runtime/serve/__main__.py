@@ -41,7 +41,9 @@ def parse() -> argparse.Namespace:
     )
     settings.add_argument("--allow-remote-images", nargs="+", metavar="HOST", help="images may come from")
     settings.add_argument("--max-images", type=int, metavar="N", help="of a request; default: 8")
-    settings.add_argument("--max-image-bytes", type=int, metavar="N", help="default: 20 MiB")
+    settings.add_argument(
+        "--max-image-bytes", type=int, metavar="N", help="default: 20 MiB; a body may have 64 MiB, or what one needs"
+    )
     settings.add_argument("--max-image-pixels", type=int, metavar="N", help="default: 50 million")
     settings.add_argument("--max-output", type=int, metavar="N", help="new tokens of an answer; default: 4096")
     settings.add_argument("--timeout", type=float, metavar="S", help="seconds that a request may take; default: 300")

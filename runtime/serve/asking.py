@@ -290,7 +290,7 @@ def _as_api_errors(engine: Engine) -> Iterator[None]:
 def _api_error(failed: Failed) -> ApiError:
     if failed.reason == "request":
         return ApiError(400, str(failed), param="messages")
-    status = {"deadline": 504, "stopping": 503, "crash": 500}[failed.reason]
+    status = {"deadline": 504, "stopping": 503, "numbers": 500, "crash": 500}[failed.reason]
     return ApiError(status, str(failed), "server_error", code=failed.reason)
 
 

@@ -40,7 +40,7 @@ class Busy(Exception):
 
 class Failed(Exception):
     """A request that cannot be answered any more. reason: `request` (the message says what is wrong with it),
-    `deadline`, `stopping` or `crash`."""
+    `deadline`, `stopping`, `numbers` (the model computed none for it) or `crash`."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -265,6 +265,7 @@ class Engine:
     def _decode_forever(self) -> None:
         while not self._ended.is_set():
             self._drop_the_gone()
+            self._pass_the_encoder_by()
             self._hand_to_encoder()
             self._admit()
             if self._active:
@@ -300,6 +301,20 @@ class Engine:
         self._observer.finished("cancelled" if request.cancelled else "deadline")
         if not request.cancelled:
             request.sink(Failed("deadline", "the request has reached its deadline"))
+
+    def _pass_the_encoder_by(self) -> None:
+        """Requests without an image that is to be encoded do not wait for those with one."""
+        with self._lock:
+            known = [r for r in self._waiting if all(picture.embeds is not None for picture in r.pictures)]
+            if not known:
+                return
+            found = {id(request): {picture.key: picture.embeds for picture in request.pictures} for request in known}
+            self._waiting = deque(request for request in self._waiting if id(request) not in found)
+            self._ready.extend((request, *_named(request, found[id(request)])) for request in known)
+            for request in known:
+                request.pictures = []
+        for _ in [key for embeds in found.values() for key in embeds]:
+            self._observer.cache(True)
 
     def _hand_to_encoder(self) -> None:
         """The next requests go to the encoder's thread, unless that has some, or a prompt would wait for it."""
@@ -410,7 +425,7 @@ class Engine:
         request.sink(Token(token, text, logprob, answer.finish_reason))
 
     def _fail(self, request: Request, error: UserError) -> None:
-        reason = "crash" if isinstance(error, NoNumbersError) else "request"
+        reason = "numbers" if isinstance(error, NoNumbersError) else "request"
         self._observer.finished(reason)
         request.sink(Failed(reason, str(error)))
 

@@ -118,7 +118,7 @@ class ChatRequest(_Part):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -176,7 +176,8 @@ def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str
     System messages are joined; questions that follow one another are one. A message's images come before its text, as
     in training. Raises ApiError where the messages are no conversation that ends with a question.
     """
-    system = "\n".join(message.text for message in messages if message.role in ("system", "developer"))
+    told = [message.text for message in messages if message.role in ("system", "developer")]
+    system = "\n".join(told) if told else None  # an empty one is not the template's
     turns: list[tuple[str, list[Message]]] = []
     for message in messages:
         if message.role in ("user", "assistant"):
@@ -201,7 +202,7 @@ def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str
         if pieces:
             pieces.append(next_turn(template, text, len(images)))
         else:
-            pieces.append(first_turn(template, text, len(images), system or None))
+            pieces.append(first_turn(template, text, len(images), system))
     return "".join(pieces), urls
 
 

@@ -22,7 +22,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from runtime.serve.api import add_page, error_response, model_card, new_app
-from runtime.serve.asking import Limits, check_model
+from runtime.serve.asking import GRACE, Limits, check_model
 from runtime.serve.bodies import Bodies
 from runtime.serve.protocol import ApiError, busy
 from runtime.serve.settings import Settings as ServerSettings
@@ -44,7 +44,7 @@ class Settings(ServerSettings):
     api_key_file: str | None = None
 
 
-@serve.deployment(health_check_period_s=2, health_check_timeout_s=30, graceful_shutdown_timeout_s=30)
+@serve.deployment(health_check_period_s=2, health_check_timeout_s=30)
 class Replica:
     """One engine. Its answers are streams whose first item says what kind of answer follows."""
 
@@ -108,6 +108,7 @@ def build(args: dict[str, str]) -> serve.Application:
         autoscaling_config=scaling,
         max_ongoing_requests=settings.max_batch + settings.max_queue,
         max_queued_requests=settings.max_queue,  # at the ingress, while every replica has so many
+        graceful_shutdown_timeout_s=settings.timeout + GRACE,  # what it has begun is finished
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
     return _ingress(keys, settings.limits).bind(replica.bind(settings))
@@ -116,7 +117,9 @@ def build(args: dict[str, str]) -> serve.Application:
 def _ingress(keys: tuple[str, ...], limits: Limits) -> serve.Deployment:
     app = new_app(keys)
 
-    @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+    @serve.deployment(
+        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, graceful_shutdown_timeout_s=limits.seconds + GRACE
+    )
     @serve.ingress(app)
     class Ingress:
         """HTTP in front of the replicas."""

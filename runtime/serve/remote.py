@@ -89,6 +89,7 @@ class Fetcher:
         watch.daemon = True
         watch.start()
         connection = http.client.HTTPConnection(host, port)
+        connection.default_port = PORTS[parts.scheme]  # which the header Host does not name
         connection.sock = sock
         try:
             if tls:

@@ -1,8 +1,9 @@
 """What a server may be told, and what is built from it, for `python -m runtime.serve` and for Ray's replicas."""
 
+import re
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from runtime.backends import MAX_THREADS, Backends
 from runtime.errors import UserError
@@ -11,6 +12,8 @@ from runtime.serve.asking import Asking, Limits
 from runtime.serve.engine import Engine
 from runtime.serve.metrics import Metrics
 from runtime.serve.remote import Fetcher
+
+MORE = 1 << 20  # bytes of a body beside its image
 
 
 class Settings(BaseModel):
@@ -36,6 +39,14 @@ class Settings(BaseModel):
     max_output: PositiveInt = Limits.output_tokens
     timeout: float = Field(default=Limits.seconds, gt=0, allow_inf_nan=False)
 
+    @field_validator("allow_remote_images")
+    @classmethod
+    def _hosts(cls, value: str) -> str:
+        for host in filter(None, value.split(",")):
+            if re.search(r"[\s/]", host):
+                raise ValueError(f"{host!r} is no host: example.com or example.com:8443 is expected")
+        return value
+
     @classmethod
     def of(cls, **values: Any) -> Self:
         """Raises UserError, one line that names the option, for a value that is none."""
@@ -48,7 +59,9 @@ class Settings(BaseModel):
 
     @property
     def limits(self) -> Limits:
+        in_base64 = 4 * self.max_image_bytes // 3
         return Limits(
+            body_bytes=max(Limits.body_bytes, in_base64 + MORE),
             image_bytes=self.max_image_bytes,
             image_pixels=self.max_image_pixels,
             images=self.max_images,

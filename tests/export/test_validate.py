@@ -125,6 +125,22 @@ class Runner:
         return {"image_embeds": self._session.run(None, feeds)[0] * (1 + self._error)}
 
 
+@pytest.mark.parametrize(("error", "good"), [(0.0, True), (0.5, False)])
+def test_a_tool_that_passes_is_no_proof_of_the_outputs(engine, graph, tmp_path, monkeypatch, error, good):
+    monkeypatch.setenv("PATH", put_tool(tmp_path, "tensorrt_rtx", PASSED))
+    monkeypatch.setattr(validate, "present_gpu", lambda: "sm89")
+    monkeypatch.setattr(validate, "polygraphy_runners", lambda *_: (Runner(graph, error), Runner(graph)))
+    if not good:
+        with pytest.raises(ParityError, match="relative error"):
+            validate.validate(engine, graph)
+        assert read_report(engine)["executed"] is False
+        return
+    validation = validate.validate(engine, graph)
+    assert (validation["tool"], validation["latency"]["tool"]) == ("polygraphy", "tensorrt_rtx")
+    assert [run["latency_ms"]["median"] for run in validation["latency"]["runs"]] == [1.4] * 5
+    assert read_report(engine)["validation"] == validation
+
+
 @pytest.mark.parametrize(("error", "good"), [(0.0, True), (0.01, True), (0.1, False), (float("nan"), False)])
 def test_polygraphy_compares_at_the_corners_where_there_is_a_gpu_alone(engine, graph, monkeypatch, error, good):
     found, reference = Runner(graph, error), Runner(graph)
@@ -185,8 +201,9 @@ def test_an_fp8_engine_is_compared_with_the_fp8_graph(engine, graph, tmp_path):
     assert 1e-2 < error < 0.2, "weights and activations are rounded to three bits of mantissa"
 
 
-def test_another_gpu_is_no_place_to_run_it(engine, graph, monkeypatch, capsys):
-    monkeypatch.setattr(trtexec, "on_path", lambda flavour: False)
+@pytest.mark.parametrize("tool", [False, True])
+def test_another_gpu_is_no_place_to_run_it(engine, graph, monkeypatch, capsys, tool):
+    monkeypatch.setattr(trtexec, "on_path", lambda flavour: tool)
     monkeypatch.setattr(validate, "present_gpu", lambda: "sm120")
     assert validate.validate(engine, graph) is None
     assert "the GPU here is sm120, not sm89" in capsys.readouterr().err

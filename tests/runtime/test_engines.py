@@ -64,6 +64,8 @@ def test_none_fitting_says_what_is_there_and_what_builds_one(bundle):
         assert said in str(error.value)
     assert f"python -m export.engine --bundle {bundle.folder} --part encoder" in str(error.value)
     assert "--target sm89" in str(error.value)
+    with pytest.raises(UserError, match="--flavour tensorrt --target current"):  # it builds for no other
+        choose(bundle, versions={"tensorrt": "1.0"})
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"an eng", "truncated"), (b"another:)", "altered"), (b"", "truncated")])

@@ -201,6 +201,36 @@ def test_images_that_wait_are_encoded_together_on_a_gpu(model, alone, monkeypatc
     engine.stop(WAIT)
 
 
+def test_what_needs_no_encoding_does_not_wait_for_it(model, engine, alone, monkeypatch):
+    """New pages wait in a row; a question without an image, and one about a page that was seen, are answered first."""
+    seen = asked(model, 0)
+    engine.submit(seen.request)
+    assert seen.ids() == alone[0][0]
+    text, again = asked(model, 1), asked(model, 0)
+    again.request.pictures[0].condense()
+    encode, begun, blocked = model.encoder, threading.Event(), threading.Event()
+
+    def encoding(images):
+        begun.set()
+        assert blocked.wait(WAIT)
+        return encode(images)
+
+    encoding.device = encode.device
+    monkeypatch.setattr(model, "encoder", encoding)
+    pages = [Asked(model, "What is this?", [picture(seed)]) for seed in (21, 22)]
+    engine.submit(*(page.request for page in pages))
+    assert begun.wait(WAIT)
+    engine.submit(text.request, again.request)
+    try:
+        assert (text.ids(), again.ids()) == (alone[1][0], alone[0][0])
+        assert not any(page.said.qsize() for page in pages)
+    finally:
+        blocked.set()
+    for page, seed in zip(pages, (21, 22), strict=True):
+        *_, last = model.generate([picture(seed)], "What is this?", Options(max_new_tokens=12))
+        assert page.ids() == last.result.token_ids
+
+
 def test_an_image_that_cannot_be_encoded_fails_its_request_alone(model, alone, monkeypatch):
     monkeypatch.setattr(engines, "Cpu", type(None))
     engine = Engine(model, slots=3)
@@ -240,7 +270,7 @@ def test_embeds_that_are_no_numbers_fail_their_greedy_request_alone(model, engin
     broken.request.pictures[0].embeds = np.full((broken.request.pictures[0].tokens, 128), np.nan, np.float32)
     engine.submit(whole.request, broken.request, other.request)
     (failed,) = broken.tokens()
-    assert (failed.reason, str(failed)) == ("crash", str(NoNumbersError()))
+    assert (failed.reason, str(failed)) == ("numbers", str(NoNumbersError()))
     assert (whole.ids(), other.ids()) == (alone[1][0], alone[4][0])
     again = Asked(model, "What is this?", [picture(9)])
     engine.submit(again.request)
@@ -321,7 +351,7 @@ def test_stopping_finishes_what_is_under_way(model, alone):
 
 def test_stopping_fails_what_takes_too_long(model):
     engine = Engine(model, slots=1)
-    running, waiting = asked(model, ENDLESS, limit=4000), asked(model, 1)
+    running, waiting = asked(model, ENDLESS, limit=4000), asked(model, 4)
     engine.submit(running.request, waiting.request)
     running.said.get(timeout=WAIT)
     engine.stop(0)

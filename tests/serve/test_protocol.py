@@ -5,7 +5,7 @@ import base64
 import pytest
 from pydantic import ValidationError
 
-from runtime.prompt import CHATML, VICUNA_V1
+from runtime.prompt import CHATML, VICUNA_V1, first_turn
 from runtime.serve.protocol import ApiError, ChatRequest, conversation, image_bytes
 
 USER = {"role": "user", "content": "What is this?"}
@@ -44,6 +44,7 @@ def test_unknown_fields_are_ignored_and_what_asks_for_nothing_is_taken():
         ("temperature", "hot"),
         ("top_p", 0),
         ("top_p", 1.5),
+        ("top_p", float("nan")),
         ("n", 0),
         ("n", 9),
         ("max_tokens", 0),
@@ -91,6 +92,11 @@ def test_a_conversation_is_rendered_as_in_training():
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
         "<|im_start|>assistant\nA page.<|im_end|>\n<|im_start|>user\nAnd its date?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_an_empty_system_text_is_none_and_not_the_template_s():
+    prompt, _ = conversation(messages({"role": "system", "content": ""}, USER), VICUNA_V1)
+    assert prompt == first_turn(VICUNA_V1, USER["content"], 0, "") != first_turn(VICUNA_V1, USER["content"], 0)
 
 
 def test_messages_that_follow_one_another_are_one_and_images_come_first():

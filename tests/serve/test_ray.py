@@ -140,6 +140,10 @@ def test_a_crash_is_told_from_other_errors():
 def test_settings_are_checked():
     settings = ray_app.Settings.model_validate({"max_output": "7", "timeout": "2.5", "batch_invariant": "false"})
     assert (settings.limits.output_tokens, settings.limits.seconds, settings.batch_invariant) == (7, 2.5, False)
+    with pytest.raises(ValidationError, match=r"'https://a\.test' is no host"):
+        ray_app.build({"allow_remote_images": "b.test:8443,https://a.test"})
+    large = ray_app.Settings(max_image_bytes=60_000_000).limits
+    assert large.body_bytes > 80_000_000 > ray_app.Settings().limits.body_bytes == 64 << 20
     for wrong in ({"replica_count": "2"}, {"max_batch": "0"}, {"timeout": "nan"}, {"threads": "-1"}):
         with pytest.raises(ValidationError, match=next(iter(wrong))):
             ray_app.build(wrong)

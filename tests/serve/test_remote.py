@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from runtime.serve import remote
 from runtime.serve.protocol import ApiError
 from runtime.serve.remote import Fetcher, is_public
 
@@ -37,6 +38,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(BODY) + 50 * (self.path == "/short")))
             self.send_header("Connection", "close")
         self.end_headers()
+        if self.path == "/host":
+            self.wfile.write(self.headers["Host"].encode())
+            return
         assert self.headers["Host"] == f"127.0.0.1:{port}"
         try:
             for _ in range(1000 if self.path == "/endless" else 1):
@@ -64,6 +68,12 @@ def test_an_image_is_fetched_also_after_a_redirect(host):
     assert fetcher(host)(f"http://{host}/image") == BODY
     assert fetcher(host)(f"http://{host}/to") == BODY
     assert fetcher(host)(f"http://{host}/whole") == BODY
+
+
+def test_the_scheme_s_own_port_is_not_named(host, monkeypatch):
+    assert fetcher(host)(f"http://{host}/host") == host.encode()
+    monkeypatch.setitem(remote.PORTS, "http", int(host.partition(":")[2]))
+    assert fetcher("127.0.0.1")("http://127.0.0.1/host") == b"127.0.0.1"
 
 
 @pytest.mark.parametrize(
