@@ -49,15 +49,15 @@ class Answered:
 @dataclass(frozen=True)
 class Row:
     """One resolution and split. anls, exact_match: means over the questions whose answer is text. iou50: share of the
-    grounding questions whose box meets the true one by at least a half. All 0 to 1, and None where no such question was
-    asked. questions: of both sorts."""
+    grounding questions whose box meets the true one by at least a half. All 0 to 1, and 0 where no such question was
+    asked: `questions`, of both sorts, and `grounding_questions` say how many were."""
 
     res: int
     visual_tokens: int
     split: str
-    anls: float | None
-    exact_match: float | None
-    iou50: float | None
+    anls: float
+    exact_match: float
+    iou50: float
     questions: int
     grounding_questions: int
     anls_by_kind: dict[str, float]
@@ -70,7 +70,7 @@ def main() -> None:
     for split in args.split:
         for res in args.res:
             row = measure(model, res, split, args.questions, args.seed, PRESETS[args.preset], args.kinds)
-            print(f"{row.res} {row.split}: ANLS {row.anls}, exact {row.exact_match}, IoU@0.5 {row.iou50}")
+            print(f"{row.res} {row.split}: ANLS {row.anls:.3f}, exact {row.exact_match:.3f}, IoU@0.5 {row.iou50:.3f}")
             rows.append(asdict(row))
     content = {"bundle": model.bundle.name, "seed": args.seed, "preset": args.preset, "kinds": args.kinds}
     file = record.write(NAME, rows, args.json, content)
@@ -164,8 +164,8 @@ def plot(rows: list[dict], file: Path) -> None:
     axes = figure.subplots(1, 2, sharex=True)
     for axis, key, title in zip(axes, ("anls", "iou50"), ("ANLS", "grounding, IoU ≥ 0.5"), strict=True):
         for split in dict.fromkeys(row["split"] for row in rows):
-            points = [(row["res"], row[key]) for row in rows if row["split"] == split and row[key] is not None]
-            axis.plot([res for res, _ in points], [value for _, value in points], marker="o", label=split)
+            points = [(row["res"], row[key]) for row in rows if row["split"] == split]
+            axis.plot(*zip(*points, strict=True), marker="o", label=split)
         axis.set(title=title, xlabel="resolution, pixels", ylim=(0, 1))
         axis.grid(alpha=0.3)
     axes[0].set_xticks(sorted({row["res"] for row in rows}))
@@ -178,9 +178,9 @@ def _meets(answer: Answered) -> bool:
     return bool(said) and iou(said[0], answer.box) >= 0.5
 
 
-def _mean(values: Iterator[float]) -> float | None:
+def _mean(values: Iterator[float]) -> float:
     values = [float(value) for value in values]
-    return round(statistics.fmean(values), 4) if values else None
+    return round(statistics.fmean(values), 4) if values else 0.0
 
 
 if __name__ == "__main__":
