@@ -208,7 +208,9 @@ class Recipe:
         if self.checkpoint is None and not (self.encoder and self.language_model):
             raise RecipeError("checkpoint: missing; give one to start from, or both encoder and language_model")
         if not PROJECTOR.fullmatch(self.projector):
-            raise RecipeError(f"projector: {self.projector!r}, expected linear, mlpNx_gelu or identity")
+            raise RecipeError(
+                f"projector: unknown projector {self.projector!r}, expected linear, mlpNx_gelu or identity"
+            )
         if self.checkpoint is not None and self.projector != "mlp2x_gelu":
             raise RecipeError(f"projector: {self.projector}, but checkpoint has one; remove the key")
         if self.encoder:

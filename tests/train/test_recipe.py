@@ -77,7 +77,7 @@ def test_overrides_are_yaml_and_may_be_dotted(file: Path):
         (["projector=linear"], "projector: linear, but checkpoint has one; remove the key"),
         (
             ["checkpoint=null", "language_model=a", "encoder={timm: b}", "projector=mlp"],
-            "projector: 'mlp', expected linear",
+            "projector: unknown projector 'mlp', expected linear",
         ),
         (["data=[]"], "data: missing"),
         (["data=[{records: a, weight: 0}]"], "data: a: weight: 0.0, expected more than 0"),
