@@ -263,8 +263,7 @@ def describe(engine: Path, report: dict) -> str:
         f"{report['build_seconds']} s, {ran}",
         f"on {report['target']}: {report['trtexec']}",
     ]
-    timed = validation.get("latency") if validation else None
-    for run_ in [*validation["runs"], *(timed["runs"] if timed else ())] if validation else ():
+    for run_ in validation["runs"] if validation else ():
         lines.append(f"  {describe_run(run_)}")
     return "\n".join(lines)
 

@@ -33,9 +33,8 @@ def validate(engine: Path, source_file: Path) -> dict | None:
     """Run an engine and write into its report what came of it: `executed` and `validation`.
 
     source_file: the ONNX file that it was built from.
-    Returns the validation, {"tool", "runs"}: the comparison's, with trtexec's own as "latency" where that is on PATH;
-    trtexec's alone where the GPU cannot be asked what it is. None, with a line on stderr, where nothing here can run
-    it.
+    Returns the validation, {"tool", "runs"}: of the comparison, then of trtexec where that is on PATH; of trtexec alone
+    where the GPU cannot be asked what it is. None, with a line on stderr, where nothing here can run it.
     Raises ParityError where the tool fails or the outputs differ too much; the report then says executed: false.
     """
     report = read_report(engine)
@@ -51,13 +50,15 @@ def validate(engine: Path, source_file: Path) -> dict | None:
     if gpu not in (None, target):
         print(f"{engine}: not executed: the GPU here is {gpu}, not {target}", file=sys.stderr)
         return None
-    latency = _with_trtexec(engine, report) if on_path else None
+    done = []
     if gpu is None:
         print(f"{engine}: timed by {tool}, its outputs not compared: {unknown}", file=sys.stderr)
-        validation = latency
     else:
         compared = _with_runtime if report["part"] == "decoder" else _with_polygraphy
-        validation = compared(engine, report, source_file) | ({"latency": latency} if latency else {})
+        done.append(compared(engine, report, source_file))
+    if on_path:
+        done.append(_with_trtexec(engine, report))
+    validation = {"tool": " and ".join(one["tool"] for one in done), "runs": [r for one in done for r in one["runs"]]}
     write_report(engine, report | {"executed": True, "validation": validation})
     return validation
 

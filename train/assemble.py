@@ -52,6 +52,7 @@ class Source:
             checkpoint = Checkpoint.open(recipe.checkpoint)
             config = checkpoint.encoder_config
             return cls(_as_trained(checkpoint, recipe), checkpoint, config, recipe)
+        _check_projector(recipe.projector, 1, 1)  # its name, before anything is fetched
         config, preprocessor = _encoder_to_build(recipe.encoder)
         language = _open_llama(recipe.language_model)
         like = dataclasses.replace(
@@ -62,11 +63,7 @@ class Source:
             vision_config=vision_config(config),
             preprocessor=preprocessor,
         )
-        try:
-            with torch.device("meta"):
-                build_projector(recipe.projector, config.widths[-1], like.llama_config.hidden_size)
-        except ValueError as error:
-            raise RecipeError(f"projector: {error}") from None
+        _check_projector(recipe.projector, config.widths[-1], like.llama_config.hidden_size)
         return cls(_as_trained(like, recipe), None, config, recipe)
 
     def load(self) -> ConvLLaVA:
@@ -101,6 +98,14 @@ def _as_trained(like: Checkpoint, recipe: Recipe) -> Checkpoint:
         vision = vision | {"image_size": side}
         preprocessor = preprocessor | sized(side)
     return dataclasses.replace(like, config=config, vision_config=vision, preprocessor=preprocessor)
+
+
+def _check_projector(kind: str, in_features: int, out_features: int) -> None:
+    try:
+        with torch.device("meta"):
+            build_projector(kind, in_features, out_features)
+    except ValueError as error:
+        raise RecipeError(f"projector: {error}") from None
 
 
 def _open_llama(source: str) -> Checkpoint:

@@ -129,7 +129,7 @@ class ConversationTask:
         try:
             self._sampler = Sampler(self._dataset.lengths, datasets, recipe.global_batch, recipe.seed)
         except ValueError as error:
-            raise RecipeError(f"data{error}") from None
+            raise RecipeError(f"data: {error}") from None
         self.steps_in_epoch = self._sampler.steps_in_epoch
         self.model = AnswerLoss(_trainable_model(source, base, recipe, world))
         # The loop keeps frozen weights in the type it computes in; a checkpoint gets them as they were.

@@ -22,7 +22,6 @@ ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 TEMPLATES = ("vicuna_v1", "plain", "chatml")
 PARTS = ("projector", "fifth_stage", "encoder.stages.N", "encoder", "language_model")  # see `train.parts`
 FROM_STAGE = re.compile(r"encoder\.stages\.(\d+)")
-PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d*x_gelu")
 # What tasks on rendered documents do not look at
 CONVERSATION_KEYS = (
     *("data", "resolution", "aspect", "template", "system", "max_length"),
@@ -207,11 +206,7 @@ class Recipe:
             raise RecipeError("checkpoint: has an encoder and a language_model; remove it, or those two keys")
         if self.checkpoint is None and not (self.encoder and self.language_model):
             raise RecipeError("checkpoint: missing; give one to start from, or both encoder and language_model")
-        if not PROJECTOR.fullmatch(self.projector):
-            raise RecipeError(
-                f"projector: unknown projector {self.projector!r}, expected linear, mlpNx_gelu or identity"
-            )
-        if self.checkpoint is not None and self.projector != "mlp2x_gelu":
+        if self.checkpoint is not None and self.projector != Recipe.projector:
             raise RecipeError(f"projector: {self.projector}, but checkpoint has one; remove the key")
         if self.encoder:
             given = [key for key in ("pretrained", "timm", "variant") if getattr(self.encoder, key)]

@@ -5,7 +5,7 @@ two steps, and always in the same chunks, so that an answer does not depend on w
 only while no prompt is being prefilled: on a CPU both use all cores, and the answer that could begin is not to wait for
 an image that comes after it. On a CPU images are encoded one request at a time, in their order: a batch of them takes
 as long as one after the other, and the first would wait for the last. On a GPU those that wait are encoded together,
-equal sizes in a batch.
+equal sizes in a batch. A request whose images are known, or that has none, does not wait for those.
 
 A slot keeps its keys and values after its request has gone. A new request takes over what it has in common with any
 slot, image embeds and tokens alike, up to the first position that differs.
@@ -308,13 +308,14 @@ class Engine:
             known = [r for r in self._waiting if all(picture.embeds is not None for picture in r.pictures)]
             if not known:
                 return
-            found = {id(request): {picture.key: picture.embeds for picture in request.pictures} for request in known}
-            self._waiting = deque(request for request in self._waiting if id(request) not in found)
-            self._ready.extend((request, *_named(request, found[id(request)])) for request in known)
+            names = {id(request) for request in known}
+            self._waiting = deque(request for request in self._waiting if id(request) not in names)
             for request in known:
+                embeds = {picture.key: picture.embeds for picture in request.pictures}
+                self._ready.append((request, *_named(request, embeds)))
                 request.pictures = []
-        for _ in [key for embeds in found.values() for key in embeds]:
-            self._observer.cache(True)
+                for _ in embeds:
+                    self._observer.cache(True)
 
     def _hand_to_encoder(self) -> None:
         """The next requests go to the encoder's thread, unless that has some, or a prompt would wait for it."""

@@ -13,8 +13,6 @@ from runtime.serve.engine import Engine
 from runtime.serve.metrics import Metrics
 from runtime.serve.remote import Fetcher
 
-MORE = 1 << 20  # bytes of a body beside its image
-
 
 class Settings(BaseModel):
     """bundle: None for the demo model's. max_batch: answers decoded at once. max_queue: requests that may wait.
@@ -59,9 +57,9 @@ class Settings(BaseModel):
 
     @property
     def limits(self) -> Limits:
-        in_base64 = 4 * self.max_image_bytes // 3
+        one_image = 4 * self.max_image_bytes // 3 + (1 << 20)  # in base64, and what stands around it
         return Limits(
-            body_bytes=max(Limits.body_bytes, in_base64 + MORE),
+            body_bytes=max(Limits.body_bytes, one_image),
             image_bytes=self.max_image_bytes,
             image_pixels=self.max_image_pixels,
             images=self.max_images,

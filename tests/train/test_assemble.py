@@ -149,5 +149,6 @@ def test_what_is_no_part_is_refused(llama: Path, convnext: Path, conformance: Pa
             Source.open(recipe_for(llama, encoder))
     with pytest.raises(CheckpointError, match="model_type is 'convnext', expected 'llama'"):
         Source.open(recipe_for(convnext, Encoder(variant="atto")))
-    with pytest.raises(RecipeError, match="projector: unknown projector 'mlp'"):
-        Source.open(recipe_for(llama, Encoder(variant="atto"), projector="mlp"))
+    for there in (llama, llama / "nowhere"):  # its name is looked at before the model
+        with pytest.raises(RecipeError, match="projector: unknown projector 'mlp'"):
+            Source.open(recipe_for(there, Encoder(variant="atto"), projector="mlp"))

@@ -510,7 +510,7 @@ def test_datasets_are_mixed_by_weight():
 
 
 def test_a_weight_that_leaves_nothing_of_a_dataset_is_refused():
-    with pytest.raises(ValueError, match=r"\[1\]\.weight: 0\.04 leaves none of 10 records"):
+    with pytest.raises(ValueError, match=r"weight 0\.04 leaves none of the 10 records of dataset 2"):
         Sampler(np.ones(20, np.int64), [(10, 1.0), (10, 0.04)], 4, 0)
 
 

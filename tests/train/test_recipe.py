@@ -75,10 +75,6 @@ def test_overrides_are_yaml_and_may_be_dotted(file: Path):
         (["train=[projectr]"], "train: unknown part projectr; the nearest is projector"),
         (["train=[encoder.stages.N]"], "train: unknown part encoder.stages.N"),
         (["projector=linear"], "projector: linear, but checkpoint has one; remove the key"),
-        (
-            ["checkpoint=null", "language_model=a", "encoder={timm: b}", "projector=mlp"],
-            "projector: unknown projector 'mlp', expected linear",
-        ),
         (["data=[]"], "data: missing"),
         (["data=[{records: a, weight: 0}]"], "data: a: weight: 0.0, expected more than 0"),
         (["data=[{records: a, weight: .inf}]"], "data: a: weight: inf, expected a finite number, more than 0"),

@@ -18,9 +18,9 @@ class Sampler:
 
     def __init__(self, lengths: np.ndarray, datasets: list[tuple[int, float]], global_batch: int, seed: int):
         self._lengths, self._datasets, self._batch, self._seed = lengths, datasets, global_batch, seed
-        for number, (count, weight) in enumerate(datasets):
+        for number, (count, weight) in enumerate(datasets, 1):
             if not round(count * weight):
-                raise ValueError(f"[{number}].weight: {weight} leaves none of {count} records")
+                raise ValueError(f"weight {weight} leaves none of the {count} records of dataset {number}")
         drawn = sum(round(count * weight) for count, weight in datasets)
         self.steps_in_epoch = -(-drawn // global_batch)
 
