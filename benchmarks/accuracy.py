@@ -21,9 +21,9 @@ from tqdm import tqdm
 import runtime
 from benchmarks import record
 from calib.metrics import anls, exact_match, iou
-from runtime.grounding import Corners, read_boxes
-from train.data.documents import KINDS, PRESETS, SPLITS, Document, PageOptions, Question, render
-from train.data.documents.questions import fractions
+from runtime.text.boxes import Corners, read_boxes
+from train.synth import KINDS, PRESETS, SPLITS, Document, PageOptions, Question, render
+from train.synth.questions import fractions
 
 RESOLUTIONS = (768, 1024, 1536)
 PRESET = "page-1536"

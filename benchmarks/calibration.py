@@ -34,7 +34,6 @@ import onnx
 
 from benchmarks import record
 from calib.activations import METHODS, Activations
-from calib.blocks import write_kernels
 from calib.decoder import PROMPTS, prompts, quantise_decoder
 from calib.evaluation import Evaluation, Loss
 from calib.images import Page, calibration_pixels, find_pages, pixels_of, split, spread
@@ -42,11 +41,14 @@ from calib.qdq import Calibrated, measure_means
 from calib.quantize import MEAN_IMAGES, REPORT, SOURCE, for_search
 from calib.sensitivity import depthwise_of, groups_of
 from export.cli import BUILD
+from export.graphs.variants import write_kernels
 from runtime import kernels
-from runtime.bundle import MANIFEST, Bundle, open_bundle
-from runtime.decoder import Decoder
-from runtime.encoder import OnnxEncoder, OpenVinoEncoder
-from runtime.tokenizer import Tokenizer
+from runtime.backends.openvino import OpenVinoEncoder
+from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_encoder import OnnxEncoder
+from runtime.bundle.manifest import Bundle, open_bundle
+from runtime.bundle.verify import MANIFEST
+from runtime.text.tokenizer import Tokenizer
 
 RUN, PRESET, RES = "reader_fifth", "figures-320", 320
 CHECKPOINT, BUNDLE = BUILD / "carried" / RUN, BUILD / "bundle" / f"{RUN}-{RES}"
@@ -91,7 +93,7 @@ def documents() -> Path:
     """What is calibrated on and asked about, drawn where it is not there."""
     folder = BUILD / "data" / f"{RUN}-test"
     if not folder.is_dir():
-        run("train.data.documents", "--out", folder, "--pages", PAGES, "--split", "test", "--preset", PRESET)
+        run("train.synth", "--out", folder, "--pages", PAGES, "--split", "test", "--preset", PRESET)
     return folder / "documents.json"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import record
 from export.bundle import export_bundle
 from export.cli import BUILD, open_checkpoint
-from runtime.bundle import MANIFEST
+from runtime.bundle.verify import MANIFEST
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("fp32", "int8", "int4")

@@ -29,8 +29,9 @@ from benchmarks import record
 from benchmarks.peers.cuda_decoders import PEERS
 from benchmarks.peers.turns import Running, compared, in_turn, same
 from export.cli import BUILD
-from export.decoder import add_next_token, merge_image_embeds, quietly
-from runtime.bundle import DecoderPart
+from export.decoder.genai import quietly
+from export.decoder.surgery import add_next_token, merge_image_embeds
+from runtime.bundle.manifest import DecoderPart
 
 DTYPES = {"cuda": torch.float16, "cpu": torch.float32}
 SPREAD = 0.02  # of the random weights

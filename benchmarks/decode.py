@@ -8,7 +8,7 @@ round through all, so that a slow minute of the machine falls on all of them; th
 recorded, and the median of the ratios round by round; above 1 this project is ahead. Each peer is compared with our
 decoder of the same weights: float32, or 4 bits where the peer has 4; with the decoder of --bundle, where one is named.
 llama.cpp reads the GGUF that the demo model's weights come from, with its usual cache in 16 bits; ours holds the same
-weights (`calib.blocks`) and a cache in 32. GenAI's own 4 bits are others.
+weights (`export.graphs.matmul_nbits`) and a cache in 32. GenAI's own 4 bits are others.
 
 prefill: so many image embeds (ids where a library cannot begin with embeds) to the first token. decode: greedy steps
 after so many ids of English; `same` counts the ids that agree with ours before the first that differs. With a batch, so
@@ -42,9 +42,9 @@ from benchmarks.peers.turns import (
 )
 from export.bundle import export_bundle
 from export.cli import BUILD
-from export.decoder import quietly, write_llama
-from runtime.bundle import open_bundle
-from runtime.decoder import KERNELS
+from export.decoder.genai import quietly, write_llama
+from runtime.backends.select import KERNELS
+from runtime.bundle.manifest import open_bundle
 from train.data.tokenizer import load_tokenizer
 from train.model.demo import GGUF
 

@@ -18,11 +18,13 @@ import onnx
 
 from benchmarks import record
 from benchmarks.calibration import WINDOW, WINDOWS, english, perplexity
-from calib.blocks import write_variants
 from export.cli import BUILD, name_of, open_checkpoint
-from export.decoder import PortableSequence, check_decoder, decoder_part, export_decoder
+from export.decoder.check import check_decoder
+from export.decoder.export import decoder_part, export_decoder
+from export.graphs.variants import write_variants
 from runtime import kernels
-from runtime.decoder import Decoder
+from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_portable import PortableSequence
 from train.data.tokenizer import load_tokenizer
 
 GRAPHS = [("fused", "fp32"), ("portable", "fp32"), ("fused", "fp16")]

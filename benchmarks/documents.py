@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from benchmarks import record
-from train.data.documents import PRESETS, Document, render
-from train.data.documents.dense import dense_page
+from train.synth import PRESETS, Document, render
+from train.synth.dense import dense_page
 
 WARM_UP, PAGES, ROUNDS = 100, 100, 3
 

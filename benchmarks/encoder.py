@@ -22,7 +22,8 @@ from benchmarks.peers.encoders import PEERS
 from benchmarks.peers.turns import add_model_options, compared, in_turn, installed, open_model, start_peer
 from export.bundle import export_bundle
 from export.cli import BUILD, name_of
-from runtime.bundle import MANIFEST, open_bundle
+from runtime.bundle.manifest import open_bundle
+from runtime.bundle.verify import MANIFEST
 from train.model import load_image_encoder
 
 # ascending, as what a library has taken once it may keep

@@ -25,19 +25,15 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import record
 from benchmarks.decoder_graphs import CAPACITY, ROUNDS, measure, prompt
-from export import builder
 from export.cli import open_checkpoint
-from export.decoder import (
-    PortableSequence,
-    check_decoder,
-    decoder_part,
-    export_decoder,
-    merge_image_embeds,
-    quietly,
-    write_llama,
-)
-from export.half import half_graph, nodes_to_keep, to_half
-from runtime.bundle import DecoderPart
+from export.decoder.check import check_decoder
+from export.decoder.export import decoder_part, export_decoder
+from export.decoder.genai import quietly, write_llama
+from export.decoder.surgery import merge_image_embeds
+from export.graphs.mixed_precision import half_graph, nodes_to_keep, to_half
+from export.tensorrt import build as builder
+from runtime.backends.ort_portable import PortableSequence
+from runtime.bundle.manifest import DecoderPart
 from train.model import Checkpoint, load_language_state
 
 OPTIMUM_OPSET = 20
@@ -74,7 +70,7 @@ class OptimumSequence:
         return self
 
     def forward(self, ids: list[int], image_embeds: np.ndarray | None = None) -> np.ndarray:
-        """As `runtime.decoder.Sequence.forward`."""
+        """As `runtime.backends.base.Sequence.forward`."""
         length = self._past[0].shape[2]
         feeds = {
             "input_ids": np.array([ids], np.int64),
@@ -88,7 +84,7 @@ class OptimumSequence:
 
 
 def optimum_profiles(network: Any, options: builder.Options, context: int) -> list[dict[str, tuple]]:
-    """As `export.builder.profiles`, for optimum's inputs: prefill has no past, decoding any."""
+    """As `export.tensorrt.build.profiles`, for optimum's inputs: prefill has no past, decoding any."""
     shapes = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
 
     def shape(name: str, new: int, past: int, images: int) -> tuple:
@@ -104,7 +100,7 @@ def optimum_profiles(network: Any, options: builder.Options, context: int) -> li
 
 
 def optimum_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """As `export.half.half_graph`, for optimum's inputs."""
+    """As `export.graphs.mixed_precision.half_graph`, for optimum's inputs."""
     random, length, feed = np.random.default_rng(0), 64, {}
     for value in model.graph.input:
         dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]

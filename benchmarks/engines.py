@@ -13,11 +13,11 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.export_encoder import RESOLUTION, random_checkpoint
-from export.builder import Options
 from export.cli import BUILD
 from export.engine import Source, build_engine, source_of, source_of_file
-from runtime.bundle import open_bundle
-from runtime.engines import read_report
+from export.tensorrt.build import Options
+from runtime.bundle.engines import read_report
+from runtime.bundle.manifest import open_bundle
 
 PAGES = 64  # that quantised encoders are calibrated on
 
@@ -49,7 +49,7 @@ def main() -> None:
 def engines(folder: Path) -> Iterator[tuple[str, Source, Options]]:
     """(model, where it comes from, what to build) of each engine; sources are made when their turn comes."""
     run("export.bundle", "--portable-decoder", "--out", folder / "fp32")
-    run("train.data.documents", "--out", folder / "pages", "--pages", PAGES, "--preset", "page-1536")
+    run("train.synth", "--out", folder / "pages", "--pages", PAGES, "--preset", "page-1536")
     for precision, more in (("int8", ["--depthwise"]), ("fp8", [])):
         arguments = ("--bundle", folder / "fp32", "--data", folder / "pages", "--precision", precision, *more)
         run("calib.quantize", *arguments, "--questions", 1, "--out", folder / precision)

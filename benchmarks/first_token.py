@@ -42,9 +42,9 @@ from benchmarks.peers.turns import (
 )
 from export.bundle import export_bundle
 from export.cli import BUILD
-from runtime.bundle import Bundle, open_bundle
-from runtime.prompt import first_turn
-from runtime.tokenizer import Tokenizer
+from runtime.bundle.manifest import Bundle, open_bundle
+from runtime.text.template import first_turn
+from runtime.text.tokenizer import Tokenizer
 from train.model import load_image_encoder
 from train.model.demo import GGUF
 
@@ -139,7 +139,7 @@ def page(folder: Path) -> Path:
     out = folder / "page"
     if not out.is_dir():
         options = ["--pages", "1", "--split", "test", "--preset", "page-1536", "--out", str(out)]
-        subprocess.run([sys.executable, "-m", "train.data.documents", *options], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "train.synth", *options], check=True, stdout=subprocess.DEVNULL)
     return next((out / "images").iterdir())
 
 

@@ -10,7 +10,7 @@ import torch
 from onnx import helper, numpy_helper
 from transformers import LlamaConfig
 
-from runtime.bundle import Bundle
+from runtime.bundle.manifest import Bundle
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.chain import PRECISIONS, bundle_of
-from runtime.bundle import open_bundle
+from runtime.bundle.manifest import open_bundle
 
 ROOT = Path(__file__).parents[1]
 HELD = """

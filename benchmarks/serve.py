@@ -135,7 +135,7 @@ class Load:
 
     def __init__(self, bundle: str | None, folder: Path, pages: int):
         options = ["--pages", str(pages), "--split", "test", "--preset", "page-1536", "--out", str(folder / "pages")]
-        subprocess.run([sys.executable, "-m", "train.data.documents", *options], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "train.synth", *options], check=True, stdout=subprocess.DEVNULL)
         files = sorted((folder / "pages" / "images").iterdir())
         self._pages = [f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files]
         self._bundle, self._next = bundle, 0

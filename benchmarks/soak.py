@@ -37,7 +37,7 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         options = ["--pages", str(PAGES), "--split", "test", "--preset", "page-1024", "--out", f"{folder}/pages"]
-        subprocess.run([sys.executable, "-m", "train.data.documents", *options], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "train.synth", *options], check=True, stdout=subprocess.DEVNULL)
         pages = os.pathsep.join(str(file) for file in sorted(Path(folder, "pages", "images").iterdir()))
         server = Server(args.bundle, 8)
         memory = Memory(server.pid)

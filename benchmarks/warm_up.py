@@ -21,9 +21,9 @@ import yaml
 
 from benchmarks import record
 from export.cli import BUILD
-from train.data.documents.fonts import SIZES
 from train.model.demo import demo_checkpoint
 from train.recipe import PRECISIONS
+from train.synth.fonts import SIZES
 
 SIDE, SMALLEST, LARGEST, BATCH = 256, 20, 48, 16
 LAST = 100  # steps that are looked at

@@ -18,7 +18,7 @@ import onnx
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from calib.probe import Probe
-from runtime.bundle import file_sha256
+from runtime.bundle.verify import file_sha256
 from runtime.errors import UserError
 
 METHODS = ("mse", "minmax", "entropy", "percentile")

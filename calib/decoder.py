@@ -1,6 +1,6 @@
 """A decoder's weights in 4 or 8 bits.
 
-rtn, q4_1: rounded by themselves, see `calib.blocks`.
+rtn, q4_1: rounded by themselves, see `export.graphs.matmul_nbits`.
 gptq: 4 bits on the levels of q4_1; what one weight loses the next make up for, see `calib.gptq`.
 awq: 4 bits around zero; weights are scaled first by how large the activations are that they meet, and the scales fitted
 to what the layer then gives (AWQ, arXiv 2306.00978, and NNCF's scale estimation), on prompts with images.
@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from calib.blocks import BLOCK, check_whole_blocks, quantise_weights
-from calib.blocks import METHODS as BLOCK_METHODS
 from calib.gptq import Compensated
 from calib.images import Page, pixels_of
-from runtime.bundle import Bundle, DecoderPart
-from runtime.decoder import KINDS
-from runtime.encoder import OnnxEncoder
+from export.graphs.block_formats import BLOCK
+from export.graphs.block_formats import METHODS as BLOCK_METHODS
+from export.graphs.matmul_nbits import check_whole_blocks, quantise_weights
+from runtime.backends.ort_encoder import OnnxEncoder
+from runtime.bundle.manifest import Bundle, DecoderPart
 from runtime.errors import UserError
-from runtime.prompt import first_turn, with_answer
-from runtime.tokenizer import Tokenizer
+from runtime.graph_io import KINDS
+from runtime.text.template import first_turn, with_answer
+from runtime.text.tokenizer import Tokenizer
 
 BITS = {"int4": 4, "int8": 8}
 PROMPTS = {"gptq": 128, "awq": 16}  # that a method is calibrated on

@@ -20,16 +20,17 @@ from tqdm import tqdm
 
 from calib.images import Page, Question, pixels_of
 from calib.metrics import anls, iou
-from runtime.backends import Backends
-from runtime.bundle import Bundle
-from runtime.decoder import Decoder
-from runtime.encoder import OnnxEncoder
+from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_encoder import OnnxEncoder
+from runtime.backends.ort_slots import Slots
+from runtime.backends.select import Backends
+from runtime.bundle.manifest import Bundle
 from runtime.errors import UserError
-from runtime.grounding import read_boxes
-from runtime.image_file import open_image
-from runtime.model import Model, Options
-from runtime.prompt import first_turn, with_answer
-from runtime.slots import Slots
+from runtime.image.decode import open_image
+from runtime.model import Model
+from runtime.text.boxes import read_boxes
+from runtime.text.template import first_turn, with_answer
+from runtime.types import Options
 
 ANSWER_TOKENS = 16  # of an answer, whose next tokens are compared
 AT_ONCE = 8  # questions about an image

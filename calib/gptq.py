@@ -1,5 +1,5 @@
 """Weights rounded one input after the other, each time moving those still to come so that what the layer gives on
-calibration data changes least: GPTQ (arXiv 2210.17323), on the levels of `calib.blocks.Grid`.
+calibration data changes least: GPTQ (arXiv 2210.17323), on the levels of `export.graphs.block_formats.Grid`.
 
 With rounding to the nearest, a change that is small everywhere is lost: fine-tuning moves most weights by a few
 hundredths of a step. Here what is lost of it in one weight is carried to the next, until one moves.
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from calib.blocks import BLOCK, Blocks, Grid
 from calib.probe import Probe
+from export.graphs.block_formats import BLOCK, Blocks, Grid
 
 DAMPING = 0.01  # of the mean energy, added to each input's
 AT_ONCE = 128  # inputs whose errors are carried on together

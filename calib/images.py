@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.image import ImageRule, preprocess
-from runtime.image_file import open_image
+from runtime.image.decode import open_image
+from runtime.image.preprocess import ImageRule, preprocess
 
 LEAST = 16  # fewer say too little of the ranges that activations take
 HELD_OUT = 12  # at least so many to evaluate on

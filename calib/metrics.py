@@ -2,7 +2,7 @@
 
 from rapidfuzz.distance import Levenshtein
 
-from runtime.grounding import Corners
+from runtime.text.boxes import Corners
 
 
 def anls(answer: str, truth: str) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from runtime.session import open_session
+from runtime.backends.ort_session import open_session
 
 
 class Probe:

@@ -19,7 +19,7 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
 from calib.activations import INPUT, KINDS, LARGEST, QUANTISED
-from runtime.session import open_session
+from runtime.backends.ort_session import open_session
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,16 @@ from tqdm import tqdm
 
 from calib import decoder
 from calib.activations import KINDS, METHODS, Activations
-from calib.blocks import write_variants
 from calib.evaluation import Evaluation, Loss
 from calib.images import HELD_OUT, LEAST, Page, calibration_pixels, find_pages, split, spread
 from calib.qdq import Calibrated, measure_means
 from calib.report import write_decoder_report, write_encoder_report
 from calib.sensitivity import Step, depthwise_of, groups_of, measure, nested, sensitivities, settle
-from runtime.bundle import MANIFEST, Bundle, check_place, open_bundle, write_bundle
-from runtime.decoder import Decoder
+from export.bundle_writer import check_place, write_bundle
+from export.graphs.variants import write_variants
+from runtime.backends.ort_decoder import Decoder
+from runtime.bundle.manifest import Bundle, open_bundle
+from runtime.bundle.verify import MANIFEST
 from runtime.errors import UserError
 
 SOURCE = "encoder/fp32.onnx"

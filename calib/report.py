@@ -27,11 +27,11 @@ def write_encoder_report(
     """
     taken = rounds[-1]
     content = about | {
-        "alone": [{"group": name, **_rounded(loss)} for name, loss in alone.items()],
+        "alone": [{"group": name, **rounded(loss)} for name, loss in alone.items()],
         "sets": [{"left": list(step.left), "sqnr_db": _number(step.sqnr_db)} for step in sets],
-        "rounds": [{"left": list(step.left), **_rounded(step.loss)} for step in rounds],
+        "rounds": [{"left": list(step.left), **rounded(step.loss)} for step in rounds],
         "left_in_higher_precision": list(taken.left),
-        "loss": _rounded(taken.loss),
+        "loss": rounded(taken.loss),
     }
     name = f"encoder-{content['precision']}"
     _write(folder, name, content, _markdown(content))
@@ -41,7 +41,7 @@ def write_encoder_report(
 
 def write_decoder_report(folder: Path, about: dict, rows: dict[str, Loss]) -> None:
     """decoder.json and decoder.md. rows: what was measured -> its loss."""
-    content = about | {"losses": [{"measured": name, **_rounded(loss)} for name, loss in rows.items()]}
+    content = about | {"losses": [{"measured": name, **rounded(loss)} for name, loss in rows.items()]}
     float32 = content["float32"]["perplexity"]
     size = f"{content['bytes'] / 1e6:.1f} MB"
     lines = [
@@ -62,7 +62,7 @@ def _write(folder: Path, name: str, content: dict, markdown: str) -> None:
     (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
 
 
-def _rounded(loss: Loss) -> dict[str, float | None]:
+def rounded(loss: Loss) -> dict[str, float | None]:
     return {name: _number(value) for name, value in asdict(loss).items()}
 
 

@@ -13,17 +13,21 @@ from typing import Any
 
 import onnx
 
-from calib.blocks import write_variants
 from export import encoder as encoder_export
-from export.cli import ParityError, choose_resolution, installed_versions, name_of, open_checkpoint, report, run
-from export.decoder import BLOCKS, CAPACITY_HELP, check_decoder, check_options, decoder_part, export_decoder
-from export.sampler import sampler_graph
-from export.tokenizer import export_tokenizer
+from export.bundle_writer import write_bundle
+from export.cli import choose_resolution, installed_versions, name_of, open_checkpoint, run
+from export.decoder.check import check_decoder
+from export.decoder.export import BLOCKS, CAPACITY_HELP, check_options, decoder_part, export_decoder
+from export.decoder.sampler import sampler_graph
+from export.graphs.variants import write_variants
+from export.tokenizer.convert import export_tokenizer
+from export.tolerances import ParityError, report
 from runtime import kernels
-from runtime.bundle import DEMO_BUNDLE, EncoderPart, write_bundle
+from runtime.bundle.manifest import EncoderPart
+from runtime.demo import DEMO_BUNDLE
 from runtime.errors import UserError
-from runtime.image import ImageRule
-from runtime.prompt import MARKED_IMAGE_LINE, TEMPLATES, PromptTemplate
+from runtime.image.preprocess import ImageRule
+from runtime.text.template import MARKED_IMAGE_LINE, TEMPLATES, PromptTemplate
 from train.model import Checkpoint, load_image_encoder
 
 CALIBRATE = (
@@ -47,7 +51,7 @@ def export_bundle(
 
     resolution: default side of the images, pixels. portable: also the decoder of standard operators, for an engine.
     capacity: positions of its KV cache; None: the context.
-    template: a name in `runtime.prompt.TEMPLATES`; None: see `prompt_template`.
+    template: a name in `runtime.text.template.TEMPLATES`; None: see `prompt_template`.
     Raises UserError for an option that cannot be, ParityError where a graph does not compute what the model does.
     """
     prompt, image = prompt_template(checkpoint, template), image_rule(checkpoint, resolution)

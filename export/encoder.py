@@ -19,9 +19,10 @@ import onnx_ir
 import onnxruntime
 import torch
 
-from export.cli import BUILD, Difference, ParityError, choose_resolution, compare, name_of, open_checkpoint, report, run
+from export.cli import BUILD, choose_resolution, name_of, open_checkpoint, run
+from export.tolerances import Difference, ParityError, compare, report
 from runtime.errors import UserError
-from runtime.image import MAX_RESOLUTION
+from runtime.image.preprocess import MAX_RESOLUTION
 from train.model import ImageEncoder, load_image_encoder
 
 OPSET = 20  # the first with Gelu as one operator

@@ -4,8 +4,9 @@
                             [--flavour rtx|tensorrt] [--target sm89,sm120|current] [--validate] [--capability]
     python -m export.engine --onnx FILE ...
 
-For fp16 the bundle's graph is converted, nodes that overflow excepted (`export.half`); int8 and fp8 need a Q/DQ graph
-in the bundle, which `calib.quantize` makes. The engine (`export.builder`) and its report go to
+For fp16 the bundle's graph is converted, nodes that overflow excepted (`export.graphs.mixed_precision`); int8 and
+fp8 need a Q/DQ graph in the bundle, which `calib.quantize` makes.
+The engine (`export.tensorrt.build`) and its report go to
 <part>/engines/<flavour>-<target>-<precision>.engine and .engine.json.
 """
 
@@ -18,14 +19,15 @@ from pathlib import Path
 
 import onnx
 
-from export import trtexec
-from export.builder import CURRENT, Options, build, capability, import_flavour
 from export.cli import run
-from export.half import Kept, cast_embeds, half_graph, is_half
-from export.validate import describe_run, validate
-from runtime.bundle import Bundle, file_sha256, open_bundle
-from runtime.device import present_gpu
-from runtime.engines import FLAVOURS, FORMAT, engine_folder, engine_name, read_report, report_file, write_report
+from export.graphs.mixed_precision import Kept, cast_embeds, half_graph, is_half
+from export.tensorrt import trtexec
+from export.tensorrt.build import CURRENT, Options, build, capability, import_flavour
+from export.tensorrt.validate import describe_run, validate
+from runtime.bundle.engines import FLAVOURS, FORMAT, engine_folder, engine_name, read_report, report_file, write_report
+from runtime.bundle.manifest import Bundle, open_bundle
+from runtime.bundle.verify import file_sha256
+from runtime.device.cuda import present_gpu
 from runtime.errors import UserError
 
 SIDES = ("min_res", "opt_res", "max_res", "max_batch")  # of images

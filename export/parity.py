@@ -12,13 +12,15 @@ import argparse
 import numpy as np
 import torch
 
-from export import decoder as decoder_export
 from export import encoder as encoder_export
-from export.cli import Difference, compare, open_checkpoint, report, run
-from runtime.backends import Backends
+from export.cli import open_checkpoint, run
+from export.decoder import export as decoder_export
+from export.tolerances import Difference, compare, report
+from runtime.backends.select import Backends
 from runtime.errors import UserError
-from runtime.model import Model, Options, Result, Trace, load
-from runtime.prompt import first_turn
+from runtime.model import Model, load
+from runtime.text.template import first_turn
+from runtime.types import Options, Result, Trace
 from train.model import IMAGE_TOKEN_INDEX, Checkpoint, ConvLLaVA, load_model
 
 QUANTISED = 0.3  # the least SQNR of an INT8 encoder that is of use, 10 dB, as a relative error

@@ -7,14 +7,14 @@ costs nothing.
 from importlib import import_module
 
 _HOMES = {
-    "Backends": "runtime.backends",
+    "Backends": "runtime.backends.select",
     "Conversation": "runtime.model",
     "Model": "runtime.model",
-    "Options": "runtime.model",
-    "Piece": "runtime.model",
-    "Result": "runtime.model",
-    "Sampling": "runtime.sampling",
-    "Trace": "runtime.model",
+    "Options": "runtime.types",
+    "Piece": "runtime.types",
+    "Result": "runtime.types",
+    "Sampling": "runtime.generate.sampler",
+    "Trace": "runtime.types",
     "UserError": "runtime.errors",
     "load": "runtime.model",
 }

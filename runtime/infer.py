@@ -76,10 +76,11 @@ def main() -> int:
         raise UserError(f"--draw: no folder {args.draw.parent}")
     if args.dump:
         args.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    from runtime.backends import Backends
-    from runtime.grammar import read_schema
-    from runtime.model import Options, load
-    from runtime.sampling import Sampling
+    from runtime.backends.select import Backends
+    from runtime.generate.sampler import Sampling
+    from runtime.model import load
+    from runtime.text.grammar import read_schema
+    from runtime.types import Options
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     schema = read_schema(args.json_schema) if args.json_schema else None
@@ -95,7 +96,7 @@ def main() -> int:
 
 def answer(model, args: argparse.Namespace, options) -> None:
     """One question: the answer streamed and a table, or one JSON object."""
-    from runtime.model import Trace
+    from runtime.types import Trace
 
     trace = Trace()
     pieces = model.generate(args.image, args.prompt, options, trace)
@@ -115,7 +116,7 @@ def answer(model, args: argparse.Namespace, options) -> None:
 
 def chat(model, images: list[str], options) -> None:
     """Questions from standard input until it ends; the pictures come with the first one and are encoded once."""
-    from runtime.image_file import open_image
+    from runtime.image.decode import open_image
 
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is an error of its question alone
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -210,8 +211,8 @@ def peak_memory_mib() -> float:
 
 
 def _draw(file: Path, image: str, answer: str) -> None:
-    from runtime.grounding import draw_boxes, read_boxes
-    from runtime.image_file import open_image
+    from runtime.image.decode import open_image
+    from runtime.text.boxes import draw_boxes, read_boxes
 
     if boxes := read_boxes(answer):
         draw_boxes(open_image(image), boxes).save(file)

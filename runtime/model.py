@@ -12,107 +12,27 @@ print(piece.result.timings.ttft_ms)
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from runtime import prompt as prompts
-from runtime.answer import Answer
-from runtime.backends import Backends, open_parts
-from runtime.bundle import Bundle, opening
-from runtime.cache import DEFAULT_BYTES, EmbedsCache, digest
-from runtime.decoder import Sequence as DecoderSequence
-from runtime.device import Array, concatenate, to_numpy
+from runtime.backends.base import Sequence as DecoderSequence
+from runtime.backends.select import Backends, open_parts
+from runtime.bundle.manifest import Bundle, opening
+from runtime.device.memory import Array, concatenate, to_numpy
 from runtime.errors import UserError
-from runtime.grammar import Grammars, JsonGrammar
-from runtime.image import preprocess, target_size
-from runtime.image_file import MAX_PIXELS, open_image
-from runtime.sampling import Sampling, next_token
-from runtime.tokenizer import Tokenizer
-
-ImageSource = str | PathLike | bytes | Image.Image
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to answer.
-
-    max_new_tokens: at most so many tokens, the end-of-sequence token included; fewer where the context ends.
-    sampling: how the next token is chosen; greedy by default.
-    stop: strings that end the answer and do not appear in it, beside the template's own.
-    resolution: side of the square images are fitted to (or, with `any`, whose area they are fitted to), pixels; None
-    takes the bundle's. aspect: `pad`, `crop` or `any`; None takes the bundle's. system: system text; None takes the
-    template's. json_schema: that the answer follows; with it every token is chosen from the logits, and an answer that
-    max_new_tokens cuts short does not parse.
-    Raises UserError for a value out of range.
-    """
-
-    max_new_tokens: int = 512
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    resolution: int | None = None
-    aspect: str | None = None
-    system: str | None = None
-    json_schema: dict[str, Any] | None = None
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise UserError(f"stop is {self.stop!r}, expected a sequence of strings that are not empty")
-
-
-@dataclass(frozen=True)
-class Timings:
-    """preprocess_ms: files to pixel values; encode_ms: those to image embeds; prefill_ms: the prompt through the
-    decoder; ttft_ms: from the call to the first token; decode_tokens_per_s: over the tokens after the first, None if
-    there is none."""
-
-    preprocess_ms: float
-    encode_ms: float
-    prefill_ms: float
-    ttft_ms: float
-    decode_tokens_per_s: float | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished answer. token_ids: the new ids, the end-of-sequence id included. finish_reason: `stop` (end of
-    sequence or a stop string) or `length`. prompt_tokens: positions prefilled, the visual tokens among them."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    visual_tokens: int
-    prompt_tokens: int
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one new token added. text: the text that became certain, often "". elapsed_ms: since the call. result: on
-    the last piece."""
-
-    text: str
-    token_id: int
-    elapsed_ms: float
-    result: Result | None = None
-
-
-@dataclass
-class Trace:
-    """Intermediate values of a turn, for comparison. pixel_values: float32 [3, H, W] of each image that the turn
-    encodes: a traced turn encodes all of its own, whatever the cache has. image_embeds: [sum of T, D]. first_logits:
-    float32 [V], the first new token was chosen from."""
-
-    pixel_values: list[np.ndarray] = field(default_factory=list)
-    image_embeds: np.ndarray | None = None
-    first_logits: np.ndarray | None = None
+from runtime.generate.sampler import Sampling, next_token
+from runtime.image.embedding_cache import DEFAULT_BYTES, EmbedsCache
+from runtime.image.input import Picture
+from runtime.text import template as prompts
+from runtime.text.grammar import Grammars, JsonGrammar
+from runtime.text.stop import Answer
+from runtime.text.tokenizer import Tokenizer
+from runtime.types import ImageSource, Options, Piece, Result, Timings, Trace
 
 
 @dataclass(frozen=True)
@@ -171,53 +91,6 @@ class Model:
     def about(self, images: Sequence[ImageSource], options: Options | None = None) -> "Questions":
         """Questions that do not know of each other, about the same images, which are encoded and prefilled once."""
         return Questions(self, images, options)
-
-
-class Picture:
-    """An opened image and how it is to be sized. tokens: visual ones that it will be. embeds: None until it has been
-    `condense`d and the model's cache had them.
-
-    Raises UserError for what cannot be opened or sized.
-    """
-
-    embeds: Array | None = None
-
-    def __init__(
-        self,
-        model: Model,
-        source: ImageSource,
-        options: Options,
-        max_pixels: int = MAX_PIXELS,
-        formats: Collection[str] | None = None,
-    ):
-        self._model = model
-        self._rule, self._sizing = model.bundle.image, (options.resolution, options.aspect)
-        self.image = open_image(source, max_pixels, formats)
-        height, width = target_size(*self.image.size, self._rule, *self._sizing)
-        self.tokens = height // self._rule.multiple * (width // self._rule.multiple)
-
-    @cached_property
-    def key(self) -> Hashable:
-        """Of its embeds in the model's cache."""
-        resolution, aspect = self._sizing
-        sizing = (resolution or self._rule.resolution, aspect or self._rule.aspect)
-        return self._model.encoder, *sizing, digest(self.image)
-
-    @cached_property
-    def pixel_values(self) -> np.ndarray:
-        """float32 [3, H, W]."""
-        return preprocess(self.image, self._rule, *self._sizing)
-
-    def condense(self) -> None:
-        """Keep no more than is needed: the embeds, where the model's cache has them, or else whichever is smaller, the
-        image or its pixel values."""
-        self.embeds = self._model.cache.get(self.key)
-        width, height = self.image.size
-        if self.embeds is None:
-            if 4 * width * height <= 12 * self.tokens * self._rule.multiple**2:  # Pillow has four bytes a pixel
-                return
-            _ = self.pixel_values
-        self.image = None
 
 
 class Conversation:

@@ -34,8 +34,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from train.data.documents import Document
-from train.data.documents.page import Box, Page
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed import World
 from train.loop import Loss, autocast, compute_dtype
@@ -44,6 +42,8 @@ from train.pages import Curriculum, PageBatch, Phase, load_pages, pixel_statisti
 from train.parts import check_parts, freeze_others, parameter_groups
 from train.places import NOWHERE, SIDES, PlaceCode, hundredths
 from train.recipe import Recipe, RecipeError
+from train.synth import Document
+from train.synth.page import Box, Page
 
 NO_TOKEN = -1
 UNTOLD = -2  # in place of the sides of a cell whose place is not taught

@@ -25,7 +25,8 @@ from train.model import (
     load_language_state,
     load_model,
 )
-from train.model.checkpoint import folder_or_hub, read_json
+from train.model.checkpoint.layout import folder_or_hub
+from train.model.checkpoint.tensors import read_json
 from train.model.configs import llava_config, preprocessor_config, sized, vision_config
 from train.recipe import Encoder, Recipe, RecipeError
 

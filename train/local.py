@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from train.data.documents import Document
 from train.distributed import World
 from train.loop import Loss
 from train.model import Checkpoint, ConvNeXtEncoder, load_image_encoder, save_image_encoder
 from train.pages import Curriculum, PageBatch, load_pages, pixel_statistics, read_curriculum, stack_pixels
 from train.parts import parameter_groups
 from train.recipe import Recipe, RecipeError
+from train.synth import Document
 
 CHARACTERS = "".join(map(chr, range(33, 127))) + "€£"
 BLANK = 0  # the class of a subcell without a glyph's centre; CHARACTERS[i] is class i + 1

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train.data.documents import Document, PageOptions, render
-from train.data.documents.dense import dense_page
-from train.data.documents.page import Page
 from train.distributed import World
 from train.loop import Skipped
 from train.model import Checkpoint
 from train.recipe import Recipe, RecipeError, build
+from train.synth import Document, PageOptions, render
+from train.synth.dense import dense_page
+from train.synth.page import Page
 
 
 @dataclass(frozen=True)

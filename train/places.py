@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.data.documents.page import Box
-from train.data.documents.questions import fractions
 from train.recipe import RecipeError
+from train.synth.page import Box
+from train.synth.questions import fractions
 
 SIDES, STEPS, DIGITS = 4, 100, 2  # left, top, right, bottom; each in hundredths of the page, which have two digits
 NOWHERE = -1

@@ -42,7 +42,7 @@ class Ours(Chain):
 
     def __init__(self, spec: dict[str, Any]):
         import runtime
-        from runtime.backends import Backends
+        from runtime.backends.select import Backends
 
         self._spec = spec
         float32 = Backends("onnx", encoder_precision="fp32")  # as the others have it
@@ -53,8 +53,8 @@ class Ours(Chain):
 
         Also returns how many positions were prefilled, those of the image among them.
         """
-        from runtime.cache import EmbedsCache
-        from runtime.model import Options
+        from runtime.image.embedding_cache import EmbedsCache
+        from runtime.types import Options
 
         file, question, another = (self._spec[key] for key in ("image", "question", "another_question"))
         options = Options(max_new_tokens=1)
@@ -128,8 +128,8 @@ class Released(Chain):
         self._open_decoder()
 
     def _open_decoder(self) -> None:
-        from runtime.bundle import open_bundle
-        from runtime.decoder import open_decoder
+        from runtime.backends.select import open_decoder
+        from runtime.bundle.manifest import open_bundle
 
         bundle = open_bundle(self._spec["bundle"])
         self._decoder = open_decoder(bundle, self._spec["threads"])

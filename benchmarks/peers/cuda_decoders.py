@@ -16,18 +16,18 @@ from benchmarks.peers.decoders import Decoding, Peer, Transformers, static_rewin
 
 
 class Ours(Peer):
-    """The fused graph through `runtime.resident`, or on the CPU `runtime.decoder`."""
+    """The fused graph through `runtime.backends.ort_cuda_graph`, or on the CPU `runtime.backends.ort_decoder`."""
 
     def __init__(self, spec: dict[str, Any]):
-        from runtime.bundle import DecoderPart
-        from runtime.decoder import Decoder
-        from runtime.session import open_device
+        from runtime.backends.ort_decoder import Decoder
+        from runtime.backends.ort_session import open_device
+        from runtime.bundle.manifest import DecoderPart
 
         folder = Path(spec["graph"])
         part = DecoderPart(**json.loads((folder / "part.json").read_text()))
         self._device = open_device(spec["device"])
         if spec["device"] == "cuda":
-            from runtime.resident import ResidentDecoder
+            from runtime.backends.ort_cuda_graph import ResidentDecoder
 
             self._decoder = ResidentDecoder(folder / part.file, part, self._device)
         else:

@@ -29,12 +29,13 @@ def random_encoder(variant: str, fifth_stage: tuple[int, int], hidden: int) -> I
 
 
 def ours(spec: dict[str, Any], channels_last: bool = False) -> Prepare:
-    """The exported graph through `runtime.encoder`, the image and the embeds on the GPU."""
+    """The exported graph through `runtime.backends.ort_encoder`, the image and the embeds on the GPU."""
     from pathlib import Path
 
-    from runtime.device import to_numpy
-    from runtime.encoder import OnnxEncoder, tokens_of
-    from runtime.session import open_device
+    from runtime.backends.ort_encoder import OnnxEncoder
+    from runtime.backends.ort_session import open_device
+    from runtime.device.memory import to_numpy
+    from runtime.image.preprocess import tokens_of
 
     device, stride = open_device(spec["device"]), 64
     encoder = OnnxEncoder(Path(spec["graph"]), stride, None, spec["device"], device, channels_last)

@@ -99,20 +99,20 @@ class Decoding:
 
 
 class Ours(Peer):
-    """The bundle's decoder through `runtime.decoder` and `runtime.slots`."""
+    """The bundle's decoder through `runtime.backends.ort_decoder` and `runtime.backends.ort_slots`."""
 
     batches = True
 
     def __init__(self, spec: dict[str, Any]):
-        from runtime.bundle import open_bundle
-        from runtime.decoder import open_decoder
+        from runtime.backends.select import open_decoder
+        from runtime.bundle.manifest import open_bundle
 
         bundle = open_bundle(spec["bundle"])
         self._decoder = open_decoder(bundle, spec["threads"], products=spec["products"])
         self.reserve(spec["capacity"])
 
     def reserve(self, positions: int, rows: int = 1) -> None:
-        from runtime.slots import Slots
+        from runtime.backends.ort_slots import Slots
 
         self._slots = Slots(self._decoder, rows, positions)
 

@@ -13,8 +13,8 @@ Encode = Callable[[np.ndarray], np.ndarray]  # pixel values [3, H, W] -> image e
 
 
 def ours(spec: dict[str, Any]) -> Encode:
-    """The bundle's float32 graph through `runtime.encoder`."""
-    from runtime.encoder import OnnxEncoder
+    """The bundle's float32 graph through `runtime.backends.ort_encoder`."""
+    from runtime.backends.ort_encoder import OnnxEncoder
 
     encoder = OnnxEncoder(Path(spec["graph"]), spec["stride"], spec["threads"])
     return lambda pixels: encoder([pixels])

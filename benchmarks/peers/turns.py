@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from export.cli import BUILD, open_checkpoint
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle.manifest import Bundle, open_bundle
 from train.model import Checkpoint
 
 ROOT = Path(__file__).parents[2]

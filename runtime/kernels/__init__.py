@@ -8,7 +8,7 @@ import ctypes
 import importlib.util
 from pathlib import Path
 
-from runtime.device import processor_flags
+from runtime.device.cpuinfo import processor_flags
 
 ACTIVATION_BITS = "convllava.activation_bits"  # entry of a session's options: 8, or 24 for products as of float32
 NEEDED = {"avx2", "fma", "f16c"}

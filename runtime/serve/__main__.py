@@ -18,8 +18,8 @@ EXTRA = "pip install '.[cpu,serve]'"
 
 
 def parse() -> argparse.Namespace:
-    from runtime.backends import DECODERS, ENCODERS, PRECISIONS
-    from runtime.session import PROVIDERS
+    from runtime.backends.ort_session import PROVIDERS
+    from runtime.backends.select import DECODERS, ENCODERS, PRECISIONS
 
     parser = argparse.ArgumentParser(prog="python -m runtime.serve", description=__doc__.split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s; others want --api-key-file")
@@ -99,7 +99,7 @@ def bound(host: str, port: int) -> socket.socket:
 def serve(settings, model, keys: tuple[str, ...], address: socket.socket, stop_seconds: float) -> None:
     import uvicorn
 
-    from runtime.serve.api import create_app
+    from runtime.serve.app import create_app
     from runtime.serve.metrics import Metrics
 
     metrics = Metrics()
@@ -137,7 +137,7 @@ def described(model, slots: int) -> str:
 
 def engine_rows(bundle) -> list[str]:
     """Every engine of the bundle, and whether it is whole."""
-    from runtime.engines import find_engines, verify_engine
+    from runtime.bundle.engines import find_engines, verify_engine
 
     rows = []
     for section in ("encoder", "decoder"):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
-from runtime.prompt import IMAGE_PLACEHOLDER, PromptTemplate, first_turn, next_turn, with_answer
+from runtime.text.template import IMAGE_PLACEHOLDER, PromptTemplate, first_turn, next_turn, with_answer
 
 RETRY_AFTER = 2  # seconds
 MAX_STOP, MAX_CHOICES, MAX_TOP_LOGPROBS = 4, 8, 20

@@ -21,9 +21,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from runtime.serve.api import add_page, error_response, model_card, new_app
-from runtime.serve.asking import GRACE, Limits, check_model
-from runtime.serve.bodies import Bodies
+from runtime.serve.app import add_page, error_response, model_card, new_app
+from runtime.serve.chat import GRACE, Limits, check_model
+from runtime.serve.limits import Bodies
 from runtime.serve.protocol import ApiError, busy
 from runtime.serve.settings import Settings as ServerSettings
 

@@ -5,13 +5,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
-from runtime.backends import MAX_THREADS, Backends
+from runtime.backends.select import MAX_THREADS, Backends
 from runtime.errors import UserError
 from runtime.model import Model, load
-from runtime.serve.asking import Asking, Limits
-from runtime.serve.engine import Engine
+from runtime.serve.chat import Asking, Limits
 from runtime.serve.metrics import Metrics
-from runtime.serve.remote import Fetcher
+from runtime.serve.remote_images import Fetcher
+from runtime.serve.scheduler import Engine
 
 
 class Settings(BaseModel):

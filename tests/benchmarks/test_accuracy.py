@@ -9,7 +9,7 @@ import runtime
 from benchmarks import accuracy
 from benchmarks.accuracy import Answered, ask, measure, pages
 from tests.conftest import run_module
-from train.data.documents import PRESETS
+from train.synth import PRESETS
 
 
 @pytest.fixture(scope="module")

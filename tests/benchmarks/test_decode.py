@@ -14,8 +14,8 @@ from benchmarks.peers import turns
 from benchmarks.peers.decoders import PEERS, Decoding, Peer
 from benchmarks.peers.turns import Running
 from export.cli import open_checkpoint
-from runtime.bundle import open_bundle
-from runtime.decoder import Decoder
+from runtime.backends.ort_decoder import Decoder
+from runtime.bundle.manifest import open_bundle
 from tests.conftest import run_module
 
 STEPS = 12

@@ -10,7 +10,7 @@ from benchmarks.limits import DecoderFiles, prefill_ms
 from benchmarks.peers.chains import released_encoder
 from benchmarks.peers.turns import Running
 from export.cli import open_checkpoint
-from runtime.bundle import open_bundle
+from runtime.bundle.manifest import open_bundle
 from tests.conftest import run_module
 from train.model import load_image_encoder
 

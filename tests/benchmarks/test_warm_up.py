@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.warm_up import plans
-from train.data.documents.fonts import SIZES
+from train.synth.fonts import SIZES
 
 
 @pytest.mark.parametrize("steps", [200, 1000])

@@ -7,10 +7,11 @@ import pytest
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-from calib.blocks import BLOCK, nearest, quantise_weights, with_offsets
 from calib.decoder import quantise_decoder
+from export.graphs.block_formats import BLOCK, nearest, with_offsets
+from export.graphs.matmul_nbits import quantise_weights
+from runtime.backends.ort_session import open_session
 from runtime.errors import UserError
-from runtime.session import open_session
 
 
 def decoder_of(body: np.ndarray, head: np.ndarray, file) -> None:

@@ -10,12 +10,12 @@ import pytest
 from onnx import helper, numpy_helper
 
 import runtime
-from calib.blocks import BLOCK
 from calib.decoder import check_source, prompts, quantise_decoder
 from calib.images import find_pages
 from calib.quantize import DecoderOptions, Options, quantise_bundle, quantise_decoder_bundle
-from runtime.bundle import open_bundle
-from runtime.decoder import Decoder
+from export.graphs.block_formats import BLOCK
+from runtime.backends.ort_decoder import Decoder
+from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
 from tests.conftest import run_module
 

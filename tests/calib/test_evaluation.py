@@ -13,14 +13,14 @@ import calib.evaluation
 from calib.evaluation import Evaluation, Score, sqnr_db
 from calib.images import HELD_OUT, LEAST, QUESTIONS, Page, Question, find_pages, split
 from export.cli import open_checkpoint
-from runtime.backends import Backends
-from runtime.bundle import open_bundle
-from runtime.decoder import Decoder
+from runtime.backends.ort_decoder import Decoder
+from runtime.backends.select import Backends
+from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
-from runtime.image import preprocess
-from runtime.image_file import open_image
+from runtime.image.decode import open_image
+from runtime.image.preprocess import preprocess
 from runtime.model import Model
-from runtime.prompt import first_turn
+from runtime.text.template import first_turn
 from tests.calib.test_quantize import sqnr
 from train.model import load_model
 

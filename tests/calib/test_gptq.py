@@ -6,8 +6,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from calib import gptq
-from calib.blocks import BLOCK, Blocks, Grid, with_offsets
 from calib.gptq import DAMPING, Compensated
+from export.graphs.block_formats import BLOCK, Blocks, Grid, with_offsets
 
 
 def restored(blocks: Blocks) -> np.ndarray:

@@ -17,12 +17,13 @@ from calib.images import Page, calibration_pixels, find_pages
 from calib.qdq import is_depthwise, measure_means, quantise
 from calib.quantize import Options, kept_ranges, quantise_bundle
 from export.encoder import export_encoder
-from runtime import backends
-from runtime.backends import Backends
-from runtime.bundle import file_sha256, open_bundle
-from runtime.device import int8_sums_saturate
+from runtime.backends import select as backends
+from runtime.backends.ort_session import open_session
+from runtime.backends.select import Backends
+from runtime.bundle.manifest import open_bundle
+from runtime.bundle.verify import file_sha256
+from runtime.device.cpuinfo import int8_sums_saturate
 from runtime.errors import UserError
-from runtime.session import open_session
 from tests.conftest import run_module
 from tests.export.test_encoder import tiny
 from tests.runtime.test_infer import assert_one_line_error

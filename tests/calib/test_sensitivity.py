@@ -14,10 +14,10 @@ from calib.qdq import Calibrated
 from calib.quantize import Options, quantise_bundle
 from calib.sensitivity import Step, depthwise_of, groups_of, nested, sensitivities, settle
 from export.encoder import export_encoder
-from runtime.bundle import open_bundle
-from runtime.image import preprocess
-from runtime.image_file import open_image
-from runtime.session import open_session
+from runtime.backends.ort_session import open_session
+from runtime.bundle.manifest import open_bundle
+from runtime.image.decode import open_image
+from runtime.image.preprocess import preprocess
 from tests.calib.test_quantize import feeds_of, ranges_of, sqnr
 from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
 

@@ -49,7 +49,7 @@ def test_streamed_text_is_the_whole_text(conformance, reference, conformance_bun
 
 
 def test_prompt_ids_are_the_originals(conformance, reference, conformance_bundle):
-    from runtime.prompt import first_turn
+    from runtime.text.template import first_turn
 
     model = runtime.load(conformance_bundle)
     for number, case in enumerate(reference["cases"]):

@@ -6,7 +6,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.decoder import check_decoder, export_decoder, merge_image_embeds
+from export.decoder.check import check_decoder
+from export.decoder.export import export_decoder
+from export.decoder.surgery import merge_image_embeds
 from runtime.errors import UserError
 from tests.conftest import run_module
 from train.model import Checkpoint
@@ -54,7 +56,7 @@ def test_what_cannot_be_exported_is_said_at_once(checkpoint, tmp_path):
         export_decoder(checkpoint, tmp_path, "fp32", "linear")
     with pytest.raises(UserError, match="int4"):
         export_decoder(checkpoint, tmp_path, "int4", "portable")
-    done = run_module("export.decoder", "--precision", "bf16", "--out", tmp_path)
+    done = run_module("export.decoder.export", "--precision", "bf16", "--out", tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
 

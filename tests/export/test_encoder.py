@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from export import encoder as encoder_export
-from export.cli import ParityError, run
+from export.cli import run
 from export.encoder import OPSET, check_encoder, export_encoder, parity_inputs, pytorch_outputs
+from export.tolerances import ParityError
 from tests.conftest import run_module
 from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
 

@@ -13,11 +13,11 @@ import torch
 from onnx import helper, numpy_helper
 
 from export import engine as engine_command
-from export.builder import Options
 from export.encoder import export_encoder
 from export.engine import build_engine, main, source_of, source_of_file
-from runtime.bundle import open_bundle
-from runtime.engines import choose_engine, read_report
+from export.tensorrt.build import Options
+from runtime.bundle.engines import choose_engine, read_report
+from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
 from tests.conftest import run_module
 from tests.export.test_encoder import tiny
@@ -42,7 +42,7 @@ def quantised(request, demo_bundle, tmp_path_factory):
     """(precision, the demo model's bundle with an encoder quantised on drawn documents)."""
     folder = tmp_path_factory.mktemp("quantised")
     pages = ("--out", folder / "pages", "--pages", 16, "--preset", "small-512")
-    run_module("train.data.documents", *pages).check_returncode()
+    run_module("train.synth", *pages).check_returncode()
     arguments = ["--bundle", demo_bundle, "--data", folder / "pages", "--precision", request.param, "--questions", 4]
     if request.param == "int8":  # TensorRT has depthwise convolutions in INT8
         arguments.append("--depthwise")

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from export.encoder import export_encoder
-from export.half import LIMIT, cast_embeds, nodes_to_keep, to_half
+from export.graphs.mixed_precision import LIMIT, cast_embeds, nodes_to_keep, to_half
 from tests.export.test_encoder import tiny
 
 CHANNELS = 8

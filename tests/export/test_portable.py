@@ -10,10 +10,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from export.builder import Options, build, capability
-from export.decoder import PortableSequence, check_decoder, decoder_part, export_decoder, merge_image_embeds
-from export.half import LIMIT, half_graph, nodes_to_keep, to_half
-from export.llama import llama_graph
+from export.decoder.check import check_decoder
+from export.decoder.export import decoder_part, export_decoder
+from export.decoder.llama import llama_graph
+from export.decoder.surgery import merge_image_embeds
+from export.graphs.mixed_precision import LIMIT, half_graph, nodes_to_keep, to_half
+from export.tensorrt.build import Options, build, capability
+from runtime.backends.ort_portable import PortableSequence
 from runtime.errors import UserError
 from train.model import Checkpoint
 

@@ -5,8 +5,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from export.sampler import sampler_graph
-from runtime.sampling import Sampling, next_token
+from export.decoder.sampler import sampler_graph
+from runtime.generate.sampler import Sampling, next_token
 
 VOCABULARY = 500
 

@@ -10,9 +10,9 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from export import convert_sentencepiece
-from export.tokenizer import export_tokenizer
-from runtime.tokenizer import Tokenizer
+from export.tokenizer import convert_sentencepiece
+from export.tokenizer.convert import export_tokenizer
+from runtime.text.tokenizer import Tokenizer
 from train.model.tokenizer_files import TokenizerError
 
 CORPUS = [

@@ -10,10 +10,10 @@ import pytest
 
 from calib.activations import Activations
 from calib.qdq import quantise
-from export import trtexec, validate
-from export.cli import ParityError
 from export.encoder import export_encoder
-from runtime.engines import FORMAT, read_report, write_report
+from export.tensorrt import trtexec, validate
+from export.tolerances import ParityError
+from runtime.bundle.engines import FORMAT, read_report, write_report
 from tests.conftest import run_module
 from tests.export.test_encoder import tiny
 

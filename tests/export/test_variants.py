@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from export.bundle import export_bundle
-from export.decoder import export_decoder
+from export.decoder.export import export_decoder
 from export.parity import compare_image
 from runtime.errors import UserError
 from runtime.model import load

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from runtime.session import PROVIDERS
+from runtime.backends.ort_session import PROVIDERS
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
@@ -222,9 +222,9 @@ def array_at(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
 def install(monkeypatch, **gpu) -> Cudart:
     """Let the runtime see the simulated GPU, and TensorRT for RTX 1.0 on it."""
     cudart = Cudart(**gpu)
-    monkeypatch.setattr("runtime.device._cudart", lambda: cudart)
+    monkeypatch.setattr("runtime.device.cuda._cudart", lambda: cudart)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", TensorRT(cudart))
-    monkeypatch.setattr("runtime.backends.installed_flavours", lambda: {"rtx": TensorRT.__version__})
+    monkeypatch.setattr("runtime.backends.select.installed_flavours", lambda: {"rtx": TensorRT.__version__})
     return cudart
 
 
@@ -239,10 +239,10 @@ def install_provider(monkeypatch) -> list[bool]:
         asked.append(cuda_graph)
         return ["CPUExecutionProvider"]
 
-    monkeypatch.setattr("runtime.session._require_provider", lambda provider: None)
-    monkeypatch.setattr("runtime.session._providers", providers)
+    monkeypatch.setattr("runtime.backends.ort_session._require_provider", lambda provider: None)
+    monkeypatch.setattr("runtime.backends.ort_session._providers", providers)
     monkeypatch.setitem(PROVIDERS, "cuda", ("CPUExecutionProvider", ""))
-    monkeypatch.setattr("runtime.device.Cuda.name", "cpu")
+    monkeypatch.setattr("runtime.device.cuda.Cuda.name", "cpu")
     return asked
 
 

@@ -11,15 +11,16 @@ import pytest
 from PIL import Image
 
 import runtime
-from export.builder import Options
 from export.engine import engine_graph, source_of
-from export.half import to_half
-from export.validate import validate
-from runtime.backends import Backends
-from runtime.bundle import file_sha256, open_bundle
-from runtime.device import Cpu
-from runtime.encoder import OnnxEncoder
-from runtime.engines import FORMAT, engine_folder, engine_name, read_report, write_report
+from export.graphs.mixed_precision import to_half
+from export.tensorrt.build import Options
+from export.tensorrt.validate import validate
+from runtime.backends.ort_encoder import OnnxEncoder
+from runtime.backends.select import Backends
+from runtime.bundle.engines import FORMAT, engine_folder, engine_name, read_report, write_report
+from runtime.bundle.manifest import open_bundle
+from runtime.bundle.verify import file_sha256
+from runtime.device.memory import Cpu
 from runtime.errors import UserError
 from tests.conftest import run_module
 from tests.runtime import simulated_gpu
@@ -369,7 +370,7 @@ def test_images_of_one_size_are_a_batch_where_the_device_is_no_cpu(reference, co
 
 
 def test_what_the_cuda_provider_is_told():
-    from runtime.session import _providers
+    from runtime.backends.ort_session import _providers
 
     device = SimpleNamespace(stream=77)
     for cuda_graph, channels_last in ((True, False), (False, True)):

@@ -7,8 +7,10 @@ import shutil
 import pytest
 
 import runtime
-from runtime import bundle as bundles
-from runtime.bundle import MANIFEST, PARTIAL, open_bundle, write_bundle
+from export.bundle_writer import write_bundle
+from runtime.bundle import manifest as bundles
+from runtime.bundle.manifest import open_bundle
+from runtime.bundle.verify import MANIFEST, PARTIAL
 from runtime.errors import UserError
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import runtime
-from runtime.backends import Backends
-from runtime.cache import EmbedsCache, digest
+from runtime.backends.select import Backends
+from runtime.image.embedding_cache import EmbedsCache, digest
 
 
 def drawing(seed: int) -> Image.Image:

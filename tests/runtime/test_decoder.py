@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import runtime
-from runtime import decoder as decoders
-from runtime.bundle import open_bundle
+from runtime.backends import ort_decoder as decoders
+from runtime.bundle.manifest import open_bundle
 from tests.conftest import run_module
 from train.model import load_model
 

@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 import runtime
-from runtime.answer import Answer
-from runtime.backends import Backends
-from runtime.cache import EmbedsCache
-from runtime.decoder import Decoder
-from runtime.image import preprocess
-from runtime.image_file import open_image
-from runtime.prompt import first_turn
-from runtime.slots import Slots
+from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_slots import Slots
+from runtime.backends.select import Backends
+from runtime.image.decode import open_image
+from runtime.image.embedding_cache import EmbedsCache
+from runtime.image.preprocess import preprocess
+from runtime.text.stop import Answer
+from runtime.text.template import first_turn
 from tests.conftest import ROOT, run_module
-from train.data.documents import PRESETS, render
+from train.synth import PRESETS, render
 
 QUESTIONS = ("Read the page.", "What is the first number?", "How many numbers are on the page?")
 OPTIONS = runtime.Options(max_new_tokens=10, resolution=320)

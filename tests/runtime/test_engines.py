@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from runtime.bundle import file_sha256, open_bundle
-from runtime.engines import FORMAT, choose_engine, engine_folder, find_engines, report_file, write_report
+from runtime.bundle.engines import FORMAT, choose_engine, engine_folder, find_engines, report_file, write_report
+from runtime.bundle.manifest import open_bundle
+from runtime.bundle.verify import file_sha256
 from runtime.errors import UserError
 from tests.runtime.test_infer import assert_one_line_error, infer
 

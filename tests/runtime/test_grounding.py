@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.grounding import COLOUR, draw_boxes, read_boxes
+from runtime.text.boxes import COLOUR, draw_boxes, read_boxes
 
 
 @pytest.mark.parametrize(

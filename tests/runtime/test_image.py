@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from runtime.errors import UserError
-from runtime.image import ASPECTS, ImageRule, preprocess, target_size
-from runtime.image_file import open_image
+from runtime.image.decode import open_image
+from runtime.image.preprocess import ASPECTS, ImageRule, preprocess, target_size
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

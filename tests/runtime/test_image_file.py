@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from runtime.errors import UserError
-from runtime.image_file import MAX_PIXELS, open_image
+from runtime.image.decode import MAX_PIXELS, open_image
 
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runtime.image_file
 from PIL import Image
 
 import runtime
-import runtime.image_file
 from tests.conftest import ROOT, run_module
 
 
@@ -204,8 +204,8 @@ def test_no_box_in_the_answer_is_said_and_nothing_is_drawn(conformance_bundle, p
 
 
 def test_the_box_of_an_answer_is_drawn_on_the_upright_image(picture, tmp_path, capsys):
-    from runtime.grounding import COLOUR
     from runtime.infer import _draw
+    from runtime.text.boxes import COLOUR
 
     tags = Image.Exif()
     tags[0x0112] = 6  # the camera lay on its side
@@ -271,7 +271,7 @@ def test_an_answer_follows_a_schema(conformance_bundle, tmp_path, picture):
     properties = {"date": {"type": "string", "maxLength": 4}, "paid": {"type": "boolean"}}
     schema.write_text(json.dumps({"type": "object", "properties": properties, "required": ["date", "paid"]}))
     image = tmp_path / "page.png"
-    runtime.image_file.open_image(picture).save(image)
+    runtime.image.decode.open_image(picture).save(image)
     command = [sys.executable, "runtime/infer.py", "--bundle", str(conformance_bundle), "--image", str(image), "--json"]
     command += ["--prompt", "What?", "--max-new-tokens", "300", "--json-schema"]
     done = subprocess.run([*command, str(schema)], cwd=ROOT, capture_output=True, text=True)

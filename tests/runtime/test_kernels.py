@@ -8,14 +8,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.blocks import BLOCK, DOMAIN, Blocks, nearest, quantise_weights, with_offsets, write_kernels, write_variants
-from runtime import decoder as decoders
+from export.graphs.block_formats import BLOCK, Blocks, nearest, with_offsets
+from export.graphs.matmul_nbits import quantise_weights
+from export.graphs.variants import DOMAIN, write_kernels, write_variants
 from runtime import kernels
-from runtime.backends import Backends, open_parts
-from runtime.bundle import open_bundle
+from runtime.backends import ort_decoder as decoders
+from runtime.backends.ort_session import open_session
+from runtime.backends.ort_slots import Slots
+from runtime.backends.select import Backends, open_parts
+from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
-from runtime.session import open_session
-from runtime.slots import Slots
 from tests.conftest import run_module
 
 needs_kernels = pytest.mark.usefixtures("built")

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import runtime.image_file
 
 import runtime
-import runtime.image_file
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_chat_keeps_the_image_and_answers_as_one_long_prompt_would(model, confor
     assert second.result.visual_tokens == 0
     assert second.result.prompt_tokens < 60 < first.result.prompt_tokens
 
-    from runtime.prompt import first_turn, next_turn
+    from runtime.text.template import first_turn, next_turn
 
     whole = runtime.Trace()
     *_, _ = model.generate([conformance / "case0.png"], "What is it?", options, whole)
@@ -90,7 +90,7 @@ def test_what_a_stop_string_cut_off_is_no_part_of_the_chat(model, conformance, r
     assert first.result.text == shown[last][:-1]
     *_, _ = conversation.ask("And now?", trace=trace)
 
-    from runtime.prompt import first_turn, next_turn
+    from runtime.text.template import first_turn, next_turn
 
     traced = runtime.Trace()
     *_, _ = model.generate([conformance / case["image"]], case["prompt"], runtime.Options(max_new_tokens=1), traced)

@@ -9,14 +9,14 @@ import jinja2
 import pytest
 
 from runtime.errors import UserError
-from runtime.prompt import (
+from runtime.text.stop import StopStrings
+from runtime.text.template import (
     CHATML,
     MARKED_IMAGE_LINE,
     PLAIN,
     TEMPLATES,
     VICUNA_V1,
     PromptTemplate,
-    StopStrings,
     first_turn,
     next_turn,
 )

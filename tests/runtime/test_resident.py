@@ -11,12 +11,12 @@ import onnx
 import pytest
 
 import runtime
-from runtime.backends import Backends
-from runtime.bundle import open_bundle
+from runtime.backends.ort_cuda_graph import LEAST, ResidentDecoder
+from runtime.backends.ort_session import open_device
+from runtime.backends.select import Backends
+from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
-from runtime.resident import LEAST, ResidentDecoder
-from runtime.sampling import Sampling
-from runtime.session import open_device
+from runtime.generate.sampler import Sampling
 from tests.runtime import simulated_gpu
 
 PROMPT = [1, 20, 30, 40, 50, 60]
@@ -150,7 +150,7 @@ def test_a_step_that_cannot_be_recorded(conformance_bundle, cudart, monkeypatch)
     def step(self):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("runtime.resident.ResidentSequence._step", step)
+    monkeypatch.setattr("runtime.backends.ort_cuda_graph.ResidentSequence._step", step)
     with pytest.warns(UserWarning, match="without a CUDA graph: .*cannot record its steps: operation not permitted"):
         model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
     assert not isinstance(model.decoder, ResidentDecoder)
@@ -223,14 +223,14 @@ def test_what_was_recorded_is_used_again(decoder, reference, numbers):
 
 def test_without_a_graph_where_onnx_runtime_cannot_record(conformance_bundle, reference, cudart, monkeypatch):
     simulated_gpu.install_provider(monkeypatch)
-    original = runtime.session._providers
+    original = runtime.backends.ort_session._providers
 
     def providers(provider, device, cuda_graph, channels_last):
         if cuda_graph:
             raise UserError("not all nodes are on the CUDA provider")
         return original(provider, device, cuda_graph, channels_last)
 
-    monkeypatch.setattr("runtime.session._providers", providers)
+    monkeypatch.setattr("runtime.backends.ort_session._providers", providers)
     with pytest.warns(UserWarning, match="without a CUDA graph: not all nodes.* fp16 and w4a16"):
         model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
     sequence, expected = model.decoder.start(64), reference.start(64)

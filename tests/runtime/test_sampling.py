@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from runtime.errors import NoNumbersError, UserError
-from runtime.sampling import Sampling, _filtered, _penalise, next_token
+from runtime.generate.sampler import Sampling, _filtered, _penalise, next_token
 
 RANDOM = np.random.default_rng(0)
 

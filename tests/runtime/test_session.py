@@ -5,8 +5,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.device import int8_sums_saturate
-from runtime.session import open_session
+from runtime.backends.ort_session import open_session
+from runtime.device.cpuinfo import int8_sums_saturate
 
 
 @pytest.mark.parametrize(

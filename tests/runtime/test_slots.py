@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import runtime
-from runtime.decoder import allocate
-from runtime.device import Cpu
+from runtime.backends.ort_slots import Slots
+from runtime.device.memory import Cpu
 from runtime.errors import NoNumbersError
-from runtime.slots import Slots
+from runtime.generate.kv_cache import allocate
 
 PROMPTS = ([1, 20, 30, 40, 50], [1, 9], [1, *range(60, 90)], [1, 7, -1, -2, 8])
 STEPS = 12

@@ -16,10 +16,10 @@ import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from export.tokenizer import export_tokenizer
+from export.tokenizer.convert import export_tokenizer
 from runtime.errors import UserError
-from runtime.prompt import VICUNA_V1, first_turn, next_turn
-from runtime.tokenizer import Tokenizer
+from runtime.text.template import VICUNA_V1, first_turn, next_turn
+from runtime.text.tokenizer import Tokenizer
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant.",

@@ -13,10 +13,10 @@ import openai
 import uvicorn
 from PIL import Image
 
-from runtime.serve.api import create_app
-from runtime.serve.asking import Asking
-from runtime.serve.engine import Engine
+from runtime.serve.app import create_app
+from runtime.serve.chat import Asking
 from runtime.serve.metrics import Metrics
+from runtime.serve.scheduler import Engine
 
 WAIT = 120  # seconds, that a test waits for what must come
 

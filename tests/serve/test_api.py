@@ -19,13 +19,13 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import runtime
-from runtime.grammar import JsonGrammar
-from runtime.model import Options
-from runtime.serve.api import create_app
-from runtime.serve.asking import Asking, Limits
-from runtime.serve.engine import Engine
+from runtime.serve.app import create_app
+from runtime.serve.chat import Asking, Limits
 from runtime.serve.metrics import Metrics
 from runtime.serve.protocol import ApiError
+from runtime.serve.scheduler import Engine
+from runtime.text.grammar import JsonGrammar
+from runtime.types import Options
 from tests.conftest import ROOT
 from tests.serve.served import WAIT, Served, asked, free_port, picture, slow_down, wait_for
 
@@ -123,7 +123,7 @@ def test_logprobs_come_with_every_token(served):
         assert len(token.top_logprobs) == 3
         assert bytes(token.bytes).decode("utf-8", "replace") == token.token
     said = b"".join(bytes(token.bytes) for token in content)
-    said = said.decode("utf-8", "runtime.tokenizer.replace_each_byte")  # as answers are decoded
+    said = said.decode("utf-8", "runtime.text.tokenizer.replace_each_byte")  # as answers are decoded
     assert said.lstrip() == answer.choices[0].message.content.lstrip(), "spaces before words are there"
     streamed = list(create(served, asked(QUESTION), max_tokens=4, logprobs=True, stream=True))
     found = [t.logprob for c in streamed if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
@@ -360,7 +360,7 @@ def test_a_prompt_that_cannot_fit_is_told_before_it_is_cut_into_tokens(served, m
         raise AssertionError("was cut into tokens")
 
     monkeypatch.setattr(served.engine.model.tokenizer, "encode_prompt", encode)
-    monkeypatch.setattr("runtime.serve.asking.LONGEST_TOKEN", 16)  # else it would be larger than bodies may be here
+    monkeypatch.setattr("runtime.serve.chat.LONGEST_TOKEN", 16)  # else it would be larger than bodies may be here
     with pytest.raises(openai.BadRequestError, match="characters, the context is") as error:
         create(served, asked("x" * (16 * served.engine.model.decoder.capacity)), max_tokens=3)
     assert error.value.code == "context_length_exceeded"

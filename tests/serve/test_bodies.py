@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from fastapi import Request
 
-from runtime.serve.bodies import Bodies
+from runtime.serve.limits import Bodies
 from runtime.serve.protocol import ApiError
 
 

@@ -11,11 +11,12 @@ from PIL import Image
 import runtime
 from runtime import kernels
 from runtime.errors import NoNumbersError, UserError
-from runtime.model import Options, Picture
-from runtime.prompt import first_turn
-from runtime.sampling import Sampling
+from runtime.generate.sampler import Sampling
+from runtime.image.input import Picture
 from runtime.serve import engine as engines
-from runtime.serve.engine import Busy, Engine, Failed, Request
+from runtime.serve.scheduler import Busy, Engine, Failed, Request
+from runtime.text.template import first_turn
+from runtime.types import Options
 from tests.conftest import run_module
 
 WAIT = 120  # seconds, that a test waits for what must come
@@ -189,7 +190,7 @@ def test_images_that_wait_are_encoded_together_on_a_gpu(model, alone, monkeypatc
         return encode(images)
 
     encoding.device = encode.device
-    monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
+    monkeypatch.setattr(model, "cache", runtime.image.embedding_cache.EmbedsCache())
     monkeypatch.setattr(model, "encoder", encoding)
     crowd = [asked(model, number) for number in (0, 2, 3)]
     engine.submit(crowd[0].request)
@@ -242,7 +243,7 @@ def test_an_image_that_cannot_be_encoded_fails_its_request_alone(model, alone, m
             raise UserError("built for other sizes")
         return encode(images)
 
-    monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
+    monkeypatch.setattr(model, "cache", runtime.image.embedding_cache.EmbedsCache())
     monkeypatch.setattr(model, "encoder", encoding)
     right = [asked(model, 0), asked(model, 2)]
     engine.submit(right[0].request, wrong.request, right[1].request)
@@ -372,7 +373,7 @@ def test_a_crash_fails_everyone_at_once(model, monkeypatch, part):
     if part == "decoder":
         monkeypatch.setattr(engine._slots, "step", crash)
     else:
-        monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
+        monkeypatch.setattr(model, "cache", runtime.image.embedding_cache.EmbedsCache())
         monkeypatch.setattr(model, "encoder", crash)
     engine.submit(waiting.request)
     assert running.tokens()[-1].reason == waiting.tokens()[-1].reason == "crash"
@@ -402,7 +403,7 @@ def test_a_crash_fails_a_request_that_is_on_its_way_into_a_slot(model, monkeypat
 
     engine.submit(ready.request)
     wait_for(lambda: engine._ready)
-    monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
+    monkeypatch.setattr(model, "cache", runtime.image.embedding_cache.EmbedsCache())
     monkeypatch.setattr(model, "encoder", crash)
     monkeypatch.setattr(engines, "Answer", make_late)
     engine.submit(encoding.request)
@@ -417,7 +418,7 @@ def test_a_condensed_picture_gives_the_same_answer(model, engine, alone, monkeyp
     """A small image is kept as it is; a large one as what is made of it."""
     large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 1200, 3), dtype=np.uint8))
     *_, last = model.generate([large], "What is this?", Options(max_new_tokens=12))
-    monkeypatch.setattr(model, "cache", runtime.cache.EmbedsCache())
+    monkeypatch.setattr(model, "cache", runtime.image.embedding_cache.EmbedsCache())
     for cached in (False, True):
         for image, expected in ((picture(0), alone[0][0]), (large, last.result.token_ids)):
             one = Asked(model, "What is this?", [image])

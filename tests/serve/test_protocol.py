@@ -5,8 +5,8 @@ import base64
 import pytest
 from pydantic import ValidationError
 
-from runtime.prompt import CHATML, VICUNA_V1, first_turn
 from runtime.serve.protocol import ApiError, ChatRequest, conversation, image_bytes
+from runtime.text.template import CHATML, VICUNA_V1, first_turn
 
 USER = {"role": "user", "content": "What is this?"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "high"}}

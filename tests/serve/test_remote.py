@@ -10,7 +10,7 @@ import pytest
 
 from runtime.serve import remote
 from runtime.serve.protocol import ApiError
-from runtime.serve.remote import Fetcher, is_public
+from runtime.serve.remote_images import Fetcher, is_public
 
 BODY = b"picture" * 100
 

@@ -8,15 +8,15 @@ import torch
 from tests.conftest import run_module
 from tests.train.test_local import page_with
 from train.align import NO_TOKEN, SPREAD, UNTOLD, AlignTask, cells, tell_apart
-from train.data.documents import Document
-from train.data.documents.fonts import faces
-from train.data.documents.fonts import glyphs as glyphs_of
-from train.data.documents.page import Box, Page
 from train.distributed import World
 from train.model import load_model
 from train.pages import PageBatch
 from train.places import NOWHERE, SIDES, PlaceCode
 from train.recipe import read_recipe
+from train.synth import Document
+from train.synth.fonts import faces
+from train.synth.fonts import glyphs as glyphs_of
+from train.synth.page import Box, Page
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runtime.image_file
 import torch
 from PIL import Image
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HubTokenizer
 
 import runtime.image
-import runtime.image_file
-from export.tokenizer import export_tokenizer
-from runtime import prompt as runtime_prompt
-from runtime.tokenizer import Tokenizer as RuntimeTokenizer
+from export.tokenizer.convert import export_tokenizer
+from runtime.text import template as runtime_prompt
+from runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
 from train.data.conversation import TEMPLATES, Encoded, MalformedError, Turn, encode_conversation, turns_of
 from train.data.dataset import Conversation, Conversations, length_of, read_records, truncate
 from train.data.image import ImageRule, open_image, preprocess
@@ -409,8 +409,8 @@ def test_pixel_values_are_the_runtimes(aspect: str, size: tuple[int, int]):
     image = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), np.uint8))
     for resolution, most in ((256, 16), (320, 17), (192, 1000)):
         ours = ImageRule(MEAN, STD, aspect, resolution, 64, most)
-        theirs = runtime.image.ImageRule(MEAN, STD, aspect, resolution, 64, most)
-        found, expected = preprocess(image, ours), runtime.image.preprocess(image, theirs)
+        theirs = runtime.image.preprocess.ImageRule(MEAN, STD, aspect, resolution, 64, most)
+        found, expected = preprocess(image, ours), runtime.image.preprocess.preprocess(image, theirs)
         assert found.dtype == expected.dtype
         assert np.array_equal(found, expected)
 
@@ -437,7 +437,7 @@ def test_files_are_opened_as_the_runtime_opens_them(tmp_path: Path):
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
     rgba.convert("LA").save(tmp_path / "la.png")
     for file in sorted(tmp_path.iterdir()):
-        found, expected = open_image(file), runtime.image_file.open_image(file)
+        found, expected = open_image(file), runtime.image.decode.open_image(file)
         assert found.mode == "RGB"
         assert np.array_equal(np.asarray(found), np.asarray(expected)), file.name
     assert open_image(tmp_path / "turned.jpg").size == (40, 30)

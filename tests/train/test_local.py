@@ -8,9 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import run_module
-from train.data.documents import Page, PageOptions, render
-from train.data.documents.dense import dense_page
-from train.data.documents.document import Document
 from train.distributed import World
 from train.local import (
     BLANK,
@@ -26,6 +23,9 @@ from train.local import (
 from train.model import ConvNeXtEncoder, EncoderConfig, load_model
 from train.pages import Phase
 from train.recipe import read_recipe
+from train.synth import Page, PageOptions, render
+from train.synth.dense import dense_page
+from train.synth.document import Document
 
 
 def page_with(*glyphs: tuple[str, float, float]) -> Document:

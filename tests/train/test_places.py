@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from calib.metrics import iou
-from train.data.documents.page import Box
 from train.places import NOWHERE, PlaceCode, hundredths
+from train.synth.page import Box
 
 CODE = PlaceCode(96, torch.device("cpu"))
 

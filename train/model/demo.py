@@ -24,7 +24,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from train.model.checkpoint import Checkpoint, CheckpointError, load_model, save_checkpoint
+from train.model.checkpoint.layout import Checkpoint
+from train.model.checkpoint.load import load_model
+from train.model.checkpoint.save import save_checkpoint
+from train.model.checkpoint.tensors import CheckpointError
 from train.model.configs import llava_config, preprocessor_config, vision_config
 from train.model.convllava import ConvLLaVA, ImageEncoder
 from train.model.encoder import ConvNeXtEncoder, EncoderConfig

@@ -138,7 +138,7 @@ def test_saved_folder_appears_whole_or_not_at_all(folder: Path, tmp_path: Path, 
         save_file(state, file, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.model.checkpoint.save_file", full_disk)
+        patch.setattr("train.model.checkpoint.layout.save_file", full_disk)
         with pytest.raises(OSError, match="No space left"):
             save_checkpoint(model, checkpoint, target)
     assert not target.exists()

@@ -5,10 +5,10 @@ import string
 import numpy as np
 import pytest
 
-from train.data.documents import content, words
-from train.data.documents.content import Dice
-from train.data.documents.flags import FLAGS, flag
-from train.data.documents.fonts import SPLITS, faces, glyphs
+from train.synth import content, words
+from train.synth.content import Dice
+from train.synth.flags import FLAGS, flag
+from train.synth.fonts import SPLITS, faces, glyphs
 
 ALLOWED = set(string.printable[:95]) | set("€£")
 MAKERS = [

@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from train.data.documents import KINDS, PRESETS, SPLITS, PageOptions, SizeRange, render
-from train.data.documents import sheet as sheets
-from train.data.documents.content import Dice
-from train.data.documents.degrade import degrade
-from train.data.documents.document import Document
-from train.data.documents.fonts import glyphs
-from train.data.documents.generate import draw
-from train.data.documents.layouts import FAMILIES, TEMPLATES
-from train.data.documents.page import Box
-from train.data.documents.questions import grounded, reachable
-from train.data.documents.split import named
+from train.synth import KINDS, PRESETS, SPLITS, PageOptions, SizeRange, render
+from train.synth import sheet as sheets
+from train.synth.content import Dice
+from train.synth.degrade import degrade
+from train.synth.document import Document
+from train.synth.fonts import glyphs
+from train.synth.generate import draw
+from train.synth.layouts import FAMILIES, TEMPLATES
+from train.synth.page import Box
+from train.synth.questions import grounded, reachable
+from train.synth.split import named
 
 SMALL = replace(PRESETS["small-512"], sizes=((384, 384),))
 

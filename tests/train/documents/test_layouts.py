@@ -6,14 +6,14 @@ import string
 import numpy as np
 import pytest
 
-from train.data.documents import KINDS, PageOptions
-from train.data.documents.content import Dice
-from train.data.documents.fonts import faces
-from train.data.documents.generate import draw
-from train.data.documents.layouts import FAMILIES, TEMPLATES
-from train.data.documents.page import Box, Page
-from train.data.documents.sheet import Sheet
-from train.data.documents.style import contrast
+from train.synth import KINDS, PageOptions
+from train.synth.content import Dice
+from train.synth.fonts import faces
+from train.synth.generate import draw
+from train.synth.layouts import FAMILIES, TEMPLATES
+from train.synth.page import Box, Page
+from train.synth.sheet import Sheet
+from train.synth.style import contrast
 
 # (width, height), smallest and largest text: pixels
 SIZES = [

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.data.documents import KINDS, PRESETS, render
-from train.data.documents import write as writing
-from train.data.documents.write import Job, write
+from train.synth import KINDS, PRESETS, render
+from train.synth import write as writing
+from train.synth.write import Job, write
 
 OPTIONS = replace(PRESETS["words-256"], sizes=((192, 192),), min_px=16, max_px=24)
 
@@ -99,7 +99,7 @@ def test_a_folder_is_never_written_over(tmp_path: Path):
 
 
 def test_the_command_writes_and_says_how_fast(tmp_path: Path):
-    command = [sys.executable, "-m", "train.data.documents", "--out", tmp_path / "out", "--pages", "2"]
+    command = [sys.executable, "-m", "train.synth", "--out", tmp_path / "out", "--pages", "2"]
     command += ["--preset", "words-256", "--workers", "1", "--split", "test"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -109,7 +109,7 @@ def test_the_command_writes_and_says_how_fast(tmp_path: Path):
 
 
 def test_the_command_asks_as_many_questions_as_it_is_told(tmp_path: Path):
-    command = [sys.executable, "-m", "train.data.documents", "--out", tmp_path / "out", "--pages", "6"]
+    command = [sys.executable, "-m", "train.synth", "--out", tmp_path / "out", "--pages", "6"]
     command += ["--preset", "words-256", "--workers", "1", "--questions", "3", "--fewest", "3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -118,6 +118,6 @@ def test_the_command_asks_as_many_questions_as_it_is_told(tmp_path: Path):
 
 
 def test_documents_need_no_torch():
-    code = "import sys, train.data.documents.__main__; print('torch' in sys.modules)"
+    code = "import sys, train.synth.__main__; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

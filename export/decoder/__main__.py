@@ -1,0 +1,41 @@
+"""Checkpoint -> decoder graph, compared with PyTorch."""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from export.cli import BUILD, name_of, open_checkpoint, run
+from export.decoder.check import check_decoder
+from export.decoder.export import CAPACITY_HELP, PRECISIONS, check_options, export_decoder
+from export.tolerances import ParityError, report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m export.decoder.export", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
+    parser.add_argument("--precision", default="fp32", help=f"one of {', '.join(PRECISIONS)}; default: fp32")
+    parser.add_argument("--graph", default="fused", help="fused (ONNX Runtime) or portable (standard operators)")
+    parser.add_argument("--capacity", type=int, metavar="N", help=CAPACITY_HELP)
+    parser.add_argument(
+        "--out", type=Path, help="folder for the graph; default: build/decoder/<checkpoint>-<precision>"
+    )
+    args = parser.parse_args()
+    check_options(args.precision, args.graph, args.capacity)
+    checkpoint = open_checkpoint(args.checkpoint)
+    out = args.out or BUILD / "decoder" / f"{name_of(checkpoint)}-{args.precision}"
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
+        file = export_decoder(checkpoint, Path(partial), args.precision, args.graph, args.capacity)
+        if not report(check_decoder(checkpoint, file, args.precision, args.graph)):
+            raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
+        size = 0
+        for written in sorted(Path(partial).iterdir(), reverse=True):  # weights before the graph that names them
+            size += written.stat().st_size
+            shutil.move(written, out / written.name)
+    print(f"{out / file.name}: {args.graph} {args.precision}, {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

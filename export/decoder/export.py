@@ -1,0 +1,121 @@
+"""Llama -> one ONNX graph with a KV cache that takes token ids and image embeds alike.
+
+    python -m export.decoder.export [--checkpoint DIR] [--precision fp32|fp16|int8|int4|w4a16] [--graph fused|portable]
+                             [--out DIR]
+
+fused: ONNX Runtime GenAI's model builder (GroupQueryAttention with the rotary embedding inside, MatMulNBits), for ONNX
+Runtime; the cache is updated in place and only the last position gets logits.
+portable: our own graph of ONNX's standard operators (`export.decoder.llama`), which TensorRT can parse; fp32 and fp16,
+where nodes that overflow FP16 stay in FP32 (`export.graphs.mixed_precision`). Its cache is updated in place too, and
+has a fixed capacity.
+
+Both start from token ids only. Neither can begin with an image, so `merge_image_embeds` adds an input: image_embeds
+[N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 round the weights alone
+(`export.graphs.matmul_nbits`); w4a16 is for GPUs: 4 bits around zero by the model builder, all else in float16.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import onnx
+
+from export.decoder.genai import BUILDER, build_fused, position_scale, quietly, write_llama
+from export.decoder.llama import SMALL, llama_graph
+from export.decoder.surgery import add_next_token, merge_image_embeds
+from export.graphs.matmul_nbits import quantise_weights
+from export.graphs.mixed_precision import half_graph
+from runtime.bundle.manifest import DecoderPart
+from runtime.errors import UserError
+from train.model import Checkpoint, load_language_state
+
+CAPACITY_HELP = "positions of the portable graph's KV cache; default: the model's context"
+LEAST_CAPACITY = 32  # what `check_decoder` asks of a graph
+GRAPHS = ("fused", "portable")
+HALF = ("fp16", "w4a16")  # with activations in float16
+# precision -> bits and method of `export.graphs.matmul_nbits`, which rounds the weights of the float32 graph
+BLOCKS = {"int8": (8, "rtn"), "int4": (4, "q4_1")}
+PRECISIONS = (*BUILDER, *BLOCKS)
+
+
+def export_decoder(
+    checkpoint: Checkpoint, folder: Path, precision: str, graph: str = "fused", capacity: int | None = None
+) -> Path:
+    """Write the graph (and its weights, `<file>.data`) into `folder`; returns `model.onnx` or `portable.onnx` there.
+
+    capacity: positions of the portable graph's KV cache, by default the model's context length. What attention costs
+    there grows with it, however few positions are filled.
+    Raises UserError for an unknown precision or graph, a precision or capacity the graph cannot have, and a missing
+    exporter.
+    """
+    check_options(precision, graph, capacity)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ("model.onnx" if graph == "fused" else "portable.onnx")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        built = Path(scratch, file.name)
+        if graph == "fused":
+            source = Path(scratch, "llama")
+            write_llama(checkpoint, source)
+            quietly(build_fused, source, built.parent, "fp32" if precision in BLOCKS else precision)
+            model = onnx.load(str(built), load_external_data=False)
+            merge_image_embeds(model)
+            add_next_token(model)
+            onnx.save(model, str(built))
+            if precision in BLOCKS:
+                whole, built = built, Path(scratch, "blocks", built.name)
+                quantise_weights(whole, built, *BLOCKS[precision])
+        else:
+            capacity = checkpoint.llama_config.max_position_embeddings if capacity is None else capacity
+            _build_portable(checkpoint, built, precision, capacity)
+        for written in (Path(f"{built}.data"), built):  # weights before the graph that names them
+            os.replace(written, folder / written.name)
+    return file
+
+
+def check_options(precision: str, graph: str = "fused", capacity: int | None = None) -> None:
+    """Raises UserError as `export_decoder` would, before any work."""
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if graph not in GRAPHS:
+        raise UserError(f"unknown graph {graph!r}, expected one of {', '.join(GRAPHS)}")
+    if graph == "portable" and precision not in ("fp32", "fp16"):
+        raise UserError(f"the portable graph comes in fp32 and fp16, not {precision}; --graph fused has that one")
+    if capacity is not None and graph != "portable":
+        raise UserError("a capacity is the portable graph's: the fused one has room for the model's context")
+    if capacity is not None and capacity < LEAST_CAPACITY:
+        raise UserError(f"a KV cache of {capacity} positions, expected {LEAST_CAPACITY} or more")
+
+
+def decoder_part(
+    checkpoint: Checkpoint,
+    precision: str,
+    file: str,
+    **others: str | None,
+) -> DecoderPart:
+    """What the manifest says of a fused graph at `file`, a path inside the bundle. others: `DecoderPart`'s other files,
+    by name."""
+    llama = checkpoint.llama_config
+    return DecoderPart(
+        file=file,
+        precision=precision,
+        layers=llama.num_hidden_layers,
+        kv_heads=llama.num_key_value_heads,
+        head_dim=getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads,
+        context_length=llama.max_position_embeddings,
+        kv_dtype="float16" if precision in HALF else "float32",
+        vocab_size=llama.vocab_size,
+        **others,
+    )
+
+
+def _build_portable(checkpoint: Checkpoint, file: Path, precision: str, capacity: int) -> None:
+    position_scale(checkpoint)  # refuses what has no fixed table of angles
+    data = Path(f"{file}.data")
+    model = llama_graph(checkpoint.llama_config, load_language_state(checkpoint), data, capacity)
+    merge_image_embeds(model)
+    add_next_token(model)
+    onnx.save(model, str(file))
+    if precision == "fp16":
+        model, _ = half_graph(onnx.load(str(file)), "decoder")
+        data.unlink()  # onnx appends to a file that is there
+        onnx.save(model, str(file), save_as_external_data=True, location=data.name, size_threshold=SMALL)

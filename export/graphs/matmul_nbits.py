@@ -1,0 +1,172 @@
+"""The weights of a fused decoder graph in 4 or 8 bits, in blocks of 32 along the input, for ONNX Runtime's MatMulNBits.
+
+rtn: each weight is rounded to the nearest of its block's levels, which lie around zero: w = scale (q - zero).
+q4_1: 4 bits with a scale and an offset for each block, as in GGUF's Q4_1: w = scale q + minimum. Weights that were
+stored that way are kept to a few hundredths of a step, and others fit better than around zero. MatMulNBits takes whole
+levels as zero points alone; what is left of the offsets meets the sum of a block's inputs. So the means of the blocks
+are put behind the inputs (AveragePool, Concat), and the rest of the offsets behind the weights, in 4 bits: 3 % more
+columns.
+
+The head takes 8 bits around zero in any case, since what is lost there is lost in every token, and with it the token
+embeddings where they are the same matrix; where they have their own, it stays as it is. Activations are float32; ONNX
+Runtime rounds them to 8 bits for each product.
+
+Matrices are read and written one at a time, so that memory for the largest is enough.
+"""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+from onnx import external_data_helper, helper, numpy_helper
+
+from export.graphs.block_formats import BLOCK, Blocks, rounded
+from runtime.errors import UserError
+
+FLOAT_COMPUTE, INT8_COMPUTE = 0, 4  # MatMulNBits' accuracy level; in INT8, activations are rounded on the fly
+ALIGNMENT = 64  # bytes, of a tensor in the file of weights
+SMALL = 1024  # bytes of a tensor that stays in the graph's own file
+
+
+def quantise_weights(
+    source: Path,
+    target: Path,
+    bits: int | None,
+    method: str = "rtn",
+    rounding: Callable[[str, np.ndarray], Blocks] | None = None,
+) -> None:
+    """Write the fused float graph `source` with rounded weights to `target` (and `target`.data).
+
+    bits: None rounds the head alone. method: a key of `METHODS` that is for these bits. rounding: by which the body's
+    matrices get their blocks, from name and values; None rounds each weight to the nearest.
+    Raises UserError for q4_1 where a matrix has a number of inputs that BLOCK does not divide.
+    """
+    model = onnx.load(str(source), load_external_data=False)
+    graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    head = next(node for node in graph.node if "logits" in node.output)
+    products = _products(graph)
+    plans = {node.input[1]: (bits, method) for node in products if bits is not None} | {head.input[1]: (8, "rtn")}
+    check_whole_blocks(graph, {name for name, (_, how) in plans.items() if how == "q4_1"})
+    shapes = {name: tuple(tensors[name].dims) for name in plans}
+    _share_embeddings(graph, head, shapes[head.input[1]])
+    _take_blocks(graph, plans, shapes)
+    used = {name for node in graph.node for name in node.input}
+    del graph.initializer[:]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.data", "wb") as data:
+        for name, tensor in tensors.items():
+            read = onnx.TensorProto()
+            read.CopyFrom(tensor)  # some versions of onnx keep in it what they read from the file of weights
+            values = numpy_helper.to_array(read, str(source.parent))
+            if name in plans:
+                by_itself = rounding is None or name == head.input[1]
+                blocks = rounded(values, *plans[name]) if by_itself else rounding(name, values)
+                for ending, array in blocks.tensors().items():
+                    graph.initializer.append(_stored(f"{name}/{ending}", array, data))
+            if name in used:
+                graph.initializer.append(_stored(name, values, data))
+    onnx.save(model, str(target))
+
+
+def check_whole_blocks(graph: onnx.GraphProto, names: Collection[str] | None = None) -> None:
+    """Raises UserError where a matrix has a number of inputs that BLOCK does not divide. names: of the matrices; None:
+    of all that products are taken with."""
+    if names is None:
+        names = {node.input[1] for node in _products(graph)}
+    for tensor in graph.initializer:
+        if tensor.name in names and tensor.dims[0] % BLOCK:
+            raise UserError(
+                f"{tensor.name} has {tensor.dims[0]} inputs, which blocks with offsets (q4_1, gptq) and awq want to be "
+                f"a multiple of {BLOCK}; take int8, or --method rtn of calib.quantize"
+            )
+
+
+def _products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """With matrices of the graph's own."""
+    matrices = {tensor.name for tensor in graph.initializer}
+    return [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in matrices]
+
+
+def _take_blocks(graph: onnx.GraphProto, plans: dict[str, tuple[int, str]], shapes: dict[str, tuple[int, int]]) -> None:
+    """MatMulNBits in place of every product with a matrix of `plans`, name -> (bits, method)."""
+    nodes, extended = [], set()
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.input[1] not in plans:
+            nodes.append(node)
+            continue
+        inputs, matrix = node.input
+        (size, outputs), (bits, method) = shapes[matrix], plans[matrix]
+        names = [f"{matrix}/Q{bits}", f"{matrix}/scales"]
+        if method == "q4_1":
+            size += size // BLOCK
+            names.append(f"{matrix}/zeros")
+            if inputs not in extended:  # once, for all matrices that it meets
+                extended.add(inputs)
+                means = helper.make_node(
+                    "AveragePool", [inputs], [f"{inputs}/means"], kernel_shape=[BLOCK], strides=[BLOCK]
+                )
+                nodes += [
+                    means,
+                    helper.make_node("Concat", [inputs, *means.output], [f"{inputs}/extended"], axis=-1),
+                ]
+            inputs = f"{inputs}/extended"
+        nodes.append(
+            helper.make_node(
+                "MatMulNBits",
+                [inputs, *names],
+                list(node.output),
+                name=node.name,
+                domain="com.microsoft",
+                K=size,
+                N=outputs,
+                bits=bits,
+                block_size=BLOCK,
+                accuracy_level=INT8_COMPUTE,
+            )
+        )
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _share_embeddings(graph: onnx.GraphProto, head: onnx.NodeProto, shape: tuple[int, int]) -> None:
+    """Where token embeddings are the transposed matrix of the head, look them up in its blocks of 8 bits instead.
+    Embeddings that are a matrix of their own stay as they are. shape: of the head's matrix, [D, V]."""
+    matrix = head.input[1]
+    tables = {node.output[0]: node for node in graph.node if node.op_type == "Transpose" and node.input[0] == matrix}
+    lookup = next((node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables), None)
+    if lookup is None or shape[0] % BLOCK:
+        return
+    rows = numpy_helper.from_array(np.array([shape[1], shape[0]]), "embed_tokens/shape")
+    graph.node.insert(0, helper.make_node("Constant", [], [rows.name], value=rows))
+    table = tables[lookup.input[0]]
+    table.CopyFrom(helper.make_node("Reshape", [f"{matrix}/Q8", rows.name], ["embed_tokens/rows"]))
+    lookup.CopyFrom(
+        helper.make_node(
+            "GatherBlockQuantized",
+            ["embed_tokens/rows", lookup.input[1], f"{matrix}/scales"],
+            list(lookup.output),
+            name=lookup.name,
+            domain="com.microsoft",
+            bits=8,
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+    )
+
+
+def _stored(name: str, values: np.ndarray, data: BinaryIO) -> onnx.TensorProto:
+    """A tensor of the graph whose bytes, unless they are few, go to the end of `data`."""
+    tensor = numpy_helper.from_array(values, name)
+    if values.nbytes < SMALL:
+        return tensor
+    data.write(b"\0" * (-data.tell() % ALIGNMENT))
+    begin = data.tell()
+    data.write(tensor.raw_data)
+    external_data_helper.set_external_data(tensor, Path(data.name).name, begin, values.nbytes)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    return tensor

@@ -1,0 +1,150 @@
+"""ONNX Runtime sessions, opened and bound one way, on any provider."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from runtime import kernels
+from runtime.device.cuda import Cuda
+from runtime.device.memory import Array, Cpu, Device, pointer
+from runtime.errors import UserError
+
+# --provider -> ONNX Runtime's name, and what installs it
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider", ".[cpu]"),
+    "cuda": ("CUDAExecutionProvider", ".[gpu]"),
+    "tensorrt": ("TensorrtExecutionProvider", ".[gpu] and datacenter TensorRT"),
+    "nv_tensorrt_rtx": ("NvTensorRTRTXExecutionProvider", ".[cpu,rtx-provider]"),
+}
+
+
+def open_device(provider: str) -> Device:
+    """The memory that a provider computes in. Raises UserError for an unknown provider and where there is no GPU."""
+    if provider not in PROVIDERS:
+        raise UserError(f"unknown provider {provider!r}, expected one of {', '.join(PROVIDERS)}")
+    if provider == "cpu":
+        return Cpu()
+    _require_provider(provider)
+    return Cuda()
+
+
+def open_session(
+    file: Path,
+    threads: int | None,
+    provider: str = "cpu",
+    device: Device | None = None,
+    operators: Path | None = None,
+    activation_bits: int = 8,
+    cuda_graph: bool = False,
+    channels_last: bool = False,
+) -> onnxruntime.InferenceSession:
+    """A session whose arrays lie on `device` and whose work goes into its stream.
+
+    threads: of one operator on the CPU; None lets ONNX Runtime take one a physical core. operators: a library of some
+    that ONNX Runtime lacks. activation_bits: to which those of `runtime.kernels` round activations, 8 or 24. Of
+    `--provider cuda` alone: cuda_graph: let `run_options` name runs that are recorded; channels_last: convolve images
+    as [B, H, W, C].
+    Raises UserError where ONNX Runtime cannot open the graph, or not with this provider: it never falls back to
+    another one by itself.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    # INT8 sums that cannot saturate, where `int8_sums_saturate`; elsewhere it changes nothing
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    name = PROVIDERS[provider][0]
+    try:
+        if operators is not None:
+            options.add_session_config_entry(kernels.ACTIVATION_BITS, str(activation_bits))
+            options.register_custom_ops_library(str(operators))
+        if provider == "nv_tensorrt_rtx":
+            stream = {"has_user_compute_stream": "1", "user_compute_stream": str(device.stream)}
+            options.add_provider_for_devices(_rtx_devices(), stream)
+            session = onnxruntime.InferenceSession(str(file), options)
+        else:
+            session = onnxruntime.InferenceSession(
+                str(file), options, providers=_providers(provider, device, cuda_graph, channels_last)
+            )
+    except UserError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise UserError(f"{file}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}") from error
+    if name not in session.get_providers():  # ONNX Runtime drops one that fails to load, and only logs it
+        raise UserError(f"--provider {provider}: ONNX Runtime could not load {name}, see what it said above")
+    return session
+
+
+def _providers(provider: str, device: Device | None, cuda_graph: bool, channels_last: bool) -> list:
+    """The provider, and those that take what it leaves."""
+    if provider == "cpu":
+        return ["CPUExecutionProvider"]
+    stream = {"user_compute_stream": str(device.stream)}
+    # TF32 would round float32 graphs to 10 bits unasked
+    switches = {"use_tf32": False, "enable_cuda_graph": cuda_graph, "prefer_nhwc": channels_last}
+    cuda = stream | {name: str(int(on)) for name, on in switches.items()}
+    providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+    return [("TensorrtExecutionProvider", stream), *providers] if provider == "tensorrt" else providers
+
+
+def _require_provider(provider: str) -> None:
+    name, package = PROVIDERS[provider]
+    if provider == "nv_tensorrt_rtx":
+        if not _rtx_devices():
+            raise UserError(f"--provider {provider}: TensorRT for RTX finds no GPU that it can use")
+        return
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries of NVIDIA's Python packages
+    if name not in onnxruntime.get_available_providers():
+        there = ", ".join(onnxruntime.get_available_providers())
+        raise UserError(
+            f"--provider {provider}: the installed ONNX Runtime {onnxruntime.__version__} has {there} alone; "
+            f"pip install '{package}' in an environment without another flavour"
+        )
+
+
+def _rtx_devices() -> list:
+    """ONNX Runtime's devices of the plugin provider for TensorRT for RTX, which is registered on the first call."""
+    name, package = PROVIDERS["nv_tensorrt_rtx"]
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as plugin
+    except ImportError as error:
+        raise UserError(f"--provider nv_tensorrt_rtx: {error}; pip install '{package}'") from error
+    if not _rtx_registered:
+        try:
+            onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+        except Exception as error:
+            raise UserError(f"--provider nv_tensorrt_rtx: its library cannot be loaded: {error}") from error
+        _rtx_registered.append(name)
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+
+
+_rtx_registered: list[str] = []  # a library may be registered once a process
+NOT_RECORDED = -1  # as ONNX Runtime numbers CUDA graphs
+
+
+def run_options(device: Device, graph: int = NOT_RECORDED) -> onnxruntime.RunOptions:
+    """On a GPU the call returns before the work is done; whoever reads the result waits.
+
+    graph: under which number the first run is recorded; runs with this number replay it. They have to have the same
+    addresses and shapes.
+    """
+    options = onnxruntime.RunOptions()
+    if isinstance(device, Cuda):
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
+
+
+def bind_input(binding: onnxruntime.IOBinding, name: str, array: Array, device: Device) -> None:
+    binding.bind_input(name, device.name, 0, array.dtype.type, array.shape, pointer(array))
+
+
+def bind_output(binding: onnxruntime.IOBinding, name: str, array: Array, device: Device) -> None:
+    binding.bind_output(name, device.name, 0, array.dtype.type, array.shape, pointer(array))
+
+
+def input_dtype(session: onnxruntime.InferenceSession, name: str) -> type[np.floating]:
+    """numpy's type of a graph's floating-point input."""
+    types = {value.name: value.type for value in session.get_inputs()}
+    return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[types[name]]

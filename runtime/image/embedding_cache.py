@@ -1,0 +1,52 @@
+"""Image embeds that were computed before: the least recently used go where a limit in bytes is reached."""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import numpy as np
+from PIL import Image
+
+from runtime.device.memory import Array
+
+DEFAULT_BYTES = 256 << 20
+
+
+class EmbedsCache:
+    """Key -> image embeds [T, D] on their device. max_bytes: of all of them together; 0 keeps none.
+
+    May be used by several threads.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_BYTES):
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._entries: OrderedDict[Hashable, Array] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Array | None:
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, embeds: Array) -> None:
+        """`embeds` may not be written to from now on. One that is larger than all the room there is is not kept."""
+        with self._lock:
+            if embeds.nbytes > self.max_bytes:
+                return
+            if (old := self._entries.pop(key, None)) is not None:
+                self.bytes -= old.nbytes
+            self._entries[key] = embeds
+            self.bytes += embeds.nbytes
+            while self.bytes > self.max_bytes:
+                self.bytes -= self._entries.popitem(last=False)[1].nbytes
+
+
+def digest(picture: Image.Image) -> bytes:
+    """Of an RGB image's size and pixels: the same picture from a file, from bytes or from Pillow has the same."""
+    hashed = hashlib.blake2b(repr(picture.size).encode(), digest_size=16)
+    hashed.update(np.asarray(picture))
+    return hashed.digest()

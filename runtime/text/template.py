@@ -1,0 +1,127 @@
+"""From a question to the text the model was trained on, and from the model's text to where its answer stops.
+
+A template is data and travels in the bundle's manifest, so a bundle renders the same with any later version of this
+module. The ones known here are LLaVA's `vicuna_v1` and `plain` (`llava/conversation.py`) and ChatML as SmolLM2's and
+Qwen's chat templates write it.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from runtime.errors import UserError
+
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_LINE = f"{IMAGE_PLACEHOLDER}\n"
+MARKED_IMAGE_LINE = f"<im_start>{IMAGE_PLACEHOLDER}<im_end>\n"  # for mm_use_im_start_end
+_SYSTEM, _PROMPT = "{system}", "{prompt}"
+_MUST_HOLD = {"system_format": _SYSTEM, "turn_format": _PROMPT, "image_format": IMAGE_PLACEHOLDER}
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """How a conversation is written.
+
+    name: for messages only.
+    system: the system text where none is asked for.
+    system_format: what a conversation opens with, "{system}" standing for the system text.
+    turn_format: a question up to where the answer begins, "{prompt}" standing for the question.
+    answer_end: what comes between an answer and the next question.
+    stop: strings that end an answer if the model writes them out.
+    image_format: what stands for an image in front of a question; holds "<image>" once.
+    """
+
+    name: str
+    system: str
+    system_format: str
+    turn_format: str
+    answer_end: str
+    stop: tuple[str, ...]
+    image_format: str = IMAGE_LINE
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest; `from_dict` reads it back."""
+        return {**asdict(self), "stop": list(self.stop)}
+
+    @classmethod
+    def from_dict(cls, section: dict[str, Any]) -> "PromptTemplate":
+        """Raises UserError, naming the key, if one is missing, unknown or of no use."""
+        names = {field.name for field in fields(cls)}
+        for key in sorted(names ^ section.keys()):
+            raise UserError(f"manifest: prompt template {'lacks' if key in names else 'has an unknown'} key {key!r}")
+        stop = section["stop"]
+        if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"manifest: prompt template 'stop' is {stop!r}; expected a list of non-empty strings")
+        for key in sorted(names - {"stop"}):
+            if not isinstance(section[key], str):
+                raise UserError(f"manifest: prompt template {key!r} is {section[key]!r}; expected a string")
+        for key, held in _MUST_HOLD.items():
+            if section[key].count(held) != 1:
+                raise UserError(f"manifest: prompt template {key!r} is {section[key]!r}; expected one {held!r} in it")
+        return cls(**{**section, "stop": tuple(stop)})
+
+
+VICUNA_V1 = PromptTemplate(
+    name="vicuna_v1",
+    system="A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    system_format="{system} ",
+    turn_format="USER: {prompt} ASSISTANT:",
+    answer_end="</s>",
+    stop=("</s>",),
+)
+PLAIN = PromptTemplate(
+    name="plain",
+    system="",
+    system_format="{system}",
+    turn_format="{prompt}\n",
+    answer_end="\n",
+    stop=("\n",),
+)
+CHATML = PromptTemplate(
+    name="chatml",
+    system="You are a helpful assistant.",
+    system_format="<|im_start|>system\n{system}<|im_end|>\n",
+    turn_format="<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+    answer_end="<|im_end|>\n",
+    stop=("<|im_end|>",),
+)
+TEMPLATES = {template.name: template for template in (VICUNA_V1, PLAIN, CHATML)}
+
+
+def first_turn(template: PromptTemplate, prompt: str, images: int, system: str | None = None) -> str:
+    """The text that opens a conversation, up to where the first answer begins.
+
+    Args:
+        template: of the bundle.
+        prompt: the question. If it holds `<image>` placeholders, the images go there, else in front of it.
+        images: number of images that come with it.
+        system: system text, None for the template's.
+
+    Raises:
+        UserError: the prompt holds placeholders, but not one for each image.
+    """
+    system = template.system if system is None else system
+    return template.system_format.replace(_SYSTEM, system) + _turn(template, prompt, images)
+
+
+def next_turn(template: PromptTemplate, prompt: str, images: int = 0) -> str:
+    """The text from the end of the last answer up to where the next one begins.
+
+    It opens with the token that ends an answer, so that one is not to be fed to the model before. Arguments and errors
+    are those of `first_turn`.
+    """
+    return template.answer_end + _turn(template, prompt, images)
+
+
+def with_answer(prompt: str, answer: str) -> str:
+    """A rendered prompt with the answer after it, as in training: a space between words, none after a line's end."""
+    return prompt + ("" if prompt[-1:].isspace() else " ") + answer
+
+
+def _turn(template: PromptTemplate, prompt: str, images: int) -> str:
+    placeholders = prompt.count(IMAGE_PLACEHOLDER)
+    if placeholders == 0:
+        prompt = template.image_format * images + prompt
+    elif placeholders != images:
+        raise UserError(f"prompt: {placeholders} {IMAGE_PLACEHOLDER} placeholder(s) for {images} image(s)")
+    return template.turn_format.replace(_PROMPT, prompt)

@@ -1,0 +1,90 @@
+"""What the runtime takes and returns: options, timings, results."""
+
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from runtime.errors import UserError
+from runtime.generate.sampler import Sampling
+
+ImageSource = str | PathLike | bytes | Image.Image
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer.
+
+    max_new_tokens: at most so many tokens, the end-of-sequence token included; fewer where the context ends.
+    sampling: how the next token is chosen; greedy by default.
+    stop: strings that end the answer and do not appear in it, beside the template's own.
+    resolution: side of the square images are fitted to (or, with `any`, whose area they are fitted to), pixels; None
+    takes the bundle's. aspect: `pad`, `crop` or `any`; None takes the bundle's. system: system text; None takes the
+    template's. json_schema: that the answer follows; with it every token is chosen from the logits, and an answer that
+    max_new_tokens cuts short does not parse.
+    Raises UserError for a value out of range.
+    """
+
+    max_new_tokens: int = 512
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    resolution: int | None = None
+    aspect: str | None = None
+    system: str | None = None
+    json_schema: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise UserError(f"stop is {self.stop!r}, expected a sequence of strings that are not empty")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """preprocess_ms: files to pixel values; encode_ms: those to image embeds; prefill_ms: the prompt through the
+    decoder; ttft_ms: from the call to the first token; decode_tokens_per_s: over the tokens after the first, None if
+    there is none."""
+
+    preprocess_ms: float
+    encode_ms: float
+    prefill_ms: float
+    ttft_ms: float
+    decode_tokens_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer. token_ids: the new ids, the end-of-sequence id included. finish_reason: `stop` (end of
+    sequence or a stop string) or `length`. prompt_tokens: positions prefilled, the visual tokens among them."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    visual_tokens: int
+    prompt_tokens: int
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one new token added. text: the text that became certain, often "". elapsed_ms: since the call. result: on
+    the last piece."""
+
+    text: str
+    token_id: int
+    elapsed_ms: float
+    result: Result | None = None
+
+
+@dataclass
+class Trace:
+    """Intermediate values of a turn, for comparison. pixel_values: float32 [3, H, W] of each image that the turn
+    encodes: a traced turn encodes all of its own, whatever the cache has. image_embeds: [sum of T, D]. first_logits:
+    float32 [V], the first new token was chosen from."""
+
+    pixel_values: list[np.ndarray] = field(default_factory=list)
+    image_embeds: np.ndarray | None = None
+    first_logits: np.ndarray | None = None
