@@ -13,7 +13,7 @@ from runtime import kernels
 from runtime.errors import NoNumbersError, UserError
 from runtime.generate.sampler import Sampling
 from runtime.image.input import Picture
-from runtime.serve import engine as engines
+from runtime.serve import scheduler as engines
 from runtime.serve.scheduler import Busy, Engine, Failed, Request
 from runtime.text.template import first_turn
 from runtime.types import Options

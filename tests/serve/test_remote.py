@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from runtime.serve import remote
+from runtime.serve import remote_images as remote
 from runtime.serve.protocol import ApiError
 from runtime.serve.remote_images import Fetcher, is_public
 
