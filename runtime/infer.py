@@ -8,7 +8,6 @@ python runtime/infer.py ... --json                                     one JSON 
 import argparse
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,10 +19,11 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file, its own folder is on the path instead of the project's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from runtime.command import run
 from runtime.errors import UserError
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
     parser.add_argument(
@@ -62,11 +62,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="save the first image with the answer's boxes drawn")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="save pixel_values, image_embeds, first_logits (.npy)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    args = parse()
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--draw: {args.draw} is neither .png nor .jpg")
     for option in ("json", "dump", "draw"):
@@ -236,30 +236,7 @@ def _dump(folder: Path, trace) -> None:
     np.save(folder / "first_logits.npy", trace.first_logits)
 
 
-def run() -> None:
-    """Exit with 2 and one line for what the user can put right."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-    try:
-        status = main()
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise
-        print("error: no onnxruntime; install one flavour: pip install '.[cpu]' or '.[gpu]'", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # whoever read the output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    except (OSError, MemoryError) as error:
-        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
-        status = 2
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    run()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    run(main)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from runtime.device.memory import Array, to_numpy
-from runtime.errors import NoNumbersError
+from runtime.errors import InvalidLogitsError
 from runtime.generate.kv_cache import KVCache
 from runtime.generate.sampler import Sampling, next_token
 
@@ -35,7 +35,7 @@ class Sequence(ABC):
     def forward_greedy(self, ids: list[int], image_embeds: Array | None = None) -> int:
         """As `forward`, but returns the likeliest next token, all that leaves the device.
 
-        Raises NoNumbersError where that one's logit is none, which is seen on the CPU alone.
+        Raises InvalidLogitsError where that one's logit is none, which is seen on the CPU alone.
         """
         self._run(ids, image_embeds)
         if self._likeliest is None:
@@ -43,7 +43,7 @@ class Sequence(ABC):
         else:
             token = int(to_numpy(self._likeliest)[0, 0, 0])
         if isinstance(self._logits, np.ndarray) and not np.isfinite(self._logits[0, 0, token]):
-            raise NoNumbersError
+            raise InvalidLogitsError
         return token
 
     def forward_sampled(

@@ -20,7 +20,7 @@ from runtime.backends.ort_session import bind_input, bind_output, open_session, 
 from runtime.bundle.manifest import DecoderPart
 from runtime.device.cuda import Cuda, CudaEvent
 from runtime.device.memory import Array, CudaArray
-from runtime.errors import NoNumbersError, UserError
+from runtime.errors import InvalidLogitsError, UserError
 from runtime.generate.kv_cache import KVCache, allocate
 from runtime.generate.sampler import Sampling
 from runtime.graph_io import NEXT_TOKEN
@@ -187,7 +187,7 @@ class ResidentSequence(Sequence):
         self._device.wait(event)
         self._expected = int(self._recorded.tokens_read[slot][0, 0, 0])
         if self._expected == self._vocab_size:
-            raise NoNumbersError
+            raise InvalidLogitsError
         return self._expected
 
     def _run(self, ids: list[int], image_embeds: Array | None) -> None:

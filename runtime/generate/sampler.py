@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.errors import NoNumbersError, UserError
+from runtime.errors import InvalidLogitsError, UserError
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Sampling:
 def next_token(logits: np.ndarray, generated: list[int], sampling: Sampling, random: np.random.Generator) -> int:
     """logits: [V] float32; generated: ids chosen so far in this answer. Does not change either.
 
-    Raises NoNumbersError where the largest logit is none.
+    Raises InvalidLogitsError where the largest logit is none.
     """
     if not np.isfinite(logits.max()):
-        raise NoNumbersError
+        raise InvalidLogitsError
     if sampling.repetition_penalty != 1 and generated:
         logits = _penalise(logits, generated, sampling.repetition_penalty)
     if sampling.temperature == 0:

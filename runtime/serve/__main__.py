@@ -12,12 +12,11 @@ import sys
 import threading
 from pathlib import Path
 
+from runtime.command import run
 from runtime.errors import UserError
 
-EXTRA = "pip install '.[cpu,serve]'"
 
-
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     from runtime.backends.ort_session import PROVIDERS
     from runtime.backends.select import DECODERS, ENCODERS, PRECISIONS
 
@@ -52,11 +51,11 @@ def parse() -> argparse.Namespace:
     settings.add_argument("--decoder", choices=DECODERS, help="default: auto")
     settings.add_argument("--provider", choices=list(PROVIDERS), help="default: cpu")
     settings.add_argument("--threads", type=int, metavar="N", help="of one operator; default: one a physical core")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    chosen = vars(parse())
+def main(argv: list[str] | None = None) -> int:
+    chosen = vars(parse(argv))
     host, port, key_file, no_key, stop_seconds, check = (
         chosen.pop(name) for name in ("host", "port", "api_key_file", "no_api_key", "stop_timeout", "check")
     )
@@ -178,24 +177,5 @@ def read_keys(file: Path) -> tuple[str, ...]:
     return keys
 
 
-def run() -> None:
-    try:
-        status = main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except ModuleNotFoundError as error:
-        if error.name.split(".")[0] not in ("onnxruntime", "fastapi", "uvicorn", "prometheus_client", "pydantic"):
-            raise
-        print(f"error: no {error.name}; {EXTRA}", file=sys.stderr)
-        status = 2
-    except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    run()
+    run(main)

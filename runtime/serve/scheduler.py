@@ -23,7 +23,7 @@ import numpy as np
 from runtime.backends.base import Sequence
 from runtime.backends.ort_slots import Slots
 from runtime.device.memory import Array, Cpu, concatenate, copied
-from runtime.errors import NoNumbersError, UserError
+from runtime.errors import InvalidLogitsError, UserError
 from runtime.generate.sampler import next_token
 from runtime.image.input import Picture
 from runtime.model import Model, common_length
@@ -370,7 +370,7 @@ class Engine:
             self._held[slot].names = []  # nobody is to take over what it holds
             with self._lock:
                 self._prefilling = None
-            self._fail(running.request, NoNumbersError())
+            self._fail(running.request, InvalidLogitsError())
             return
         self._held[slot].names = running.names[:end]
         if end < len(ids):
@@ -407,9 +407,9 @@ class Engine:
             if logits is not None:
                 token = _chosen(running, logits)
             elif token is None:
-                raise NoNumbersError
+                raise InvalidLogitsError
         except UserError as error:  # a schema that grew too large; logits that are no numbers
-            if isinstance(error, NoNumbersError):
+            if isinstance(error, InvalidLogitsError):
                 self._held[self._active.index(running)].names = []
             self._leave(running)
             self._fail(request, error)
@@ -428,7 +428,7 @@ class Engine:
         request.sink(Token(token, text, logprob, answer.finish_reason))
 
     def _fail(self, request: Request, error: UserError) -> None:
-        reason = "numbers" if isinstance(error, NoNumbersError) else "request"
+        reason = "numbers" if isinstance(error, InvalidLogitsError) else "request"
         self._observer.finished(reason)
         request.sink(Failed(reason, str(error)))
 
@@ -505,7 +505,7 @@ def _likeliest(sequence: Sequence, ids: list[int], embeds: Array | None) -> int 
     """The likeliest token after `ids`; None where its logit is no number."""
     try:
         return sequence.forward_greedy(ids, embeds)
-    except NoNumbersError:
+    except InvalidLogitsError:
         return None
 
 

@@ -9,7 +9,7 @@ import pytest
 import runtime
 from runtime.backends.ort_slots import Slots
 from runtime.device.memory import Cpu
-from runtime.errors import NoNumbersError
+from runtime.errors import InvalidLogitsError
 from runtime.generate.kv_cache import allocate
 
 PROMPTS = ([1, 20, 30, 40, 50], [1, 9], [1, *range(60, 90)], [1, 7, -1, -2, 8])
@@ -117,7 +117,7 @@ def test_a_row_of_no_numbers_is_told_from_the_others(decoder, images, alone):
     first, nothing, third = slots.step(tokens)
     assert first == third == alone[0][0][1]
     assert nothing is None
-    with pytest.raises(NoNumbersError):
+    with pytest.raises(InvalidLogitsError):
         broken.forward_greedy([5])
 
 

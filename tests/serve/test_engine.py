@@ -10,7 +10,7 @@ from PIL import Image
 
 import runtime
 from runtime import kernels
-from runtime.errors import NoNumbersError, UserError
+from runtime.errors import InvalidLogitsError, UserError
 from runtime.generate.sampler import Sampling
 from runtime.image.input import Picture
 from runtime.serve import scheduler as engines
@@ -271,7 +271,7 @@ def test_embeds_that_are_no_numbers_fail_their_greedy_request_alone(model, engin
     broken.request.pictures[0].embeds = np.full((broken.request.pictures[0].tokens, 128), np.nan, np.float32)
     engine.submit(whole.request, broken.request, other.request)
     (failed,) = broken.tokens()
-    assert (failed.reason, str(failed)) == ("numbers", str(NoNumbersError()))
+    assert (failed.reason, str(failed)) == ("numbers", str(InvalidLogitsError()))
     assert (whole.ids(), other.ids()) == (alone[1][0], alone[4][0])
     again = Asked(model, "What is this?", [picture(9)])
     engine.submit(again.request)
