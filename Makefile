@@ -14,7 +14,7 @@ PEERS := build/peers
 LLAMA_CPP := llama-cpp-python==0.3.36
 LOCUST := locust==2.47.0
 
-.PHONY: setup demo test lint tables peers
+.PHONY: setup demo test test-gpu lint tables peers
 
 setup: $(VENV)/.installed
 
@@ -34,9 +34,12 @@ demo: setup
 	$(RUN) runtime/infer.py --bundle build/bundle/pages --res 320 --image assets/figures.png \
 	    --prompt 'Where is the battery? Answer with a box.' --draw build/figures.png
 
-# Each room in a process of its own: PyTorch, TensorRT, OpenVINO and their threads all in one have crashed
+# Each package in a process of its own: PyTorch, TensorRT, OpenVINO and their threads all in one have crashed
 test: setup
-	set -e; for room in tests/[a-z]*/; do $(RUN) -m pytest $$room; done
+	set -e; for group in tests/unit tests/integration/*/; do $(RUN) -m pytest $$group; done
+
+test-gpu: setup
+	$(RUN) tests/gpu/run.py
 
 lint: setup
 	$(RUN) -m ruff check .

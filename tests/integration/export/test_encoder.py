@@ -1,0 +1,155 @@
+"""The exported encoder: open sizes, bounds that bite, and the command's exit codes."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from export import encoder as encoder_export
+from export.cli import run
+from export.encoder import OPSET, check_encoder, export_encoder, parity_inputs, pytorch_outputs
+from export.tolerances import ParityError
+from tests.support.commands import run_module
+from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
+
+
+def tiny(fifth: bool = True, **options) -> ImageEncoder:
+    torch.manual_seed(0)
+    stages = 5 if fifth else 4
+    config = EncoderConfig((1,) * stages, (8, 16, 24, 32, 40)[:stages], layer_scale=0.5, **options)
+    return ImageEncoder(ConvNeXtEncoder(config), build_projector("mlp2x_gelu", config.widths[-1], 48)).eval()
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    file = tmp_path_factory.mktemp("graph") / "fp32.onnx"
+    export_encoder(tiny(), file, "fp32")
+    return file
+
+
+def shape_of(value) -> list:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def test_graph_leaves_batch_height_and_width_open(graph):
+    model = onnx.load(graph)
+    assert [value.name for value in model.graph.input] == ["pixel_values"]
+    assert shape_of(model.graph.input[0]) == ["batch", 3, "height", "width"]
+    assert [value.name for value in model.graph.output] == ["image_embeds"]
+    assert shape_of(model.graph.output[0]) == ["batch", "visual_tokens", 48]
+    assert [opset.version for opset in model.opset_import if opset.domain == ""] == [OPSET]
+    assert OPSET >= 18
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (1, 64, 640), (3, 320, 128), (2, 512, 512), (5, 64, 64)])
+def test_any_size_and_batch_equal_pytorch(graph, shape):
+    batch, height, width = shape
+    pixels = np.random.default_rng(1).standard_normal((batch, 3, height, width), dtype=np.float32)
+    (found,) = onnxruntime.InferenceSession(graph).run(None, {"pixel_values": pixels})
+    (expected,) = pytorch_outputs(tiny(), [pixels])
+    assert found.shape == (batch, (height // 64) * (width // 64), 48)
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_four_stages_have_stride_32(tmp_path):
+    model = tiny(fifth=False)
+    inputs = parity_inputs(96, 32)
+    references = pytorch_outputs(model, inputs)
+    export_encoder(model, tmp_path / "fp32.onnx", "fp32")
+    rows = check_encoder(tmp_path / "fp32.onnx", inputs, references, "fp32")
+    assert all(row.ok for row in rows)
+    assert "9 tokens" in rows[0].what
+
+
+def test_fp16_is_fp16_through_and_through(tmp_path):
+    model = tiny()
+    inputs = parity_inputs(256, 64)
+    references = pytorch_outputs(model, inputs)
+    export_encoder(model, tmp_path / "fp16.onnx", "fp16")
+    graph = onnx.load(tmp_path / "fp16.onnx").graph
+    assert {tensor.data_type for tensor in graph.initializer} <= {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
+    assert graph.input[0].type.tensor_type.elem_type == graph.output[0].type.tensor_type.elem_type == 10
+    rows = check_encoder(tmp_path / "fp16.onnx", inputs, references, "fp16")
+    assert all(1e-6 < row.error <= 5e-3 for row in rows)
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder_export, "INLINE_BYTES", 1000)
+    export_encoder(tiny(), tmp_path / "fp32.onnx", "fp32")
+    weights = sum(parameter.nbytes for parameter in tiny().parameters() if parameter.ndim > 1)
+    assert (tmp_path / "fp32.onnx.data").stat().st_size >= weights
+    assert any(t.external_data for t in onnx.load(tmp_path / "fp32.onnx", load_external_data=False).graph.initializer)
+    onnxruntime.InferenceSession(tmp_path / "fp32.onnx").run(None, {"pixel_values": np.zeros((1, 3, 64, 64), "f4")})
+
+
+def test_graph_holds_no_path_of_the_exporting_machine(graph):
+    content = graph.read_bytes()
+    assert b"site-packages" not in content
+    assert str(encoder_export.BUILD.parent).encode() not in content
+
+
+def test_parity_sizes_hold_the_resolution_an_oblong_and_a_batch():
+    for resolution in (64, 128, 256, 320, 768, 1024, 1536):
+        shapes = [pixels.shape for pixels in parity_inputs(resolution, 64)]
+        assert len(shapes) >= 3
+        assert (1, 3, resolution, resolution) in shapes
+        assert any(height != width for _, _, height, width in shapes)
+        assert any(batch > 1 for batch, *_ in shapes)
+        assert all(side % 64 == 0 and side > 0 for _, _, *sides in shapes for side in sides)
+
+
+def test_a_wrong_graph_is_too_large_an_error(graph):
+    inputs = parity_inputs(128, 64)
+    references = [reference * 1.001 for reference in pytorch_outputs(tiny(), inputs)]
+    rows = check_encoder(graph, inputs, references, "fp32")
+    assert not any(row.ok for row in rows)
+    assert "TOO LARGE" in str(rows[0])
+
+
+def test_not_a_number_is_an_error_too(graph):
+    inputs = parity_inputs(128, 64)
+    references = [reference * np.nan for reference in pytorch_outputs(tiny(), inputs)]
+    assert not any(row.ok for row in check_encoder(graph, inputs, references, "fp32"))
+
+
+def test_command_prints_the_table_and_writes_the_graph(conformance, tmp_path):
+    arguments = ["--checkpoint", conformance / "checkpoint", "--res", 256, "--out", tmp_path]
+    done = run_module("export.encoder", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" ok") >= 3
+    assert "256x256 -> 16 visual tokens" in done.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["fp32.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentions"),
+    [
+        (["--res", "1000"], ["1000", "64", "960", "1024"]),
+        (["--res", "-64"], ["-64"]),
+        (["--precision", "int3"], ["int3", "fp32", "fp16"]),
+        (["--checkpoint", "/no/such/folder"], ["/no/such/folder"]),
+    ],
+)
+def test_command_refuses_in_one_line(conformance, tmp_path, arguments, mentions):
+    checkpoint = [] if "--checkpoint" in arguments else ["--checkpoint", conformance / "checkpoint"]
+    done = run_module("export.encoder", *checkpoint, *arguments, "--out", tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(mention in done.stderr for mention in mentions)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_fails_where_the_error_exceeds_its_bound(conformance, tmp_path, monkeypatch, capsys):
+    arguments = ["encoder", "--checkpoint", conformance / "checkpoint", "--res", "128", "--out", tmp_path]
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
+    monkeypatch.setitem(encoder_export.BOUNDS, "fp32", 1e-9)
+    with pytest.raises(ParityError):
+        encoder_export.main()
+    with pytest.raises(SystemExit) as left:
+        run(encoder_export.main)
+    assert left.value.code == 1
+    printed = capsys.readouterr()
+    assert "TOO LARGE" in printed.out
+    assert len(printed.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,417 @@
+"""This project's operators against float64, against ONNX Runtime's MatMulNBits, and in the decoders that have them."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export.graphs.block_formats import BLOCK, Blocks, nearest, with_offsets
+from export.graphs.matmul_nbits import quantise_weights
+from export.graphs.variants import DOMAIN, write_kernels, write_variants
+from runtime import kernels
+from runtime.backends import ort_decoder as decoders
+from runtime.backends.ort_session import open_session
+from runtime.backends.ort_slots import Slots
+from runtime.backends.select import Backends, open_parts
+from runtime.bundle.manifest import open_bundle
+from runtime.errors import UserError
+from tests.support.commands import run_module
+
+needs_kernels = pytest.mark.usefixtures("built")
+INSTRUCTIONS = {"avx2": {"avx2"}, "avx_vnni": {"avx_vnni"}, "avx512_vnni": {"avx512vl", "avx512_vnni"}}
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request, built, monkeypatch, tmp_path) -> str:
+    """The kernels of each set of instructions that the processor has, and the compiler knew."""
+    if missing := INSTRUCTIONS[request.param] - kernels.processor_flags():
+        pytest.skip(f"the processor has no {', '.join(sorted(missing))}")
+    monkeypatch.setenv("CONVLLAVA_KERNELS", request.param)
+    try:
+        session(write(tmp_path / "small", "BlockMatMul", [blocks_of(8, 32, 4, True)], 32, 4))
+    except UserError as error:
+        pytest.skip(str(error))
+    return request.param
+
+
+def blocks_of(rows: int, columns: int, bits: int, zeros: bool, seed: int = 0) -> Blocks:
+    """Random blocks of a matrix [columns, rows], every level among them."""
+    random = np.random.default_rng(seed)
+    count = columns // BLOCK
+    levels = random.integers(0, 2**bits, (rows, count, BLOCK), np.uint8)
+    scales = random.uniform(0.001, 0.01, (rows, count)).astype(np.float32)
+    return Blocks(bits, levels, scales, random.integers(0, 2**bits, (rows, count), np.uint8) if zeros else None)
+
+
+def dense(blocks: Blocks) -> np.ndarray:
+    """[N, K] float64."""
+    zeros = 2 ** (blocks.bits - 1) if blocks.zeros is None else blocks.zeros[..., None].astype(np.float64)
+    weights = (blocks.levels.astype(np.float64) - zeros) * blocks.scales[..., None].astype(np.float64)
+    return weights.reshape(len(weights), -1)
+
+
+def rounded(x: np.ndarray, activation_bits: int = 8) -> np.ndarray:
+    """Activations [M, K] as the kernels see them, float64: 127 levels a block, 16384 times as many of 24 bits."""
+    most = np.float32(127 if activation_bits == 8 else 127 * 128 * 128)
+    blocked = x.reshape(len(x), -1, BLOCK)
+    largest = np.abs(blocked).max(-1, keepdims=True)
+    factor = np.divide(most, largest, out=np.zeros_like(largest), where=largest > 0)
+    levels = np.rint(blocked * factor).astype(np.float64)
+    return (levels * (largest / most)).reshape(x.shape)
+
+
+def write(tmp_path, operator: str, matrices: list[Blocks], columns: int, bits: int):
+    tensors = {f"{at}/{key}": value for at, b in enumerate(matrices) for key, value in b.tensors().items()}
+    names = [
+        [f"{at}/Q{bits}", f"{at}/scales", f"{at}/zeros" if b.zeros is not None else ""] for at, b in enumerate(matrices)
+    ]
+    node = helper.make_node(operator, ["x", *itertools.chain(*names)], ["y"], domain=DOMAIN, K=columns, bits=bits)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "s", None])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "s", None])],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    tmp_path.mkdir(exist_ok=True)
+    file = tmp_path / "kernels.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), file)
+    return file
+
+
+def session(file, activation_bits: int = 8):
+    return open_session(file, 2, operators=kernels.library(), activation_bits=activation_bits)
+
+
+def run(file, x: np.ndarray, activation_bits: int = 8) -> np.ndarray:
+    return session(file, activation_bits).run(None, {"x": x[None]})[0][0]
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize(("bits", "zeros"), [(4, True), (4, False), (8, False)])
+@pytest.mark.parametrize("columns", [32, 96, 576])
+@pytest.mark.parametrize("rows", [8, 20, 50])
+def test_products_are_float64s(tmp_path, bits, zeros, columns, rows):
+    """Of what activations are rounded to; scales are kept in float16, whose rounding is what is left. With activations
+    in 24 bits they stay float32, and next to nothing is left even of unrounded products."""
+    blocks = blocks_of(rows, columns, bits, zeros)
+    file = write(tmp_path, "BlockMatMul", [blocks], columns, bits)
+    random = np.random.default_rng(1)
+    for count in (1, 2, 3, 4, 5, 7, 8, 15, 19):
+        x = random.standard_normal((count, columns)).astype(np.float32)
+        expected = rounded(x) @ dense(blocks).T
+        assert relative(run(file, x), expected) < 8e-4
+        assert relative(run(file, x, 24), rounded(x, 24) @ dense(blocks).T) < 2e-6
+        assert relative(run(file, x, 24), x.astype(np.float64) @ dense(blocks).T) < 3e-6
+    exact = Blocks(bits, blocks.levels, (blocks.scales * 0 + 2.0**-9).astype(np.float32), blocks.zeros)
+    file = write(tmp_path, "BlockMatMul", [exact], columns, bits)
+    assert relative(run(file, x), rounded(x) @ dense(exact).T) < 2e-6
+
+
+@pytest.mark.parametrize("activation_bits", [8, 24])
+@pytest.mark.parametrize(("operator", "bits"), [*itertools.product(("BlockMatMul", "GatedBlockMatMul"), (4, 8))])
+def test_all_instructions_give_the_same_bits(tmp_path, monkeypatch, instructions, operator, bits, activation_bits):
+    matrices = [blocks_of(50, 576, bits, bits == 4, seed) for seed in range(1 + (operator[0] == "G"))]
+    file, random = write(tmp_path, operator, matrices, 576, bits), np.random.default_rng(1)
+    for count in (1, 3, 8, 23):
+        x = random.standard_normal((count, 576)).astype(np.float32)
+        found = run(file, x, activation_bits)
+        with monkeypatch.context() as context:
+            context.setenv("CONVLLAVA_KERNELS", "avx2")
+            np.testing.assert_array_equal(run(file, x, activation_bits), found)
+
+
+@needs_kernels
+def test_instructions_that_there_are_none_of_are_named(tmp_path, monkeypatch):
+    file = write(tmp_path, "BlockMatMul", [blocks_of(8, 32, 4, True)], 32, 4)
+    monkeypatch.setenv("CONVLLAVA_KERNELS", "avx1024")
+    with pytest.raises(UserError, match="CONVLLAVA_KERNELS: this processor, or this build, has no avx1024"):
+        session(file)
+
+
+@needs_kernels
+def test_other_numbers_of_activation_bits_are_refused(tmp_path):
+    file = write(tmp_path, "BlockMatMul", [blocks_of(8, 32, 4, True)], 32, 4)
+    for bits in (0, 4, 16):
+        with pytest.raises(UserError, match="activation_bits"):
+            session(file, bits)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("activation_bits", [8, 24])
+def test_extremes(tmp_path, activation_bits):
+    """Zeros, sums at the edge of 16 bits, scales that float16 has no room for, and matrices of nothing."""
+    levels = np.full((16, 3, BLOCK), 15, np.uint8)
+    scales = np.full((16, 3), 1.0, np.float32)
+    highest = Blocks(4, levels, scales, np.zeros((16, 3), np.uint8))
+    ones = np.ones((2, 96), np.float32)
+    for factor in (2.0**-40, 1.0, 2.0**40):
+        blocks = Blocks(4, levels, (scales * factor).astype(np.float32), highest.zeros)
+        file = write(tmp_path, "BlockMatMul", [blocks], 96, 4)
+        for x in (ones, -ones, 1e-20 * ones, 1e20 * ones):
+            np.testing.assert_allclose(
+                run(file, x, activation_bits), rounded(x, activation_bits) @ dense(blocks).T, rtol=1e-6
+            )
+        assert not run(file, 0 * ones, activation_bits).any()
+    strange = ones.copy()
+    lowest = Blocks(8, np.zeros((16, 3, BLOCK), np.uint8), scales)  # -128
+    for blocks, operator in ((highest, "BlockMatMul"), (lowest, "BlockMatMul"), (highest, "GatedBlockMatMul")):
+        file = write(tmp_path, operator, [blocks] * (1 + (operator[0] == "G")), 96, blocks.bits)
+        expected = run(file, ones, activation_bits)[1]
+        for value in (np.nan, np.inf, -np.inf):
+            strange[0, 40] = value
+            found = run(file, strange, activation_bits)
+            assert not np.isfinite(found[0]).any(), "nothing is made up from what is no number"
+            np.testing.assert_array_equal(found[1], expected)
+    for factor in (1e-38, 1e-37):  # next to nothing, yet no division by it
+        tiny = Blocks(4, levels, (scales * factor).astype(np.float32), highest.zeros)
+        assert np.abs(run(write(tmp_path, "BlockMatMul", [tiny], 96, 4), ones, activation_bits)).max() < 1e-33
+    file = write(tmp_path, "BlockMatMul", [lowest], 96, 8)
+    np.testing.assert_allclose(
+        run(file, -ones, activation_bits), rounded(-ones, activation_bits) @ dense(lowest).T, rtol=1e-6
+    )
+    nothing = Blocks(4, levels, 0 * scales, highest.zeros)
+    assert not run(write(tmp_path, "BlockMatMul", [nothing], 96, 4), ones, activation_bits).any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation_bits", [8, 24])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gated_products_are_float64s(tmp_path, bits, activation_bits):
+    gate, up = (blocks_of(40, 64, bits, bits == 4, seed) for seed in (0, 1))
+    file = write(tmp_path, "GatedBlockMatMul", [gate, up], 64, bits)
+    for scale in (0.1, 1.0, 10.0, 100.0):  # to where the sigmoid is 0 and 1
+        x = scale * np.random.default_rng(2).standard_normal((5, 64)).astype(np.float32)
+        gates, ups = (rounded(x, activation_bits) @ dense(b).T for b in (gate, up))
+        expected = gates / (1 + np.exp(np.minimum(-gates, 700))) * ups
+        found = run(file, x, activation_bits)
+        assert relative(found, expected) < (1e-3 if activation_bits == 8 else 1e-5)
+        np.testing.assert_array_equal(run(file, x[2:3], activation_bits)[0], found[2])
+
+
+@needs_kernels
+def test_silu_is_float64s(tmp_path):
+    """Element by element: a gate of one column, an `up` that is 1, scales that float16 has."""
+    levels, zeros = np.zeros((8, 1, BLOCK), np.uint8), np.zeros((8, 1), np.uint8)
+    levels[:, 0, 0] = 1
+    gate, up = (Blocks(4, levels, np.full((8, 1), 2.0**-10, np.float32), zeros) for _ in range(2))
+    up.scales[:] = 1
+    file = write(tmp_path, "GatedBlockMatMul", [gate, up], 32, 4)
+    opened = session(file)
+    for value in np.concatenate([np.linspace(-85, 85, 500), np.geomspace(1e-6, 1, 40), -np.geomspace(1e-6, 1, 40)]):
+        x = np.zeros((1, 1, 32), np.float32)
+        x[..., 0] = value * 1024
+        gates = rounded(x[0])[0, 0] / 1024
+        expected = gates / (1 + np.exp(-gates)) * rounded(x[0])[0, 0]
+        rtol = 5e-7 + 1e-7 * abs(value)  # what float32 leaves of the exponent
+        np.testing.assert_allclose(opened.run(None, {"x": x})[0][0, 0], expected, rtol=rtol)
+
+
+@needs_kernels
+def test_several_sessions_and_threads_at_once_and_nothing_to_do(tmp_path):
+    blocks = [blocks_of(40, 96, 4, True, seed) for seed in range(2)]
+    x = np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32)
+    sessions = [session(write(tmp_path / str(at), "BlockMatMul", [b], 96, 4)) for at, b in enumerate(blocks)]
+    expected = [opened.run(None, {"x": x[None]})[0] for opened in sessions]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [(at, pool.submit(sessions[at].run, None, {"x": x[None]})) for at in [0, 1] * 50]
+        for at, job in jobs:
+            np.testing.assert_array_equal(job.result()[0], expected[at])
+    assert sessions[0].run(None, {"x": np.zeros((1, 0, 96), np.float32)})[0].shape == (1, 0, 40)
+
+
+@needs_kernels
+@pytest.mark.parametrize("method", ["rtn", "q4_1"])
+def test_a_graph_computes_what_onnx_runtime_does_and_in_fewer_nodes(tmp_path, method):
+    """MatMulNBits at accuracy level 4 rounds activations too; with the means of blocks it rounds those once more."""
+    random = np.random.default_rng(0)
+    shapes = {"gate": (64, 96), "up": (64, 96), "down": (96, 64), "head": (64, 128)}
+    weights = {name: random.standard_normal(shape).astype(np.float32) / 8 for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("MatMul", ["x", "gate"], ["g"], name="gate"),
+        helper.make_node("MatMul", ["x", "up"], ["u"], name="up"),
+        helper.make_node("Sigmoid", ["g"], ["s"]),
+        helper.make_node("Mul", ["g", "s"], ["silu"]),
+        helper.make_node("Mul", ["silu", "u"], ["h"]),
+        helper.make_node("MatMul", ["h", "down"], ["d"], name="down"),
+        helper.make_node("MatMul", ["d", "head"], ["logits"], name="head"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "s", 64])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "s", 128])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "plain.onnx")
+    quantise_weights(tmp_path / "plain.onnx", tmp_path / "model.onnx", 4, method)
+    write_kernels(tmp_path / "model.onnx", tmp_path / "ours.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "ours.onnx", load_external_data=False).graph.node]
+    assert sorted(kinds) == ["BlockMatMul", "BlockMatMul", "GatedBlockMatMul"]
+    x = random.standard_normal((1, 6, 64)).astype(np.float32)
+    (found,) = session(tmp_path / "ours.onnx").run(None, {"x": x})
+    (theirs,) = open_session(tmp_path / "model.onnx", 2).run(None, {"x": x})
+    assert relative(found, theirs) < 0.02
+    restore = with_offsets if method == "q4_1" else lambda matrix: nearest(matrix, 4)
+    whole = {name: _restored(restore(matrix), len(matrix)) for name, matrix in weights.items() if name != "head"}
+    gates, ups = x[0] @ whole["gate"], x[0] @ whole["up"]
+    exact = (gates / (1 + np.exp(-gates)) * ups) @ whole["down"] @ dense(nearest(weights["head"], 8)).T
+    assert relative(found[0], exact) < 0.02, "activations in 8 bits are all that it loses"
+    assert relative(found[0], exact) < 1.5 * relative(theirs[0], exact)
+
+
+def _restored(blocks: Blocks, columns: int) -> np.ndarray:
+    """[K, N]: what the blocks stand for, the columns for the means spread over theirs."""
+    stored = dense(blocks)
+    weights, means = stored[:, :columns], stored[:, columns:][:, : columns // BLOCK]
+    return (weights + np.repeat(means, BLOCK, 1) / BLOCK if means.size else weights).T
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation_bits", [8, 24])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_is_the_same_whatever_it_is_computed_with(tmp_path, bits, activation_bits):
+    file = write(tmp_path, "BlockMatMul", [blocks_of(48, 96, bits, bits == 4)], 96, bits)
+    x = np.random.default_rng(0).standard_normal((9, 96)).astype(np.float32)
+    alone = np.concatenate([run(file, row[None], activation_bits) for row in x])
+    for count in range(1, 10):
+        np.testing.assert_array_equal(run(file, x[:count], activation_bits), alone[:count])
+
+
+@needs_kernels
+def test_what_does_not_fit_is_said_when_the_graph_is_opened(tmp_path):
+    blocks = blocks_of(16, 64, 4, True)
+    for columns, reason in ((48, "blocks of 32"), (96, "as many blocks as K has")):
+        with pytest.raises(UserError, match=reason):
+            session(write(tmp_path, "BlockMatMul", [blocks], columns, 4))
+    with pytest.raises(UserError, match="two matrices of one size"):
+        session(write(tmp_path, "GatedBlockMatMul", [blocks, blocks_of(24, 64, 4, True)], 64, 4))
+    file = write(tmp_path, "BlockMatMul", [blocks], 64, 4)
+    with pytest.raises(Exception, match="K columns"):
+        run(file, np.zeros((1, 32), np.float32))
+
+
+def test_inputs_that_are_no_multiple_of_a_block_are_left_to_onnx_runtime(tmp_path):
+    """All or nothing: what a sequence gets would else depend on how many others there are."""
+    weights = np.random.default_rng(0).standard_normal((80, 64)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "body"], ["h"], name="body"),
+            helper.make_node("MatMul", ["h", "head"], ["logits"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "s", 80])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "s", 64])],
+        [numpy_helper.from_array(weights, "body"), numpy_helper.from_array(weights[:64], "head")],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "plain.onnx")
+    quantise_weights(tmp_path / "plain.onnx", tmp_path / "model.onnx", 4, "rtn")
+    assert write_variants(tmp_path / "model.onnx") == {"prefill_file": tmp_path / "prefill.onnx"}
+    assert not (tmp_path / "kernels.onnx").exists()
+
+
+def test_an_old_processor_is_told(tmp_path):
+    (tmp_path / "cpuinfo").write_text("flags : fpu sse2 avx\n")
+    assert kernels.unavailable(tmp_path / "cpuinfo") == "the processor has no avx2, f16c, fma"
+
+
+@pytest.fixture(scope="module", params=["int4", "int8"])
+def bundle(request, conformance, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bundles") / request.param
+    options = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--decoder-precision", request.param)
+    run_module("export.bundle", *options, "--out", out).check_returncode()
+    return open_bundle(out)
+
+
+@needs_kernels
+def test_a_decoder_is_as_near_to_float32_products_as_onnx_runtimes(bundle):
+    """Of the same weights. Both round activations to 8 bits; this model is random, and much as likely as another."""
+    ours, plain = (open_parts(bundle, Backends(decoder=name)).decoder for name in ("kernels", "onnx"))
+    assert ours.kernels and ours.row_invariant and not plain.kernels and not plain.row_invariant
+    exact = decoders.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
+    sequences = [decoder.start(256) for decoder in (exact, ours, plain)]
+    ids, errors, same = np.random.default_rng(0).integers(3, 400, 100).tolist(), [], []
+    for _ in range(32):
+        expected, *found = (sequence.forward(ids) for sequence in sequences)
+        errors.append([relative(logits, expected) for logits in found])
+        ids = [int(expected.argmax())]
+        same.append([logits.argmax() == ids[0] for logits in found])
+    our_error, their_error = np.mean(errors, 0)
+    assert our_error < 0.1 and our_error < 1.3 * their_error
+    our_ids, their_ids = np.sum(same, 0)
+    assert our_ids >= 24 and our_ids >= their_ids - 4
+
+
+@needs_kernels
+def test_with_activations_in_24_bits_a_decoder_gives_the_ids_of_float32_products(bundle):
+    """Each with its own ids, as they are used."""
+    exact = decoders.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
+    parts = open_parts(bundle, Backends(decoder="kernels24"))
+    ours = parts.decoder
+    assert parts.decoder_chosen.runtime == "onnxruntime with kernels24"
+    for seed in range(4):
+        sequences, said = [decoder.start(256) for decoder in (exact, ours)], []
+        prompt = np.random.default_rng(seed).integers(3, 400, 60).tolist()
+        for sequence in sequences:
+            ids = [sequence.forward_greedy(prompt)]
+            while len(ids) < 48:
+                ids.append(sequence.forward_greedy(ids[-1:]))
+            said.append(ids)
+        assert said[0] == said[1]
+        expected, found = (sequence.forward([5]) for sequence in sequences)
+        assert relative(found, expected) < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("products", ["kernels", "kernels24"])
+def test_sequences_decoded_together_get_what_they_get_alone(bundle, products):
+    decoder = decoders.open_decoder(bundle, products=products)
+    prompts = [np.random.default_rng(seed).integers(3, 400, 5 + 7 * seed).tolist() for seed in range(3)]
+    alone, slots = [], Slots(decoder, 3, 64)
+    for slot, prompt in zip(slots, prompts, strict=True):
+        sequence = decoder.start(64)
+        tokens = [sequence.forward_greedy(prompt)]
+        for _ in range(8):
+            tokens.append(sequence.forward_greedy(tokens[-1:]))
+        alone.append((tokens, sequence.forward(tokens[-1:]).copy()))
+        slot.forward(prompt)
+    for step in range(9):
+        following = slots.step([tokens[step] for tokens, _ in alone])
+        if step < 8:
+            assert following == [tokens[step + 1] for tokens, _ in alone]
+    np.testing.assert_array_equal(slots.logits(3), [logits for _, logits in alone])
+
+
+@needs_kernels
+def test_they_are_taken_by_themselves_only_where_they_are_known_to_be_faster(bundle, monkeypatch):
+    for x86 in (True, False):
+        monkeypatch.setattr(decoders, "is_x86", lambda x86=x86: x86)
+        parts = open_parts(bundle, Backends(encoder="onnx"))
+        assert parts.decoder.kernels == x86
+        assert parts.decoder_chosen.file == ("decoder/kernels.onnx" if x86 else "decoder/model.onnx")
+        assert parts.decoder_chosen.note == ""
+
+
+def test_without_a_compiler_the_reason_is_told(bundle, conformance_bundle, monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "NEEDED", set())
+    monkeypatch.setattr(decoders, "is_x86", lambda: True)
+    parts = open_parts(bundle, Backends(encoder="onnx"))
+    assert not parts.decoder.kernels and "not built" in parts.decoder_chosen.note
+    monkeypatch.setattr(decoders, "is_x86", lambda: False)
+    assert open_parts(bundle, Backends(encoder="onnx")).decoder_chosen.note == "", "they would not be taken"
+    with pytest.raises(UserError, match="--decoder kernels: they were not built"):
+        decoders.open_decoder(bundle, products="kernels")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has no graph for them"):
+        decoders.open_decoder(open_bundle(conformance_bundle), products="kernels")
