@@ -293,7 +293,7 @@ def copy_bundle(bundle: Bundle, folder: Path, but: Callable[[str], bool]) -> dic
     return {name: manifest[name] for name in ("image", "prompt", "tokenizer", "encoder", "decoder")}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m calib.quantize", description=__doc__.split("\n")[0])
     parser.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
     parser.add_argument("--data", type=Path, required=True, help="folder of images, or a dataset in LLaVA's JSON")
@@ -312,7 +312,7 @@ def main() -> int:
     parser.add_argument("--depthwise", action="store_true", help="quantise depthwise convolutions too")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep the ranges, for another method")
     parser.add_argument("--out", type=Path, required=True, help="the new bundle's folder")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = ("precision", "method", "samples", "questions")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     bundle = open_bundle(args.bundle)

@@ -158,7 +158,7 @@ def _require(good: bool, part: str, hint: str = "") -> None:
         raise ParityError(f"the exported {part} does not compute what the checkpoint does; no bundle was written{hint}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.bundle", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--res", type=int, help="default side of the images, pixels; default: the checkpoint's")
@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("--portable-decoder", action="store_true", help="add the decoder of standard operators")
     parser.add_argument("--capacity", type=int, metavar="N", help=CAPACITY_HELP)
     parser.add_argument("--template", help=f"one of {', '.join(TEMPLATES)}; default: the checkpoint's, or vicuna_v1")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     encoder_export.check_precision(args.precision)
     check_options(args.decoder_precision, capacity=None if args.portable_decoder else args.capacity)
     if args.portable_decoder:

@@ -128,13 +128,13 @@ def export_checked(model: ImageEncoder, file: Path, precision: str, resolution: 
     return report(check_encoder(file, inputs, references, precision))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.encoder", description=__doc__.split("\n")[0])
     parser.add_argument("--res", type=int, help="side of the square that must work, pixels; default: the checkpoint's")
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--precision", default="fp32", help="fp32 or fp16; default: fp32")
     parser.add_argument("--out", type=Path, help="folder for the graph; default: build/encoder/<checkpoint>")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_precision(args.precision)
     checkpoint = open_checkpoint(args.checkpoint)
     stride = checkpoint.encoder_config.stride

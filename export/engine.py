@@ -184,8 +184,8 @@ def build_engine(source: Source, options: Options) -> Path:
     return out
 
 
-def main() -> int:
-    args = _arguments().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments().parse_args(argv)
     names = ("part", "precision", "flavour", "timing_cache", "workspace_mib", "refit", "version_compatible")
     if args.flavour in FLAVOURS:
         import_flavour(args.flavour)

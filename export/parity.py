@@ -63,14 +63,14 @@ def _check_same_shape(model: Model, checkpoint: Checkpoint) -> None:
             )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.parity", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", help="what the bundle was made from; default: the demo model")
     parser.add_argument("--bundle", help="default: the demo model's")
     parser.add_argument("--image", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--prompt", default="Describe this image.")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     checkpoint = open_checkpoint(args.checkpoint)
     model = load(args.bundle, backends=Backends(encoder="onnx"))  # an engine has other bounds
     _check_same_shape(model, checkpoint)

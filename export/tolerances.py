@@ -10,6 +10,8 @@ from runtime.errors import UserError
 class ParityError(Exception):
     """An exported graph does not compute what the checkpoint does; the table above the message says where."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class Difference:

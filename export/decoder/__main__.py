@@ -11,7 +11,7 @@ from export.decoder.export import CAPACITY_HELP, PRECISIONS, check_options, expo
 from export.tolerances import ParityError, report
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.decoder.export", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--precision", default="fp32", help=f"one of {', '.join(PRECISIONS)}; default: fp32")
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, help="folder for the graph; default: build/decoder/<checkpoint>-<precision>"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_options(args.precision, args.graph, args.capacity)
     checkpoint = open_checkpoint(args.checkpoint)
     out = args.out or BUILD / "decoder" / f"{name_of(checkpoint)}-{args.precision}"
