@@ -1,5 +1,6 @@
 """How every command line ends: its exit code, and errors that a user can put right as a single line."""
 
+import io
 import os
 import signal
 import sys
@@ -28,6 +29,8 @@ def run(main: Callable[[list[str] | None], int], extras: Mapping[str, str] = EXT
         extras: top-level package -> what installs it.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         status = main(None)
         sys.stdout.flush()

@@ -4,8 +4,8 @@
 class UserError(Exception):
     """Something the caller can put right: a file, an option, a bundle.
 
-    The message is a single line: what is wrong, where, what was expected and, where there is one, the next step. Command
-    lines print it as `error: ...` and exit with `exit_code`.
+    The message is a single line: what is wrong, where, what was expected and, where there is one, the next step.
+    Command lines print it as `error: ...` and exit with `exit_code`.
     """
 
     exit_code = 2
