@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from export.tolerances import ParityError
 from runtime.errors import UserError
 from runtime.image.preprocess import MAX_RESOLUTION
-from train.model import Checkpoint, CheckpointError
-from train.model.tokenizer_files import TokenizerError
+from train.errors import CheckpointError, TokenizerError
+from train.model import Checkpoint
 
 BUILD = Path(__file__).parents[1] / "build"
 

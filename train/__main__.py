@@ -12,50 +12,32 @@ import resource
 import sys
 from pathlib import Path
 
-from train.recipe import Recipe, RecipeError, read_recipe
+from runtime.command import run
+from train.errors import RecipeError
+from train.recipe import Recipe, read_recipe
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", help="YAML file; `train/recipes` has some")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe; dotted where nested")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     # Readers hand over each tensor by a descriptor of its own, and 1,024 are soon used up
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         recipe = read_recipe(args.recipe, args.overrides)
         recipe.accumulation(int(os.environ.get("WORLD_SIZE", "1")))
-        run(recipe)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if not is_users(error):
+        train(recipe)
+    except RecipeError as error:
+        # All processes of a machine find the same wrong with a recipe, so only the first one prints it
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        # What is wrong with a recipe is so for all processes of a machine
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, RecipeError):
-            rank = os.environ.get("RANK", "0")
-            print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0
 
 
-def is_users(error: Exception) -> bool:
-    """Whether the user can put it right. Such an error is one line, without a traceback."""
-    if isinstance(error, RecipeError):
-        return True
-    from safetensors import SafetensorError
-
-    from train.loop import DivergedError
-    from train.model import CheckpointError
-    from train.model.tokenizer_files import TokenizerError
-    from train.report import NothingLearnt, TooManySkipped
-
-    kinds = CheckpointError | DivergedError | NothingLearnt | OSError | TokenizerError | TooManySkipped
-    return isinstance(error, kinds | SafetensorError)  # the last for a full disk
-
-
-def run(recipe: Recipe) -> None:
+def train(recipe: Recipe) -> None:
     """Everything after the recipe's own checks. torch is imported here, so that those are quick."""
     from train import distributed, loop, state
 
@@ -89,11 +71,13 @@ def make_task(recipe: Recipe, world):
 
 
 if __name__ == "__main__":
-    status = main()
-    if "LOCAL_RANK" in os.environ:
+    try:
+        run(main)
+    except SystemExit as end:
+        if "LOCAL_RANK" not in os.environ:
+            raise
         # One of torchrun's processes. Caches of DTensor keep process groups beyond `destroy_process_group`, and gloo's
         # threads, which let go of their last tensor late, would abort an interpreter that is shutting down
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+        os._exit(end.code)

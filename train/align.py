@@ -36,12 +36,13 @@ from torch.utils.data import Dataset
 
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed import World
+from train.errors import RecipeError
 from train.loop import Loss, autocast, compute_dtype
 from train.model import Checkpoint, ImageEncoder, load_embedding, load_image_encoder, save_image_encoder
 from train.pages import Curriculum, PageBatch, Phase, load_pages, pixel_statistics, read_curriculum, stack_pixels
 from train.parts import check_parts, freeze_others, parameter_groups
 from train.places import NOWHERE, SIDES, PlaceCode, hundredths
-from train.recipe import Recipe, RecipeError
+from train.recipe import Recipe
 from train.synth import Document
 from train.synth.page import Box, Page
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from train.errors import CheckpointError, RecipeError
 from train.model import (
     Checkpoint,
-    CheckpointError,
     ConvLLaVA,
     ConvNeXtEncoder,
     EncoderConfig,
@@ -28,7 +28,7 @@ from train.model import (
 from train.model.checkpoint.layout import folder_or_hub
 from train.model.checkpoint.tensors import read_json
 from train.model.configs import llava_config, preprocessor_config, sized, vision_config
-from train.recipe import Encoder, Recipe, RecipeError
+from train.recipe import Encoder, Recipe
 
 DEFAULT_RESOLUTION = 768  # of a new model; the original's first
 

@@ -23,12 +23,12 @@ from train.data.image import ImageRule
 from train.data.sampler import Sampler, micro_batches
 from train.data.tokenizer import load_tokenizer
 from train.distributed import World
+from train.errors import CheckpointError, RecipeError, TokenizerError
 from train.loop import Loss, compute_dtype
 from train.lora import add_lora, go_on_from, merge_lora
-from train.model import IGNORE_INDEX, Checkpoint, CheckpointError, ConvLLaVA, load_language_state, save_state
-from train.model.tokenizer_files import TokenizerError
+from train.model import IGNORE_INDEX, Checkpoint, ConvLLaVA, load_language_state, save_state
 from train.parts import check_parts, freeze_others, parameter_groups
-from train.recipe import Recipe, RecipeError
+from train.recipe import Recipe
 
 _OUTER = "model."  # what `AnswerLoss` puts in front of the names of a ConvLLaVA's parameters
 

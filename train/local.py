@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from train.distributed import World
+from train.errors import RecipeError
 from train.loop import Loss
 from train.model import Checkpoint, ConvNeXtEncoder, load_image_encoder, save_image_encoder
 from train.pages import Curriculum, PageBatch, load_pages, pixel_statistics, read_curriculum, stack_pixels
 from train.parts import parameter_groups
-from train.recipe import Recipe, RecipeError
+from train.recipe import Recipe
 from train.synth import Document
 
 CHARACTERS = "".join(map(chr, range(33, 127))) + "€£"

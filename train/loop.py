@@ -22,12 +22,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from train import state
 from train.distributed import World, apart, gradient_norm, shard
+from train.errors import DivergedError, NothingLearnt
 from train.recipe import Recipe
-from train.report import NothingLearnt, Report
-
-
-class DivergedError(Exception):
-    """A gradient that is no number; the message says what to do."""
+from train.report import Report
 
 
 class Skipped(NamedTuple):

@@ -6,8 +6,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from train.errors import CheckpointError, RecipeError
 from train.model.low_rank import A, B, factors
-from train.recipe import Lora, RecipeError
+from train.recipe import Lora
 
 ROUNDED = 0.1  # of a difference, relative: what a checkpoint in 16 bits may have lost of it
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.", ".lora_B.default."
@@ -43,7 +44,7 @@ def go_on_from(decoder: nn.Module, base: dict[str, Tensor], lora: Lora) -> None:
         found, error = factors(base, {name: state[name] for name in base}, lora.rank)
     except KeyError as wrong:
         raise RecipeError(f"lora.base: has {wrong.args[0]}, which the checkpoint lacks") from wrong
-    except (ValueError, RuntimeError) as wrong:  # other shapes
+    except (CheckpointError, RuntimeError) as wrong:  # other shapes
         raise RecipeError(f"lora.base: {wrong}") from wrong
     if error > ROUNDED:
         raise RecipeError(

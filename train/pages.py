@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from train.distributed import World
+from train.errors import RecipeError
 from train.loop import Skipped
 from train.model import Checkpoint
-from train.recipe import Recipe, RecipeError, build
+from train.recipe import Recipe, build
 from train.synth import Document, PageOptions, render
 from train.synth.dense import dense_page
 from train.synth.page import Page

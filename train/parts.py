@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from train.recipe import FROM_STAGE, Recipe, RecipeError
+from train.errors import RecipeError
+from train.recipe import FROM_STAGE, Recipe
 
 _PREFIX = {"projector": "image_encoder.projector.", "encoder": "image_encoder.encoder.", "language_model": "decoder."}
 _STAGE = re.compile(r"image_encoder\.encoder\.stages\.(\d+)\.")

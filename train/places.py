@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.recipe import RecipeError
+from train.errors import RecipeError
 from train.synth.page import Box
 from train.synth.questions import fractions
 

@@ -15,6 +15,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from train.errors import RecipeError
+
 TASKS = ("conversation", "local", "align")
 ASPECTS = ("pad", "any")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -37,10 +39,6 @@ HARMLESS = frozenset(
 )
 
 T = TypeVar("T")
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the key, what was found and what was expected."""
 
 
 @dataclass(frozen=True)

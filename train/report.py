@@ -8,19 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from train.errors import TooManySkipped
 from train.recipe import Recipe
 from train.state import Progress, write_atomically
 
 if TYPE_CHECKING:
     from train.loop import StepResult
-
-
-class TooManySkipped(ValueError):
-    """More malformed records than the recipe allows."""
-
-
-class NothingLearnt(ValueError):
-    """No record that could be trained on."""
 
 
 class Report:

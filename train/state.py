@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from train.distributed import (
     World,
@@ -33,7 +32,9 @@ from train.distributed import (
     whole_model_state,
     whole_optimizer_state,
 )
-from train.recipe import Recipe, RecipeError, differences
+from train.errors import RecipeError
+from train.model.checkpoint.tensors import load_tensors, save_tensors
+from train.recipe import Recipe, differences
 
 if TYPE_CHECKING:
     from train.loop import Task
@@ -122,12 +123,12 @@ class Run:
             training = partial / "training"
             training.mkdir()
             trained = {name for name, parameter in self.task.model.named_parameters() if parameter.requires_grad}
-            save_file(
+            save_tensors(
                 {name: weights[name].detach().cpu().contiguous() for name in sorted(trained)},
                 training / "trainable.safetensors",
             )
-            _save(optimizer, training / "optimizer.pt")
-            _save(generators, training / "random.pt")
+            save_object(optimizer, training / "optimizer.pt")
+            save_object(generators, training / "random.pt")
             text = json.dumps(asdict(progress) | {"recipe": self.recipe.to_dict()}, indent=2)
             (training / "progress.json").write_text(text + "\n", encoding="utf-8")
             _publish(partial, folder)
@@ -145,7 +146,7 @@ class Run:
         self.world.barrier()
 
     def _load(self, training: Path) -> Progress:
-        load_model_state(self.task.model, load_file(training / "trainable.safetensors"))
+        load_model_state(self.task.model, load_tensors(training / "trainable.safetensors"))
         stored = torch.load(training / "optimizer.pt", map_location="cpu", weights_only=True)
         load_optimizer_state(self.task.model, self.optimizer, stored)
         generators = torch.load(training / "random.pt", map_location="cpu", weights_only=True)
@@ -184,7 +185,7 @@ def _publish(partial: Path, folder: Path) -> None:
     _flush(folder.parent)
 
 
-def _save(value: Any, file: Path) -> None:
+def save_object(value: Any, file: Path) -> None:
     """torch.save. Raises OSError where there is no room, which torch says in a RuntimeError of many lines."""
     try:
         torch.save(value, file)

@@ -6,13 +6,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from runtime.errors import UserError
 from train.model import Checkpoint, load_language_state
+from train.model.checkpoint.tensors import save_tensors
 
 # precision -> builder's precision and execution provider. fp16 is written for CUDA, the provider that computes in it;
 # on a CPU ONNX Runtime runs the same graph by way of float32. The builder rounds to 4 bits by itself: ONNX Runtime's
@@ -30,7 +30,7 @@ def write_llama(checkpoint: Checkpoint, folder: Path) -> None:
     state = {key: tensor.contiguous() for key, tensor in load_language_state(checkpoint).items()}
     config.dtype = next(iter(state.values())).dtype
     config.save_pretrained(folder)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(state, folder / "model.safetensors")
     # The exporters insist on some tokenizer; the real one reaches the bundle by another way
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(folder)
 

@@ -15,8 +15,9 @@ import tokenizers
 from export.tokenizer.convert_sentencepiece import build, first_difference
 from runtime.text.detokenize import SPACE
 from runtime.text.tokenizer import Tokenizer
+from train.errors import TokenizerError
 from train.model.original_tokenizer import SENTENCEPIECE_FILE, OriginalTokenizer, Piece, special_token
-from train.model.tokenizer_files import CheckpointFiles, TokenizerError
+from train.model.tokenizer_files import CheckpointFiles
 
 TOKENIZER_FILE = "tokenizer.json"
 CHATML_TURN_START, CHATML_TURN_END = "<|im_start|>", "<|im_end|>"

@@ -14,8 +14,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from runtime.text.detokenize import SPACE
 from runtime.text.tokenizer import Tokenizer
+from train.errors import TokenizerError
 from train.model.original_tokenizer import OriginalTokenizer, Piece, TrainerSpec
-from train.model.tokenizer_files import TokenizerError
 
 _SENTINEL = "\ue000"  # private use: no text has it, no normalisation changes it
 

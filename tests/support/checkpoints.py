@@ -11,12 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, LlamaForCausalLM
 
-from train.model import (
-    IMAGE_TOKEN_INDEX,
-    CheckpointError,
-    build_projector,
-    load_model,
-)
+from train.errors import CheckpointError
+from train.model import IMAGE_TOKEN_INDEX, build_projector, load_model
 
 HIDDEN, VOCABULARY = 32, 48
 DEPTHS, WIDTHS = [1, 1, 2, 1, 2], [4, 8, 12, 16, 20]

@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 from train.data.conversation import Encoded, MalformedError, Template, encode_conversation, images_of, turns_of
 from train.data.image import ImageRule, open_image, preprocess
 from train.data.tokenizer import Tokenizer
+from train.errors import RecipeError
 from train.loop import Skipped
 from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from train.recipe import RecipeError, Records
+from train.recipe import Records
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
-from train.model.tokenizer_files import CheckpointFiles, TokenizerError
+from train.errors import TokenizerError
+from train.model.tokenizer_files import CheckpointFiles
 
 TURN_START = "<|im_start|>"
 

@@ -3,7 +3,6 @@
 from train.model.checkpoint.layout import Checkpoint
 from train.model.checkpoint.load import load_embedding, load_image_encoder, load_language_state, load_model
 from train.model.checkpoint.save import save_checkpoint, save_image_encoder, save_state
-from train.model.checkpoint.tensors import CheckpointError
 from train.model.convllava import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConvLLaVA, ImageEncoder
 from train.model.encoder import VARIANTS, ConvNeXtEncoder, EncoderConfig
 from train.model.projector import build_projector
@@ -13,7 +12,6 @@ __all__ = [
     "IMAGE_TOKEN_INDEX",
     "VARIANTS",
     "Checkpoint",
-    "CheckpointError",
     "ConvLLaVA",
     "ConvNeXtEncoder",
     "EncoderConfig",

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import gguf
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from runtime.command import run
+from train.errors import CheckpointError
 from train.model.checkpoint.layout import Checkpoint
 from train.model.checkpoint.load import load_model
 from train.model.checkpoint.save import save_checkpoint
-from train.model.checkpoint.tensors import CheckpointError
+from train.model.checkpoint.tensors import load_tensors, save_tensors
 from train.model.configs import llava_config, preprocessor_config, vision_config
 from train.model.convllava import ConvLLaVA, ImageEncoder
 from train.model.encoder import ConvNeXtEncoder, EncoderConfig
@@ -64,13 +64,13 @@ def pack(trained: Path, base: Path, file: Path) -> float:
     tensors, error = factors(before.decoder.state_dict(), after.decoder.state_dict(), RANK)
     tensors |= {ENCODER + name: value for name, value in after.image_encoder.state_dict().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.half().contiguous() for name, tensor in sorted(tensors.items())}, file)
+    save_tensors({name: tensor.half().contiguous() for name, tensor in sorted(tensors.items())}, file)
     return error
 
 
 def unpack(file: Path, base: Path, folder: Path) -> None:
     """Write to `folder` the checkpoint that `file` was packed from, but for rounding."""
-    model, weights = load_model(base), load_file(file)
+    model, weights = load_model(base), load_tensors(file)
     encoder = {name: weights.pop(name) for name in list(weights) if name.startswith(ENCODER)}
     model.image_encoder.load_state_dict({name.removeprefix(ENCODER): tensor for name, tensor in encoder.items()})
     add_factors(model.decoder.state_dict(), weights)
@@ -151,28 +151,26 @@ def _write_tokenizer(weights: Path, file: Path) -> None:
     tokenizer.save(str(file))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.model.demo", description=__doc__.split("\n")[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--pack", nargs=2, type=Path, metavar=("FOLDER", "FILE"), help="carry a trained checkpoint")
     which.add_argument("--unpack", nargs=2, type=Path, metavar=("FILE", "FOLDER"), help="the checkpoint again")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.unpack and args.unpack[1].exists():
         parser.error(f"{args.unpack[1]} exists; name another folder or remove it")
-    try:
-        base = demo_checkpoint(ROOT / "build")
-        if args.pack:
-            folder, file = args.pack
-            off = pack(folder, base, file)
-            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; factors of rank {RANK} are off by {off:.2%}")
-        elif args.unpack:
-            unpack(args.unpack[0], base, args.unpack[1])
-            print(args.unpack[1])
-        else:
-            print(base)
-    except (OSError, ValueError, SafetensorError) as error:  # CheckpointError is a ValueError
-        parser.exit(2, f"error: {error}\n")
+    base = demo_checkpoint(ROOT / "build")
+    if args.pack:
+        folder, file = args.pack
+        off = pack(folder, base, file)
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; factors of rank {RANK} are off by {off:.2%}")
+    elif args.unpack:
+        unpack(args.unpack[0], base, args.unpack[1])
+        print(args.unpack[1])
+    else:
+        print(base)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

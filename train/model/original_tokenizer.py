@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken
 
-from train.model.tokenizer_files import CheckpointFiles, TokenizerError, content_of
+from train.errors import TokenizerError
+from train.model.tokenizer_files import CheckpointFiles, content_of
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 SPACE = "▁"  # what SentencePiece writes for a space

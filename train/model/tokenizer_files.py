@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be read or exported; the message says what was looked for or what differs."""
+from train.errors import TokenizerError
 
 
 @dataclass(frozen=True)

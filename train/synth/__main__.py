@@ -5,19 +5,19 @@ python -m train.synth --out documents --pages 1000 --split train --seed 0 --pres
 
 import argparse
 import os
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from runtime.command import run
 from train.synth.document import KINDS
 from train.synth.generate import PRESETS
 from train.synth.split import SPLITS
 from train.synth.write import FORMATS, Job, write
 
 
-def main() -> int:
-    arguments = _arguments()
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
     options = PRESETS[arguments.preset]
     job = Job(
         arguments.split,
@@ -30,17 +30,13 @@ def main() -> int:
         arguments.fewest,
     )
     start = time.perf_counter()
-    try:
-        records = write(job, arguments.out, arguments.workers)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    records = write(job, arguments.out, arguments.workers)
     seconds = time.perf_counter() - start
     print(f"{arguments.out}: {records} records of {job.pages} pages, {job.pages / seconds:.1f} pages/s")
     return 0
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.synth", description="Write drawn documents to a folder.")
     parser.add_argument("--out", type=Path, required=True, help="new folder: documents.json and images/")
     parser.add_argument("--pages", type=_count, required=True)
@@ -55,7 +51,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--questions", type=_count, help="the most that are asked of a page (default: the preset's)")
     parser.add_argument("--fewest", type=_count, default=1, help="pages with fewer questions are left out (default: 1)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _count(text: str) -> int:
@@ -66,4 +62,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

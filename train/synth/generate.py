@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+from runtime.errors import UserError
 from train.synth import split as splits
 from train.synth.content import Dice
 from train.synth.degrade import degrade
@@ -59,7 +60,7 @@ class PageOptions:
 def render(index: int, split: str, seed: int = 0, options: PageOptions = PageOptions()) -> Document:
     """Page `index` of a split: a function of its arguments alone.
 
-    Raises ValueError for an unknown split, RuntimeError where no question fits the page.
+    Raises ValueError for an unknown split, UserError where no question fits the page.
     """
     chosen = splits.named(split)
     rng = chosen.rng(seed, index)
@@ -70,9 +71,7 @@ def render(index: int, split: str, seed: int = 0, options: PageOptions = PageOpt
         if asked:
             break
     else:
-        raise RuntimeError(
-            f"no question fits page {index} of {split}, seed {seed}: is {options} too small for its text?"
-        )
+        raise UserError(f"no question fits page {index} of {split}, seed {seed}: is {options} too small for its text?")
     return _with_boxes(degrade(Document(sheet.page, template.name, asked), rng, options.strength))
 
 

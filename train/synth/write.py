@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from runtime.errors import UserError
 from train.synth.document import Document
 from train.synth.generate import PageOptions, render
 from train.synth.questions import fractions
@@ -57,7 +58,7 @@ def write(job: Job, folder: Path, workers: int = 1) -> int:
         records = [record for page in _pages(job, unfinished, workers) for record in page]
         if not records:
             kinds = f" of the kinds {', '.join(job.kinds)}" if job.kinds else ""
-            raise ValueError(f"none of {job.pages} pages has {job.fewest} or more questions{kinds}")
+            raise UserError(f"none of {job.pages} pages has {job.fewest} or more questions{kinds}")
         text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
         (unfinished / "documents.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp's folders are closed to others

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from export.tokenizer import convert_sentencepiece
 from export.tokenizer.convert import export_tokenizer
 from runtime.text.tokenizer import Tokenizer
-from train.model.tokenizer_files import TokenizerError
+from train.errors import TokenizerError
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant.",

@@ -12,8 +12,9 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaCo
 
 from train.__main__ import run
 from train.assemble import Source
-from train.model import Checkpoint, CheckpointError, load_model
-from train.recipe import Encoder, Recipe, RecipeError, Records
+from train.errors import CheckpointError, RecipeError
+from train.model import Checkpoint, load_model
+from train.recipe import Encoder, Recipe, Records
 
 DEPTHS, WIDTHS = [1, 1, 2, 1], [8, 12, 16, 20]
 LANGUAGE = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}

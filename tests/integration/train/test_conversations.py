@@ -24,11 +24,12 @@ from train.conversations import AnswerLoss, ConversationTask, is_cheaper_joined
 from train.data.collate import collate
 from train.data.dataset import Conversation
 from train.distributed import World
+from train.errors import RecipeError
 from train.loop import Loss
 from train.lora import add_lora, go_on_from, merge_lora
 from train.model import IGNORE_INDEX, Checkpoint, ConvLLaVA, load_language_state, load_model
 from train.model.low_rank import factors
-from train.recipe import Lora, RecipeError, read_recipe
+from train.recipe import Lora, read_recipe
 
 ALONE = World(0, 1, torch.device("cpu"))
 ALL = ("projector", "encoder", "language_model")

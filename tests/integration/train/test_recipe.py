@@ -8,10 +8,11 @@ import yaml
 
 from tests.support.commands import ROOT, run_module
 from train.align import Alignment
+from train.errors import RecipeError
 from train.local import Local
 from train.pages import read_curriculum
 from train.parts import check_parts, freeze_others, part_of
-from train.recipe import Lora, Recipe, RecipeError, differences, read_recipe
+from train.recipe import Lora, Recipe, differences, read_recipe
 
 MINIMAL = {
     "out": "runs/test",

@@ -20,15 +20,8 @@ from pathlib import Path
 from transformers import LlamaConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from train.model.checkpoint.tensors import (
-    HARMLESS,
-    WEIGHTS,
-    CheckpointError,
-    StoredTensor,
-    read_json,
-    read_tensors,
-    weight_files,
-)
+from train.errors import CheckpointError
+from train.model.checkpoint.tensors import HARMLESS, WEIGHTS, StoredTensor, read_json, read_tensors, weight_files
 from train.model.encoder import EncoderConfig
 from train.model.names import hf_to_timm
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from train.errors import CheckpointError
 from train.model.checkpoint.layout import EMBEDDING, HEAD, PROJECTOR, Checkpoint
-from train.model.checkpoint.tensors import CheckpointError, StoredTensor, weight_file_for
+from train.model.checkpoint.tensors import StoredTensor, weight_file_for
 from train.model.convllava import ConvLLaVA, ImageEncoder
 from train.model.encoder import ConvNeXtEncoder
 from train.model.names import timm_to_hf

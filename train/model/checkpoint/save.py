@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from train.model.checkpoint.layout import HEAD, PROJECTOR, TOKENIZER_FILES, Checkpoint
 from train.model.checkpoint.load import load_image_encoder, load_language_state, with_prefix
+from train.model.checkpoint.tensors import save_tensors
 from train.model.convllava import ConvLLaVA
 from train.model.names import timm_to_hf
 
@@ -53,7 +53,7 @@ def save_state(state: dict[str, Tensor], like: Checkpoint, folder: Path, dtype: 
     (partial / "vision_tower").mkdir(parents=True)
     for tensors, target in ((main, partial), (tower, partial / "vision_tower")):
         tensors = {key: tensor.detach().to("cpu", stored[key]).contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+        save_tensors(tensors, target / "model.safetensors")
     config = like.config | {"mm_vision_tower": "vision_tower"}
     if dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")

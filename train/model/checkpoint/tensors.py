@@ -9,15 +9,14 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from train.errors import CheckpointError
 
 # Keys that old exporters left in checkpoints and that no module needs
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: the message names the file, the key, what was expected and what was found."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,22 @@ def _read_safetensors(file: Path, prefix: str) -> Iterator[tuple[str, Tensor, Pa
                     yield key, tensors.get_tensor(key), file
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors: {error}; is the download complete?") from error
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises CheckpointError where it is damaged, OSError where it is missing."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file. Raises OSError where there is no room."""
+    try:
+        save_file(tensors, file, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: could not be written; is the disk full? ({error})") from error
 
 
 def _read_bin(file: Path) -> dict[str, Tensor]:

@@ -30,15 +30,8 @@ from tests.support.checkpoints import (
     write_sharded_bin,
     write_sharded_safetensors,
 )
-from train.model import (
-    Checkpoint,
-    CheckpointError,
-    build_projector,
-    load_embedding,
-    load_model,
-    save_checkpoint,
-    save_image_encoder,
-)
+from train.errors import CheckpointError
+from train.model import Checkpoint, build_projector, load_embedding, load_model, save_checkpoint, save_image_encoder
 
 
 def stored_as(dtype: str) -> Callable[[State, Path], None]:

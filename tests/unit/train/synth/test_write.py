@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.errors import UserError
 from train.synth import KINDS, PRESETS, render
 from train.synth import write as writing
 from train.synth.write import Job, write
@@ -66,7 +67,7 @@ def test_only_questions_of_some_kinds(tmp_path: Path):
     assert len(records) == count == len(wanted) == len(list((tmp_path / "out" / "images").iterdir()))
     answers = [[turn["value"] for turn in record["conversations"][1::2]] for record in records]
     assert answers == [[question.answer for question in questions] for questions in wanted]
-    with pytest.raises(ValueError, match="none of 2 pages has 1 or more questions of the kinds nonsense"):
+    with pytest.raises(UserError, match="none of 2 pages has 1 or more questions of the kinds nonsense"):
         write(Job("train", 0, 2, OPTIONS, kinds=("nonsense",)), tmp_path / "nothing")
 
 
