@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import ConvNextModel, LlamaForCausalLM
 
@@ -32,6 +31,7 @@ from tests.support.checkpoints import (
 )
 from train.errors import CheckpointError
 from train.model import Checkpoint, build_projector, load_embedding, load_model, save_checkpoint, save_image_encoder
+from train.model.checkpoint.tensors import save_tensors
 
 
 def stored_as(dtype: str) -> Callable[[State, Path], None]:
@@ -125,13 +125,13 @@ def test_saved_folder_appears_whole_or_not_at_all(folder: Path, tmp_path: Path, 
     model, checkpoint = load_model(folder), Checkpoint.open(folder)
     target = tmp_path / "saved"
 
-    def full_disk(state: State, file: Path, metadata: dict) -> None:
+    def full_disk(state: State, file: Path) -> None:
         if file.parent.name == "vision_tower":
             raise OSError("No space left on device")
-        save_file(state, file, metadata)
+        save_tensors(state, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.model.checkpoint.layout.save_file", full_disk)
+        patch.setattr("train.model.checkpoint.save.save_tensors", full_disk)
         with pytest.raises(OSError, match="No space left"):
             save_checkpoint(model, checkpoint, target)
     assert not target.exists()
