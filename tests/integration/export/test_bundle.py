@@ -10,7 +10,7 @@ import time
 import pytest
 
 from export.bundle import export_bundle, image_rule, prompt_template
-from export.decoder import export as decoder_export
+from export.decoder import check as decoder_check
 from export.tolerances import ParityError
 from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
@@ -48,7 +48,7 @@ def test_template_is_vicunas_unless_something_says_otherwise(checkpoint):
 
 
 def test_four_bits_that_lose_too_much_are_refused_with_what_loses_less(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setitem(decoder_export.BOUNDS, "int4", 1e-9)
+    monkeypatch.setitem(decoder_check.BOUNDS, "int4", 1e-9)
     with pytest.raises(ParityError, match="--method gptq"):
         export_bundle(checkpoint, tmp_path / "bundle", 256, decoder_precision="int4")
     assert not (tmp_path / "bundle").exists()

@@ -8,7 +8,7 @@ import pytest
 
 import runtime
 from export.bundle_writer import write_bundle
-from runtime.bundle import manifest as bundles
+from runtime.bundle import verify as bundles
 from runtime.bundle.manifest import open_bundle
 from runtime.bundle.verify import MANIFEST, PARTIAL
 from runtime.errors import UserError

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import runtime
-from runtime.backends import ort_decoder as decoders
+from runtime.backends import ort_decoder
+from runtime.backends import select as decoders
 from runtime.bundle.manifest import open_bundle
 from tests.support.commands import run_module
 from train.model import load_model
@@ -82,8 +83,8 @@ def test_long_prompts_take_the_graph_for_them_where_bytes_are_slow(rounded_bundl
     monkeypatch.setattr(decoders, "int8_sums_saturate", lambda: slow_bytes)
     decoder = decoders.open_decoder(rounded_bundle, products="onnx")
     assert (decoder.prefill_session is not None) == slow_bytes
-    ids = np.random.default_rng(0).integers(3, 400, decoders.LEAST_PREFILL).tolist()
-    plain = decoders.Decoder(rounded_bundle.path(rounded_bundle.decoder.file), rounded_bundle.decoder)
+    ids = np.random.default_rng(0).integers(3, 400, ort_decoder.LEAST_PREFILL).tolist()
+    plain = ort_decoder.Decoder(rounded_bundle.path(rounded_bundle.decoder.file), rounded_bundle.decoder)
     found, expected = decoder.start(256), plain.start(256)
     logits, plain_logits = found.forward(ids).copy(), expected.forward(ids).copy()
     assert np.array_equal(logits, plain_logits) == (not slow_bytes)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runtime.image_file
 from PIL import Image
 
 import runtime
+import runtime.image.decode
 from tests.support.commands import ROOT, run_module
 
 

@@ -12,7 +12,8 @@ from export.graphs.block_formats import BLOCK, Blocks, nearest, with_offsets
 from export.graphs.matmul_nbits import quantise_weights
 from export.graphs.variants import DOMAIN, write_kernels, write_variants
 from runtime import kernels
-from runtime.backends import ort_decoder as decoders
+from runtime.backends import ort_decoder
+from runtime.backends import select as decoders
 from runtime.backends.ort_session import open_session
 from runtime.backends.ort_slots import Slots
 from runtime.backends.select import Backends, open_parts
@@ -338,7 +339,7 @@ def test_a_decoder_is_as_near_to_float32_products_as_onnx_runtimes(bundle):
     """Of the same weights. Both round activations to 8 bits; this model is random, and much as likely as another."""
     ours, plain = (open_parts(bundle, Backends(decoder=name)).decoder for name in ("kernels", "onnx"))
     assert ours.kernels and ours.row_invariant and not plain.kernels and not plain.row_invariant
-    exact = decoders.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
+    exact = ort_decoder.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
     sequences = [decoder.start(256) for decoder in (exact, ours, plain)]
     ids, errors, same = np.random.default_rng(0).integers(3, 400, 100).tolist(), [], []
     for _ in range(32):
@@ -355,7 +356,7 @@ def test_a_decoder_is_as_near_to_float32_products_as_onnx_runtimes(bundle):
 @needs_kernels
 def test_with_activations_in_24_bits_a_decoder_gives_the_ids_of_float32_products(bundle):
     """Each with its own ids, as they are used."""
-    exact = decoders.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
+    exact = ort_decoder.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
     parts = open_parts(bundle, Backends(decoder="kernels24"))
     ours = parts.decoder
     assert parts.decoder_chosen.runtime == "onnxruntime with kernels24"

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import runtime.image_file
 
 import runtime
+import runtime.image.decode
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def cudart(monkeypatch):
 def numbers(monkeypatch):
     """Under which each binding is recorded."""
     found = []
-    import runtime.resident as module
+    import runtime.backends.ort_cuda_graph as module
 
     original = module.run_options
     monkeypatch.setattr(module, "run_options", lambda device, graph: found.append(graph) or original(device, graph))

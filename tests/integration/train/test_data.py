@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runtime.image_file
 import torch
 from PIL import Image
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HubTokenizer
 
-import runtime.image
+import runtime.image.decode
+import runtime.image.preprocess
 from export.tokenizer.convert import export_tokenizer
 from runtime.text import template as runtime_prompt
 from runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
