@@ -20,8 +20,7 @@ from runtime.bundle.engines import choose_engine, read_report
 from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
 from tests.integration.export.test_encoder import tiny
-from tests.integration.runtime.test_infer import assert_one_line_error
-from tests.support.commands import run_module
+from tests.support.commands import assert_one_line_error, run_module
 from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install '.[rtx]'")

@@ -25,8 +25,7 @@ from runtime.bundle.verify import file_sha256
 from runtime.device.cpuinfo import int8_sums_saturate
 from runtime.errors import UserError
 from tests.integration.export.test_encoder import tiny
-from tests.integration.runtime.test_infer import assert_one_line_error
-from tests.support.commands import run_module
+from tests.support.commands import assert_one_line_error, run_module
 
 
 @pytest.fixture(scope="module")

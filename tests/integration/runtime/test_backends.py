@@ -22,9 +22,10 @@ from runtime.bundle.manifest import open_bundle
 from runtime.bundle.verify import file_sha256
 from runtime.device.memory import Cpu
 from runtime.errors import UserError
-from tests.integration.runtime.test_infer import answer, assert_one_line_error, infer
+from tests.integration.runtime.test_infer import answer, infer
 from tests.support import simulated_gpu
-from tests.support.commands import run_module
+from tests.support.bundles import exported
+from tests.support.commands import assert_one_line_error
 
 
 @pytest.fixture
@@ -45,12 +46,9 @@ def reference(conformance_bundle):
 
 
 @pytest.fixture(scope="module")
-def portable(conformance, tmp_path_factory):
+def portable():
     """A bundle with the decoder of standard operators too."""
-    out = tmp_path_factory.mktemp("bundles") / "portable"
-    arguments = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--portable-decoder", "--out", out)
-    run_module("export.bundle", *arguments).check_returncode()
-    return out
+    return exported("--res", 256, "--portable-decoder")
 
 
 def put_decoder_engine(folder) -> None:

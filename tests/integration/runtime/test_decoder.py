@@ -8,7 +8,7 @@ import runtime
 from runtime.backends import ort_decoder
 from runtime.backends import select as decoders
 from runtime.bundle.manifest import open_bundle
-from tests.support.commands import run_module
+from tests.support.bundles import exported
 from train.model import load_model
 
 
@@ -69,12 +69,9 @@ def test_two_sequences_do_not_disturb_each_other(model):
 
 
 @pytest.fixture(scope="module")
-def rounded_bundle(conformance, tmp_path_factory):
+def rounded_bundle():
     """With a decoder of 8 bits, and the graph for prompts beside it."""
-    out = tmp_path_factory.mktemp("bundles") / "int8"
-    options = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--decoder-precision", "int8", "--out", out)
-    run_module("export.bundle", *options).check_returncode()
-    return open_bundle(out)
+    return open_bundle(exported("--res", 256, "--decoder-precision", "int8"))
 
 
 @pytest.mark.parametrize("slow_bytes", [True, False])

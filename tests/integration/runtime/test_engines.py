@@ -9,7 +9,8 @@ from runtime.bundle.engines import FORMAT, choose_engine, engine_folder, find_en
 from runtime.bundle.manifest import open_bundle
 from runtime.bundle.verify import file_sha256
 from runtime.errors import UserError
-from tests.integration.runtime.test_infer import assert_one_line_error, infer
+from tests.integration.runtime.test_infer import infer
+from tests.support.commands import assert_one_line_error
 
 VERSIONS = {"rtx": "1.7.1.116"}
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import runtime
 import runtime.image.decode
-from tests.support.commands import ROOT, run_module
+from tests.support.commands import ROOT, assert_one_line_error, run_module
 
 
 def infer(bundle, *arguments, **options):
@@ -23,15 +23,6 @@ def answer(bundle, *arguments) -> dict:
     done = infer(bundle, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def assert_one_line_error(done, *mentions):
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    for mention in mentions:
-        assert str(mention) in done.stderr
 
 
 def test_answer_is_streamed_and_a_table_follows(conformance_bundle, picture):

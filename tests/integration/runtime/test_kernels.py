@@ -19,7 +19,7 @@ from runtime.backends.ort_slots import Slots
 from runtime.backends.select import Backends, open_parts
 from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
-from tests.support.commands import run_module
+from tests.support.bundles import exported
 
 needs_kernels = pytest.mark.usefixtures("built")
 INSTRUCTIONS = {"avx2": {"avx2"}, "avx_vnni": {"avx_vnni"}, "avx512_vnni": {"avx512vl", "avx512_vnni"}}
@@ -327,11 +327,8 @@ def test_an_old_processor_is_told(tmp_path):
 
 
 @pytest.fixture(scope="module", params=["int4", "int8"])
-def bundle(request, conformance, tmp_path_factory):
-    out = tmp_path_factory.mktemp("bundles") / request.param
-    options = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--decoder-precision", request.param)
-    run_module("export.bundle", *options, "--out", out).check_returncode()
-    return open_bundle(out)
+def bundle(request):
+    return open_bundle(exported("--res", 256, "--decoder-precision", request.param))
 
 
 @needs_kernels

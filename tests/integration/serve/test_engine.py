@@ -17,7 +17,7 @@ from runtime.serve import scheduler as engines
 from runtime.serve.scheduler import Busy, Engine, Failed, Request
 from runtime.text.template import first_turn
 from runtime.types import Options
-from tests.support.commands import run_module
+from tests.support.bundles import exported
 
 WAIT = 120  # seconds, that a test waits for what must come
 
@@ -138,12 +138,9 @@ def test_pages_that_are_asked_about_in_turn_keep_their_slots(model, engine):
 
 
 @pytest.fixture(scope="module", params=["int4", "int8"])
-def small_bundle(request, conformance, tmp_path_factory):
+def small_bundle(request):
     """With a decoder whose weights have few bits."""
-    out = tmp_path_factory.mktemp("small") / request.param
-    options = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--decoder-precision", request.param)
-    run_module("export.bundle", *options, "--out", out).check_returncode()
-    return out
+    return exported("--res", 256, "--decoder-precision", request.param)
 
 
 @pytest.fixture(params=["onnx", "kernels"])
