@@ -14,7 +14,7 @@ import torch
 
 from export import encoder as encoder_export
 from export.cli import open_checkpoint, run
-from export.decoder import export as decoder_export
+from export.decoder import check as decoder_check
 from export.tolerances import Difference, compare, report
 from runtime.backends.select import Backends
 from runtime.errors import UserError
@@ -40,7 +40,7 @@ def compare_image(
         (logits,) = reference(input_ids, [pixels])
     expected = reference.generate(input_ids, [pixels], len(last.result.token_ids), set(model.tokenizer.eos_token_ids))
     encoder_bound = encoder_export.BOUNDS.get(model.bundle.encoder.precision, QUANTISED)
-    decoder_bound = max(decoder_export.BOUNDS[model.bundle.decoder.precision], encoder_bound)
+    decoder_bound = max(decoder_check.BOUNDS[model.bundle.decoder.precision], encoder_bound)
     rows = [
         compare(f"{image[-26:]}: image_embeds", trace.image_embeds, embeds.numpy(), encoder_bound),
         compare(f"{image[-26:]}: first logits", trace.first_logits, logits[-1].numpy(), decoder_bound),

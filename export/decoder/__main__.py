@@ -12,7 +12,7 @@ from export.tolerances import ParityError, report
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m export.decoder.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m export.decoder", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--precision", default="fp32", help=f"one of {', '.join(PRECISIONS)}; default: fp32")
     parser.add_argument("--graph", default="fused", help="fused (ONNX Runtime) or portable (standard operators)")

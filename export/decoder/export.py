@@ -1,6 +1,6 @@
 """Llama -> one ONNX graph with a KV cache that takes token ids and image embeds alike.
 
-    python -m export.decoder.export [--checkpoint DIR] [--precision fp32|fp16|int8|int4|w4a16] [--graph fused|portable]
+    python -m export.decoder [--checkpoint DIR] [--precision fp32|fp16|int8|int4|w4a16] [--graph fused|portable]
                              [--out DIR]
 
 fused: ONNX Runtime GenAI's model builder (GroupQueryAttention with the rotary embedding inside, MatMulNBits), for ONNX

@@ -124,7 +124,7 @@ def test_two_exports_write_the_same_bytes(conformance, conformance_bundle, tmp_p
 
 def test_a_file_in_the_way_is_one_line(conformance, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for module in ("export.encoder", "export.decoder.export", "export.bundle"):
+    for module in ("export.encoder", "export.decoder", "export.bundle"):
         done = run_module(module, "--checkpoint", conformance / "checkpoint", "--out", tmp_path / "file" / "below")
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
