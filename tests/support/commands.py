@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -15,24 +16,32 @@ from unittest import mock
 ROOT = Path(__file__).parents[2]
 
 
-def run_main(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> CompletedProcess[str]:
+def run_main(
+    module: str, *arguments: object, stdin: str = "", env: Mapping[str, str] | None = None
+) -> CompletedProcess[str]:
     """`python -m module arguments...` within this process: its exit code and what it printed.
 
     An exception that the command does not handle is raised, where the process would print its traceback.
 
     Args:
+        stdin: what it reads from standard input; surrogates stand for bytes that are not UTF-8.
         env: variables to add to the environment while it runs.
     """
+    keyboard = io.TextIOWrapper(io.BytesIO(stdin.encode(errors="surrogateescape")), "utf-8")
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     argv = [module, *map(str, arguments)]
     sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with (
             mock.patch.object(sys, "argv", argv),
+            mock.patch.object(sys, "path", [*sys.path]),
+            mock.patch.object(sys, "stdin", keyboard),
             mock.patch.dict(os.environ, env or {}),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
         ):
+            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # it was imported before
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as exit_:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import runtime
-from tests.support.commands import run_module
+from tests.support.commands import run_main
 
 CASES = range(3)
 
@@ -22,7 +22,7 @@ def test_command_line_meets_every_bound(conformance, reference, conformance_bund
     case, expected = reference["cases"][number], np.load(conformance / f"case{number}.npz")
     arguments = ["--bundle", conformance_bundle, "--image", conformance / case["image"], "--prompt", case["prompt"]]
     arguments += ["--max-new-tokens", reference["max_new_tokens"], "--json", "--dump", tmp_path]
-    done = run_module("runtime.infer", *arguments)
+    done = run_main("runtime.infer", *arguments)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert np.abs(np.load(tmp_path / "pixel_values.npy") - expected["pixel_values"]).max() <= 1e-6
@@ -64,7 +64,7 @@ def test_prompt_ids_are_the_originals(conformance, reference, conformance_bundle
 def test_other_precisions_stay_close(conformance, reference, tmp_path, precision, decoder, bound):
     out = tmp_path / "bundle"
     options = ["--precision", precision, "--decoder-precision", decoder]
-    done = run_module("export.bundle", "--checkpoint", conformance / "checkpoint", "--out", out, *options)
+    done = run_main("export.bundle", "--checkpoint", conformance / "checkpoint", "--out", out, *options)
     assert done.returncode == 0, done.stderr
     model, trace = runtime.load(out), runtime.Trace()
     expected = np.load(conformance / "case1.npz")
@@ -79,7 +79,7 @@ def test_wide_margin_makes_the_first_token_a_fair_check(reference):
 
 def test_parity_command_agrees(conformance, conformance_bundle):
     arguments = ["--checkpoint", conformance / "checkpoint", "--bundle", conformance_bundle, "--image"]
-    done = run_module("export.parity", *arguments, *(conformance / f"case{number}.png" for number in CASES))
+    done = run_main("export.parity", *arguments, *(conformance / f"case{number}.png" for number in CASES))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("identical") == len(CASES)
 
@@ -96,7 +96,7 @@ def test_parity_command_sees_another_checkpoint(conformance, conformance_bundle,
         model.image_encoder.projector[0].weight.mul_(1.01)
     save_checkpoint(model, checkpoint, tmp_path / "other", torch.float32)
     arguments = ["--checkpoint", tmp_path / "other", "--bundle", conformance_bundle]
-    done = run_module("export.parity", *arguments, "--image", conformance / "case0.png")
+    done = run_main("export.parity", *arguments, "--image", conformance / "case0.png")
     assert done.returncode == 1
     assert "TOO LARGE" in done.stdout
 
@@ -108,7 +108,7 @@ def test_parity_command_refuses_a_bundle_of_another_shape(conformance_bundle, co
     (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
     (checkpoint / "vision_tower").symlink_to(conformance / "checkpoint" / "vision_tower")
     arguments = ["--checkpoint", checkpoint, "--bundle", conformance_bundle, "--image", conformance / "case0.png"]
-    done = run_module("export.parity", *arguments)
+    done = run_main("export.parity", *arguments)
     assert done.returncode == 2
     assert "layers is 3, not 7" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
