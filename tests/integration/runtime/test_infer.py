@@ -12,8 +12,10 @@ from PIL import Image
 
 import runtime
 from runtime import infer as command
+from runtime.bundle.manifest import open_bundle
 from runtime.text.boxes import COLOUR
 from tests.support.commands import ROOT, assert_one_line_error, run_main
+from tests.support.fake_bundle import put_engine
 
 
 def infer(bundle, *arguments, **options):
@@ -118,6 +120,25 @@ def test_an_answer_follows_a_schema(conformance_bundle, tmp_path, picture):
     assert_one_line_error(infer(conformance_bundle, *options), "a schema is a JSON object")
 
 
+@pytest.mark.parametrize("file", ["decoder/model.onnx", "decoder/model.onnx.data", "tokenizer/tokenizer.json"])
+def test_a_model_of_altered_files_is_refused_as_such(conformance_bundle, tmp_path, file):
+    """Its parts are opened while hashes are taken, and fail in their own words."""
+    bundle = shutil.copytree(conformance_bundle, tmp_path / "bundle")
+    content = (bundle / file).read_bytes()
+    (bundle / file).write_bytes(b"\0" * 64 + content[64:])
+    assert_one_line_error(infer(bundle, "--prompt", "What?"), file, "altered", "sha256")
+
+
+def test_a_bad_engine_is_refused_before_tensorrt_is_asked(conformance_bundle, tmp_path):
+    """There is no GPU here, and the file is no engine: whoever asked TensorRT would hear of that."""
+    bundle = open_bundle(shutil.copytree(conformance_bundle, tmp_path / "bundle"))
+    file = put_engine(bundle)
+    arguments = ("--prompt", "What?", "--encoder", "tensorrt")
+    assert_one_line_error(infer(bundle.folder, *arguments), "need an NVIDIA GPU", "rtx-sm89-fp16.engine")
+    file.write_bytes(b"an")
+    assert_one_line_error(infer(bundle.folder, *arguments), "truncated", file)
+
+
 @pytest.mark.parametrize("bad", ["what is <image>?", "caf\udce9?"])
 def test_a_bad_question_does_not_end_the_chat(conformance_bundle, picture, bad):
     questions = f"What?\n{bad}\nAnd then?\n"
@@ -170,11 +191,6 @@ def test_bad_files_are_one_line(conformance_bundle, picture, tmp_path):
     picture.write_bytes(picture.read_bytes()[:-40])
     assert_one_line_error(infer(conformance_bundle, "--image", picture, "--prompt", "What?"), "picture.png")
     assert_one_line_error(infer(tmp_path / "none", "--prompt", "What?"), "none", "export.bundle")
-    bundle = shutil.copytree(conformance_bundle, tmp_path / "bundle")
-    with (bundle / "decoder" / "model.onnx").open("r+b") as stream:
-        stream.seek(100)
-        stream.write(b"\0\1\2")
-    assert_one_line_error(infer(bundle, "--prompt", "What?"), "model.onnx", "sha256")
 
 
 def test_a_terminal_without_unicode_gets_an_answer(conformance_bundle, reference, conformance, monkeypatch):
