@@ -22,7 +22,7 @@ class Grammars:
         try:
             import llguidance
         except ImportError as error:
-            raise UserError(f"a JSON schema: {error}; pip install '.[serve]'") from error
+            raise UserError(f"a JSON schema: {error}; pip install '.[schema]'") from error
         self._lib = llguidance
         try:
             self._tokenizer = llguidance.LLTokenizer(
