@@ -36,6 +36,7 @@ from benchmarks.peers.turns import (
     in_turn,
     installed,
     open_model,
+    optimum_export,
     same,
     start_peer,
     versions_of_peers,
@@ -117,10 +118,7 @@ def folders(checkpoint, folder: Path, peers: list[str]) -> dict[str, str]:
     found, source = {}, folder / "llama"
     write_llama(checkpoint, source)
     if "optimum" in peers:
-        from optimum.exporters.onnx import main_export
-
-        options = {"task": "text-generation-with-past", "do_validation": False}
-        quietly(lambda: main_export(str(source), output=folder / "optimum", **options))
+        optimum_export(source, folder / "optimum")
         found["optimum"] = str(folder / "optimum")
     if "ort-genai" in peers:
         from onnxruntime_genai.models.builder import create_model, parse_extra_options

@@ -25,10 +25,11 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import record
 from benchmarks.decoder_graphs import CAPACITY, ROUNDS, measure, prompt
+from benchmarks.peers.turns import optimum_export
 from export.cli import open_checkpoint
 from export.decoder.check import check_decoder
 from export.decoder.export import decoder_part, export_decoder
-from export.decoder.genai import quietly, write_llama
+from export.decoder.genai import write_llama
 from export.decoder.surgery import merge_image_embeds
 from export.graphs.mixed_precision import half_graph, nodes_to_keep, to_half
 from export.tensorrt import build as builder
@@ -42,12 +43,9 @@ DECODE_OPT = 1024  # positions in the cache that optimum's decoding profile is t
 
 def export_optimum(checkpoint: Checkpoint, folder: Path) -> Path:
     """optimum-onnx's float32 export, with image embeds merged in: the cache is concatenated and comes back longer."""
-    from optimum.exporters.onnx import main_export
-
     source, built, file = folder / "llama", folder / "optimum", folder / "optimum.onnx"
     write_llama(checkpoint, source)
-    options = {"task": "text-generation-with-past", "opset": OPTIMUM_OPSET, "do_validation": False}
-    quietly(lambda: main_export(str(source), output=built, **options))
+    optimum_export(source, built, OPTIMUM_OPSET)
     model = onnx.load(str(built / "model.onnx"))
     merge_image_embeds(model)
     onnx.save(model, str(file), save_as_external_data=True, location=f"{file.name}.data", size_threshold=4096)

@@ -259,7 +259,7 @@ class Transformers(Peer):
         return logits[:, -1].argmax(-1).tolist()
 
     def rewind(self, length: int) -> None:
-        self._cache.crop(length)
+        self._cache.crop(length - self._cache.get_seq_length())  # negative: how many to forget
         self._length = length
 
 

@@ -18,8 +18,9 @@ from runtime.bundle.manifest import Bundle, open_bundle
 from train.model import Checkpoint
 
 ROOT = Path(__file__).parents[2]
-LLAMA_CPP = BUILD / "peers" / "llama.cpp" / "bin" / "python"
-INSTALLED = LLAMA_CPP.parents[1] / ".installed"
+ENVIRONMENTS = BUILD / "peers"  # made by `make peers`
+# peer with an environment of its own -> its package
+OWN = {"llama.cpp": "llama-cpp-python", "optimum": "optimum-onnx"}
 # what a peer's name has -> module, and the package that brings it
 PACKAGES = {
     "torch": ("torch", "torch"),
@@ -27,7 +28,6 @@ PACKAGES = {
     "transformers": ("transformers", "transformers"),
     "transformers-static": ("transformers", "transformers"),
     "openvino": ("openvino", "openvino"),
-    "optimum": ("optimum.onnxruntime", "optimum-onnx"),
     "ort-genai": ("onnxruntime_genai", "onnxruntime-genai"),
     "vit-l-tiles": ("timm", "timm"),
 }
@@ -80,7 +80,7 @@ def installed(parser: argparse.ArgumentParser, args: argparse.Namespace, names: 
         if args.checkpoint and "llama.cpp" in name:
             print(f"{name} is left out: its weights are the demo model's", file=sys.stderr)
         elif package:
-            how = "`make peers`" if package == "llama.cpp" else f"pip install {package}"
+            how = "`make peers`" if package in OWN else f"pip install {package}"
             print(f"{name} is left out: {how} installs it", file=sys.stderr)
         else:
             found.append(name)
@@ -91,10 +91,33 @@ def installed(parser: argparse.ArgumentParser, args: argparse.Namespace, names: 
 
 def _lacks(name: str) -> str | None:
     """What a peer is without; None if nothing."""
-    if "llama.cpp" in name:  # an environment of its own, with all of it
-        return None if INSTALLED.is_file() else "llama.cpp"
+    if environment := own_environment(name):
+        return None if (ENVIRONMENTS / environment / ".installed").is_file() else environment
     modules = {module: package for part, (module, package) in PACKAGES.items() if part in name.split("+")}
     return next((package for module, package in modules.items() if not _found(module)), None)
+
+
+def own_environment(name: str) -> str | None:
+    """The environment of its own that a peer lives in, if it has one."""
+    return next((environment for environment in OWN if environment in name), None)
+
+
+def interpreter(name: str) -> Path:
+    """The Python of the environment that a peer lives in."""
+    environment = own_environment(name)
+    return ENVIRONMENTS / environment / "bin" / "python" if environment else Path(sys.executable)
+
+
+def optimum_export(source: Path, out: Path, opset: int | None = None) -> None:
+    """Write optimum-onnx's float32 export of the Hugging Face folder `source` into the folder `out`.
+
+    Raises:
+        RuntimeError: the export failed.
+    """
+    command = [interpreter("optimum"), "-m", "benchmarks.peers.optimum_export", source, out]
+    done = subprocess.run([*map(str, command), *([str(opset)] if opset else [])], cwd=ROOT, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"optimum's export failed: {done.stderr.decode(errors='replace')}")
 
 
 def _found(module: str) -> bool:
@@ -106,7 +129,7 @@ def _found(module: str) -> bool:
 
 def start_peer(kind: str, name: str, spec: dict) -> Running:
     """The worker of a peer that is `installed`, in the environment that it lives in."""
-    return Running(kind, name, spec, LLAMA_CPP if "llama.cpp" in name else sys.executable)
+    return Running(kind, name, spec, interpreter(name))
 
 
 def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -129,11 +152,13 @@ def open_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tup
 
 def versions_of_peers() -> dict[str, str]:
     """Of what lives in other environments."""
-    if not INSTALLED.is_file():
-        return {}
-    code = "import importlib.metadata as m; print(m.version('llama-cpp-python'))"
-    found = subprocess.run([LLAMA_CPP, "-c", code], capture_output=True, text=True, check=True)
-    return {"llama-cpp-python": found.stdout.strip()}
+    found = {}
+    for name, package in OWN.items():
+        if _lacks(name) is None:
+            code = f"import importlib.metadata as m; print(m.version({package!r}))"
+            done = subprocess.run([interpreter(name), "-c", code], capture_output=True, text=True, check=True)
+            found[package] = done.stdout.strip()
+    return found
 
 
 class Worker(Protocol):

@@ -47,7 +47,7 @@ def greedy(spec):
     return found
 
 
-@pytest.mark.parametrize("name", ["ours", "transformers", "transformers-static", "optimum"])
+@pytest.mark.parametrize("name", ["ours", "transformers", "transformers-static"])
 def test_a_peer_decodes_greedily_after_any_context(spec, greedy, name, tmp_path, conformance):
     checkpoint = open_checkpoint(str(conformance / "checkpoint"))
     worker = Running("decoders", name, spec | {"folders": decode.folders(checkpoint, tmp_path, [name])})
@@ -169,12 +169,14 @@ def test_no_peer_decodes_with_more_room_than_its_work():
 
 def test_peers_that_are_not_installed_are_left_out(monkeypatch, capsys):
     monkeypatch.setattr(turns, "_found", lambda module: module != "onnxruntime_genai")
-    monkeypatch.setattr(turns, "INSTALLED", Path("nowhere"))
+    monkeypatch.setattr(turns, "ENVIRONMENTS", Path("nowhere"))
     parser, given = argparse.ArgumentParser(), argparse.Namespace(checkpoint=None)
-    assert turns.installed(parser, given, ["llama.cpp", "optimum", "ort-genai", "openvino+llama.cpp"]) == ["optimum"]
+    left_out = ["llama.cpp", "optimum", "ort-genai", "openvino+llama.cpp"]
+    assert turns.installed(parser, given, [*left_out, "transformers"]) == ["transformers"]
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition(" is left out: ")[0] for line in said] == ["llama.cpp", "ort-genai", "openvino+llama.cpp"]
-    assert "pip install onnxruntime-genai" in said[1]
+    assert [line.partition(" is left out: ")[0] for line in said] == left_out
+    assert "make peers" in said[1]
+    assert "pip install onnxruntime-genai" in said[2]
     with pytest.raises(SystemExit):
         turns.installed(parser, given, ["llama.cpp"])
 

@@ -11,12 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from export.decoder.check import check_decoder
-from export.decoder.export import decoder_part, export_decoder
+from export.decoder.export import export_decoder
 from export.decoder.llama import llama_graph
 from export.decoder.surgery import merge_image_embeds
 from export.graphs.mixed_precision import LIMIT, half_graph, nodes_to_keep, to_half
 from export.tensorrt.build import Options, build, capability
-from runtime.backends.ort_portable import PortableSequence
 from runtime.errors import UserError
 from train.model import Checkpoint
 
@@ -108,20 +107,6 @@ def test_it_computes_what_pytorch_does_with_standard_operators_alone(checkpoint,
     rows = check_decoder(checkpoint, file, precision, "portable")
     assert len(rows) == 5
     assert all(row.ok for row in rows), rows
-
-
-def test_optimums_export_agrees(checkpoint, tmp_path):
-    pytest.importorskip("optimum.exporters.onnx")
-    from benchmarks.engine_decoders import OptimumSequence, export_optimum
-
-    part = decoder_part(checkpoint, "fp32", "")
-    ours = PortableSequence(export_decoder(checkpoint, tmp_path / "ours", "fp32", "portable", CAPACITY))
-    (tmp_path / "optimum").mkdir()
-    theirs = OptimumSequence(export_optimum(checkpoint, tmp_path / "optimum"), part)
-    images = np.random.default_rng(0).standard_normal((2, checkpoint.llama_config.hidden_size), dtype=np.float32)
-    for ids, embeds in (([5, -1, -2, 9, 3], images), ([7], None), ([8, 4], None)):
-        expected = theirs.forward(ids, embeds)
-        assert np.abs(ours.forward(ids, embeds) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
