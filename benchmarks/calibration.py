@@ -44,7 +44,7 @@ from export.cli import BUILD
 from export.graphs.variants import write_kernels
 from runtime import kernels
 from runtime.backends.openvino import OpenVinoEncoder
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_encoder import OnnxEncoder
 from runtime.bundle.manifest import Bundle, open_bundle
 from runtime.bundle.verify import MANIFEST
@@ -222,7 +222,7 @@ def decoders(args: argparse.Namespace) -> None:
     text = np.array(english(lambda text: tokenizer.encode_prompt(text, []), WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
     rows, opened = [], []
 
-    def measure(decoder: Decoder, row: dict) -> None:
+    def measure(decoder: OnnxDecoder, row: dict) -> None:
         opened.append(decoder)
         loss = evaluation.loss(decoder=decoder)
         row |= {
@@ -236,7 +236,7 @@ def decoders(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         about = {"precision": "fp32", "method": "as exported", "operators": ORT} | size(source) | {"seconds": 0.0}
-        measure(Decoder(source, part), about)
+        measure(OnnxDecoder(source, part), about)
         for precision, method in (("int8", "rtn"), *(("int4", method) for method in ("q4_1", "gptq", "rtn", "awq"))):
             feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS.get(method, 0))))
             file = Path(folder, f"{precision}-{method}.onnx")
@@ -244,10 +244,10 @@ def decoders(args: argparse.Namespace) -> None:
             quantise_decoder(source, file, precision, method, feeds)
             seconds = round(time.perf_counter() - begin, 1)
             about = {"precision": precision, "method": method, "operators": ORT} | size(file) | {"seconds": seconds}
-            measure(Decoder(file, part), about)
+            measure(OnnxDecoder(file, part), about)
             by_kernels = file.with_suffix(".kernels.onnx")
             if file.stem in BY_KERNELS and kernels.unavailable() is None and write_kernels(file, by_kernels):
-                measure(Decoder(by_kernels, part, operators=kernels.library()), about | {"operators": "kernels"})
+                measure(OnnxDecoder(by_kernels, part, operators=kernels.library()), about | {"operators": "kernels"})
         for row, rate in zip(rows, rates_in_turn(opened), strict=True):
             row["decode_tokens_per_s"] = rate
         record.write("decoder_weights", rows, more=asked(evaluation))
@@ -276,7 +276,7 @@ def english(encode: Callable[[str], list[int]], count: int) -> list[int]:
     return encode(text[: 12 * count])[:count]
 
 
-def perplexity(decoder: Decoder, text: np.ndarray) -> float:
+def perplexity(decoder: OnnxDecoder, text: np.ndarray) -> float:
     """Of each window's tokens but the first."""
     log_probs = []
     for window in text.tolist():
@@ -287,7 +287,7 @@ def perplexity(decoder: Decoder, text: np.ndarray) -> float:
     return float(np.exp(-np.mean(log_probs)))
 
 
-def rates_in_turn(decoders: list[Decoder]) -> list[float]:
+def rates_in_turn(decoders: list[OnnxDecoder]) -> list[float]:
     """Median tokens/s of each over STEPS steps after 64 tokens."""
     samples = [[] for _ in decoders]
     for _ in range(ROUNDS):

@@ -23,7 +23,7 @@ from export.decoder.check import check_decoder
 from export.decoder.export import decoder_part, export_decoder
 from export.graphs.variants import write_variants
 from runtime import kernels
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_portable import PortableSequence
 from train.data.tokenizer import load_tokenizer
 
@@ -86,7 +86,7 @@ def prepare(checkpoint, graph: str, precision: str, text: np.ndarray) -> tuple[d
         portable = PortableSequence(file)
         start = portable.restart
     else:
-        decoder = Decoder(file, part, operators=kernels.library() if graph == "kernels" else None)
+        decoder = OnnxDecoder(file, part, operators=kernels.library() if graph == "kernels" else None)
         start = lambda: decoder.start(CAPACITY)  # noqa: E731
     row = {
         "graph": graph,

@@ -20,13 +20,12 @@ from tqdm import tqdm
 
 from calib.images import Page, Question, pixels_of
 from calib.metrics import anls, iou
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_encoder import OnnxEncoder
 from runtime.backends.ort_slots import Slots
 from runtime.backends.select import Backends
 from runtime.bundle.manifest import Bundle
 from runtime.errors import UserError
-from runtime.image.decode import open_image
 from runtime.model import Model
 from runtime.text.boxes import read_boxes
 from runtime.text.template import first_turn, with_answer
@@ -104,13 +103,12 @@ class Evaluation:
     ):
         self._bundle = bundle
         self.model = model or Model(bundle, Backends(encoder="onnx", encoder_precision="fp32"), cache_bytes=0)
-        self._reference = self.model.encoder
         self._pages: list[Page] = []
         self._embeds: list[np.ndarray] = []
         self._cases: list[list[_Case]] = []
         self._readings: list[_Reading] = []  # of float32
         for page in tqdm(_dealt(pages, questions), "float32", unit="page", leave=False, disable=None):
-            rows = self._reference([pixels_of(page, bundle.image)])
+            rows = self.model.encoder([pixels_of(page, bundle.image)])
             if cases := self._cases_of(page, rows):
                 self._pages.append(page)
                 self._embeds.append(rows)
@@ -144,7 +142,7 @@ class Evaluation:
         """Of the image embeds that the encoder graph `encoder` gives."""
         return sqnr_db(self._encode(encoder), self._embeds)
 
-    def loss(self, encoder: Path | None = None, decoder: Decoder | None = None) -> Loss:
+    def loss(self, encoder: Path | None = None, decoder: OnnxDecoder | None = None) -> Loss:
         """With the encoder graph `encoder`, and `decoder`, in place of float32 and the bundle's; None keeps them."""
         embeds = self._embeds if encoder is None else self._encode(encoder)
         kept, self.model.decoder = self.model.decoder, decoder or self.model.decoder
@@ -228,19 +226,15 @@ class Evaluation:
         """Of the answers to the questions whose own is known. embeds: of each page; None takes float32's."""
         texts, boxes = [], []
         pages = tqdm(self._pages, "answering", unit="page", leave=False, disable=None)
-        try:
-            for page, cases, rows in zip(pages, self._cases, embeds or self._embeds, strict=True):
-                self.model.encoder = lambda pixels, rows=rows: rows  # it has been encoded
-                about = self.model.about([open_image(page.file)], Options(MAX_NEW_TOKENS))
-                for question in (case.question for case in cases if case.question.answer is not None):
-                    *_, last = about.ask(question.prompt)
-                    wanted, said = read_boxes(question.answer), read_boxes(last.result.text)
-                    if wanted:
-                        boxes.append(bool(said) and iou(said[0], wanted[0]) >= 0.5)
-                    else:
-                        texts.append(anls(last.result.text, question.answer))
-        finally:
-            self.model.encoder = self._reference
+        for _, cases, rows in zip(pages, self._cases, embeds or self._embeds, strict=True):
+            about = self.model.about([], Options(MAX_NEW_TOKENS), image_embeddings=[rows])
+            for question in (case.question for case in cases if case.question.answer is not None):
+                *_, last = about.ask(question.prompt)
+                wanted, said = read_boxes(question.answer), read_boxes(last.result.text)
+                if wanted:
+                    boxes.append(bool(said) and iou(said[0], wanted[0]) >= 0.5)
+                else:
+                    texts.append(anls(last.result.text, question.answer))
         return Score(*(statistics.fmean(values) if values else None for values in (texts, boxes)))
 
 

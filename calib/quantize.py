@@ -35,7 +35,7 @@ from calib.report import write_decoder_report, write_encoder_report
 from calib.sensitivity import Step, depthwise_of, groups_of, measure, nested, sensitivities, settle
 from export.bundle_writer import check_place, write_bundle
 from export.graphs.variants import write_variants
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.bundle.manifest import Bundle, open_bundle
 from runtime.bundle.verify import MANIFEST
 from runtime.errors import UserError
@@ -201,7 +201,7 @@ def quantise_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
         decoder.quantise_decoder(bundle.path(part.file), file, options.precision, method, feeds)
         variants = {key: path.relative_to(folder).as_posix() for key, path in write_variants(file).items()}
         sections["decoder"] |= {"precision": options.precision, **variants}
-        opened = Decoder(file, part)
+        opened = OnnxDecoder(file, part)
         rows = {"decoder alone": evaluation.loss(decoder=opened)}
         if bundle.encoder.precision != "fp32":
             both = f"with the encoder in {bundle.encoder.precision}"

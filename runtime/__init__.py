@@ -13,7 +13,7 @@ _HOMES = {
     "Options": "runtime.types",
     "Piece": "runtime.types",
     "Result": "runtime.types",
-    "Sampling": "runtime.generate.sampler",
+    "Sampling": "runtime.types",
     "Trace": "runtime.types",
     "UserError": "runtime.errors",
     "load": "runtime.model",

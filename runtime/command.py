@@ -1,6 +1,7 @@
 """How every command line ends: its exit code, and errors that a user can put right as a single line."""
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -31,6 +32,9 @@ def run(main: Callable[[list[str] | None], int], extras: Mapping[str, str] = EXT
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    logger, messages = logging.getLogger("convllava"), logging.StreamHandler()
+    logger.addHandler(messages)
+    logger.setLevel(logging.WARNING)
     try:
         status = main(None)
         sys.stdout.flush()
@@ -50,6 +54,8 @@ def run(main: Callable[[list[str] | None], int], extras: Mapping[str, str] = EXT
         if not hasattr(error, "exit_code"):
             raise
         status = _report(str(error), error.exit_code)
+    finally:
+        logger.removeHandler(messages)
     sys.exit(status)
 
 

@@ -77,16 +77,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.dump:
         args.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     from runtime.backends.select import Backends
-    from runtime.generate.sampler import Sampling
+    from runtime.demo import demo_bundle
     from runtime.model import load
     from runtime.text.grammar import read_schema
-    from runtime.types import Options
+    from runtime.types import Options, Sampling
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     schema = read_schema(args.json_schema) if args.json_schema else None
     options = Options(args.max_new_tokens, sampling, tuple(args.stop), args.res, args.aspect, args.system, schema)
     backends = Backends(args.encoder, args.decoder, args.provider, args.encoder_precision, args.threads)
-    model = load(args.bundle, backends=backends)
+    model = load(args.bundle or demo_bundle(), backends=backends)
     if args.prompt is None:
         chat(model, args.image, options)
     else:
@@ -107,7 +107,6 @@ def answer(model, args: argparse.Namespace, options) -> None:
     else:
         result = _stream(pieces)
         print("\n" + table(model, result))
-    _say_fallback(model)
     if args.draw:
         _draw(args.draw, args.image[0], result.text)
     if args.dump:
@@ -123,7 +122,6 @@ def chat(model, images: list[str], options) -> None:
     pictures = [open_image(image) for image in images]  # a bad file is an error before the first question
     conversation = model.chat(options)
     print(f"{model.bundle.name}: {len(images)} image(s). An empty line or end of input leaves.", file=sys.stderr)
-    _say_fallback(model)
     while question := _read_question():
         pieces = conversation.ask(question, pictures)
         try:
@@ -139,14 +137,6 @@ def chat(model, images: list[str], options) -> None:
         timings = result.timings
         rate = f", {timings.decode_tokens_per_s:.1f} tokens/s" if timings.decode_tokens_per_s else ""
         print(f"[{result.prompt_tokens} new positions, first token {timings.ttft_ms:.0f} ms{rate}]", file=sys.stderr)
-
-
-def _say_fallback(model) -> None:
-    """Why `auto` did not take what would be faster."""
-    if model.encoder_chosen.note:
-        print(f"encoder: ONNX Runtime rather than TensorRT: {model.encoder_chosen.note}", file=sys.stderr)
-    if model.decoder_chosen.note:
-        print(f"decoder: without this project's kernels: {model.decoder_chosen.note}", file=sys.stderr)
 
 
 def _read_question() -> str:
@@ -168,8 +158,8 @@ def table(model, result) -> str:
     timings = result.timings
     rate = timings.decode_tokens_per_s
     rows = [
-        ("encoder", f"{model.encoder_chosen}"),
-        ("decoder", f"{model.decoder_chosen}"),
+        ("encoder", f"{model.encoder_backend}"),
+        ("decoder", f"{model.decoder_backend}"),
         ("visual tokens", f"{result.visual_tokens}"),
         ("prompt tokens", f"{result.prompt_tokens}"),
         ("new tokens", f"{len(result.token_ids)} ({result.finish_reason})"),
@@ -181,6 +171,7 @@ def table(model, result) -> str:
         ("decode", f"{rate:.1f} tokens/s" if rate else "-"),
         ("peak memory", f"{peak_memory_mib():.0f} MiB"),
     ]
+    rows += [("note", backend.reason) for backend in (model.encoder_backend, model.decoder_backend) if backend.reason]
     return "\n".join(f"{name:<20} {value:>20}" for name, value in rows)
 
 
@@ -193,8 +184,8 @@ def _as_json(model, result) -> dict:
         "prompt_tokens": result.prompt_tokens,
         "timings": {"load_ms": model.load_ms, **asdict(result.timings)},
         "peak_memory_mib": peak_memory_mib(),
-        "encoder": model.encoder_chosen.to_dict(),
-        "decoder": model.decoder_chosen.to_dict(),
+        "encoder": model.encoder_backend.to_dict(),
+        "decoder": model.decoder_backend.to_dict(),
     }
 
 

@@ -1,8 +1,8 @@
-"""Pictures and a question -> an answer, piece by piece: the parts of a bundle chained.
+"""Images and a question -> an answer, piece by piece: the components of a bundle chained.
 
-image -> preprocess -> encoder -> image embeds -+
-                                                +-> prefill -> token -> decode one token at a time -> text
-prompt -> template -> token ids ----------------+
+image -> preprocess -> encoder -> image embeddings -+
+                                                    +-> prefill -> token -> decode one token at a time -> text
+prompt -> template -> token IDs --------------------+
 
 model = runtime.load("bundle")
 for piece in model.generate(["page.png"], "What is the total?"):
@@ -10,9 +10,8 @@ for piece in model.generate(["page.png"], "What is the total?"):
 print(piece.result.timings.ttft_ms)
 """
 
-import itertools
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -21,30 +20,35 @@ import numpy as np
 from PIL import Image
 
 from runtime.backends.base import Sequence as DecoderSequence
-from runtime.backends.select import Backends, open_parts
+from runtime.backends.select import Backends, open_components
 from runtime.bundle.manifest import Bundle, opening
-from runtime.device.memory import Array, concatenate, to_numpy
+from runtime.device.memory import Array, to_numpy
 from runtime.errors import UserError
-from runtime.generate.sampler import Sampling, next_token
-from runtime.image.embedding_cache import DEFAULT_BYTES, EmbedsCache
-from runtime.image.input import Picture
-from runtime.text import template as prompts
-from runtime.text.grammar import Grammars, JsonGrammar
+from runtime.generate.sampler import Sampler
+from runtime.generate.session import Generation, NextToken, Prompt, Session
+from runtime.image.embedding_cache import DEFAULT_BYTES, EmbeddingCache
+from runtime.image.input import ImageInput
+from runtime.text.grammar import Grammars
 from runtime.text.stop import Answer
+from runtime.text.template import first_turn, next_turn
 from runtime.text.tokenizer import Tokenizer
 from runtime.types import ImageSource, Options, Piece, Result, Timings, Trace
 
+Images = ImageSource | Sequence[ImageSource]
+
 
 @dataclass(frozen=True)
-class _Pictures:
-    """The images of a turn: the visual tokens of each, and their embeds [sum of T, D] on the encoder's device.
-    pixel_values: float32 [3, H, W] of those that were encoded now."""
+class _Encoded:
+    """Images of a turn as (key, embeddings [T, D]), and what they took. pixel_values: of those encoded now."""
 
-    tokens: list[int]
-    embeds: Array | None
+    images: list[tuple[Hashable, Array]]
     pixel_values: list[np.ndarray]
     preprocess_ms: float
     encode_ms: float
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(len(rows) for _, rows in self.images)
 
 
 class Model:
@@ -53,34 +57,40 @@ class Model:
     def __init__(self, bundle: Bundle, backends: Backends | None = None, cache_bytes: int = DEFAULT_BYTES):
         begin = time.perf_counter()
         self.bundle = bundle
-        self.cache = EmbedsCache(cache_bytes)
+        self.cache = EmbeddingCache(cache_bytes)
         self.tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
-        parts = open_parts(bundle, backends or Backends())
-        self.encoder, self.decoder = parts.encoder, parts.decoder
-        self.encoder_chosen, self.decoder_chosen = parts.encoder_chosen, parts.decoder_chosen
+        components = open_components(bundle, backends or Backends())
+        self.encoder, self.encoder_backend = components.encoder, components.encoder_backend
+        self.decoder, self.decoder_backend = components.decoder, components.decoder_backend
         self.load_ms = _ms_since(begin)
 
     @cached_property
     def grammars(self) -> Grammars:
         """For answers that follow a schema. Raises UserError as `Grammars`."""
-        bundle, tokenizer = self.bundle, self.tokenizer
-        file = bundle.path(bundle.tokenizer["file"])
-        return Grammars(file, bundle.decoder.vocab_size, tokenizer.eos_token_ids)
+        file = self.bundle.path(self.bundle.tokenizer["file"])
+        return Grammars(file, self.bundle.decoder.vocab_size, self.tokenizer.eos_token_ids)
 
     def generate(
         self,
-        images: Sequence[ImageSource],
+        images: Images,
         prompt: str,
         options: Options | None = None,
         trace: Trace | None = None,
     ) -> Iterator[Piece]:
         """Answer one question.
 
-        images: files, bytes or PIL images; `<image>` in the prompt says where each goes, else they come first.
-        trace: filled with intermediate values if given.
-        Yields a Piece for each new token; the last one carries the Result.
-        Raises UserError (at the first piece) for a bad image, more images than placeholders, or a prompt that does not
-        fit the context.
+        Args:
+            images: files, bytes or PIL images.
+            prompt: the question; `<image>` in it says where each image goes, else they come first.
+            options: how to answer.
+            trace: filled with intermediate values if given.
+
+        Yields:
+            A Piece for each new token; the last one carries the Result.
+
+        Raises:
+            UserError: at the first piece, for a bad image, more images than placeholders, or a prompt that does not fit
+                the context.
         """
         return Conversation(self, options, single_turn=True).ask(prompt, images, trace)
 
@@ -88,239 +98,204 @@ class Model:
         """A conversation of several turns, whose images and answers are computed once."""
         return Conversation(self, options)
 
-    def about(self, images: Sequence[ImageSource], options: Options | None = None) -> "Questions":
-        """Questions that do not know of each other, about the same images, which are encoded and prefilled once."""
-        return Questions(self, images, options)
+    def about(
+        self, images: Images, options: Options | None = None, image_embeddings: Sequence[Array] | None = None
+    ) -> "Questions":
+        """Independent questions about the same images, which are encoded and prefilled once.
+
+        Args:
+            images: files, bytes or PIL images.
+            options: how to answer.
+            image_embeddings: [T, D] of each image where they were computed elsewhere, in place of `images`.
+        """
+        return Questions(self, images, options, image_embeddings)
+
+    def open_images(self, images: Images, options: Options) -> list[ImageInput]:
+        """Images opened and sized. Raises UserError as `ImageInput`."""
+        several = [images] if isinstance(images, str | bytes | PathLike | Image.Image) else images
+        return [ImageInput(image, self.bundle.image, options) for image in several]
 
 
-class Conversation:
-    """Turns that share a KV cache, which has room for the whole context; with single_turn, for one question and its
-    answer alone."""
+class _Answers:
+    """What conversations and independent questions share: a session and the answer under way in it."""
 
-    def __init__(self, model: Model, options: Options | None = None, single_turn: bool = False):
-        self._model = model
-        self._options = options or Options()
-        self._single_turn = single_turn
-        self._sequence = None  # from the first prefill on
-        self._unfed: list[int] = []  # tokens of the last answer that the cache does not hold
+    def __init__(self, model: Model, options: Options | None, single_turn: bool = False):
+        self._model, self._options, self._single_turn = model, options or Options(), single_turn
+        self._session: Session | None = None  # from the first prefill on
         self._turn = 0  # how many were begun
 
-    def ask(self, prompt: str, images: Sequence[ImageSource] = (), trace: Trace | None = None) -> Iterator[Piece]:
-        """As `Model.generate`, after the turns before. Leaving the iterator early ends the answer there, and so does
-        the next turn; a turn that fails or is interrupted before its first piece leaves the conversation as it was.
-
-        Raises UserError as `Model.generate`, and where an answer goes on after another turn was begun.
-        """
-        begin = time.perf_counter()
-        ids, limit, pictures = self._inputs(prompt, _several(images), trace)
-        sequence = self._sequence or self._start(len(ids) + limit)
-        yield from self._answer(sequence, ids, limit, pictures, trace, begin)
-
-    def _answer(
-        self,
-        sequence: DecoderSequence,
-        ids: list[int],
-        limit: int,
-        pictures: "_Pictures",
-        trace: Trace | None,
-        begin: float,
-    ) -> Iterator[Piece]:
-        """Prefill `ids`, then decode. begin: when the call began."""
-        prefill_begin = time.perf_counter()
-        options = self._options
-        grammar = self._model.grammars.of_schema(options.json_schema) if options.json_schema is not None else None
-        choose = _Choice(options.sampling, grammar)
-        before = sequence.cache.length
-        try:
-            if trace is None:
-                token = choose.after(sequence, ids, pictures.embeds)
-            else:
-                logits = sequence.forward(ids, pictures.embeds)
-                trace.pixel_values, trace.first_logits = pictures.pixel_values, logits.copy()
-                trace.image_embeds = None if pictures.embeds is None else to_numpy(pictures.embeds)
-                token = choose.among(logits)
-        except BaseException:  # an interrupt may come once the cache is longer
-            sequence.rewind(before)
-            raise
-        prefill_ms = _ms_since(prefill_begin)
-        self._sequence, self._unfed = sequence, []
-
-        def finish(answer: Answer, first_ms: float, decode_s: float) -> Result:
-            generated = answer.token_ids
-            rate = (len(generated) - 1) / decode_s if len(generated) > 1 else None
-            timings = Timings(pictures.preprocess_ms, pictures.encode_ms, prefill_ms, first_ms, rate)
-            visual_tokens = 0 if pictures.embeds is None else len(pictures.embeds)
-            return Result(answer.text, generated, answer.finish_reason, visual_tokens, len(ids), timings)
-
-        yield from self._decode(token, limit, begin, choose, finish)
-
-    def _start(self, single_turn_length: int = 0) -> DecoderSequence:
-        capacity = single_turn_length if self._single_turn else self._model.decoder.capacity
-        return self._model.decoder.start(capacity)
-
-    def _inputs(
-        self, prompt: str, images: Sequence[ImageSource], trace: Trace | None = None
-    ) -> tuple[list[int], int, "_Pictures"]:
-        """(prompt ids, below 0 for each image embed; how many new tokens may come; the images).
-
-        Whether all of it fits the context is settled before anything large is computed.
-        """
-        begin = time.perf_counter()
-        pictures = [Picture(self._model, source, self._options) for source in images]
-        tokens = [picture.tokens for picture in pictures]
-        ids = self._prompt_ids(prompt, tokens)
-        limit = self._limit(ids)
-        cache = EmbedsCache(0) if trace is not None else self._model.cache
-        keys = [picture.key for picture in pictures] if cache.max_bytes else list(range(len(pictures)))
+    def _encode(self, images: list[ImageInput], begin: float, traced: bool) -> _Encoded:
+        """Embeddings of the images, from the model's cache where it has them. A traced turn encodes all of its own."""
+        cache = EmbeddingCache(0) if traced else self._model.cache
+        keys = [image.key for image in images] if cache.max_bytes else list(range(len(images)))
         known = {key: cache.get(key) for key in keys}
-        missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if known[key] is None}
-        pixel_values = [picture.pixel_values for picture in missing.values()]
+        missing = {key: image for key, image in zip(keys, images, strict=True) if known[key] is None}
+        pixel_values = [image.pixel_values for image in missing.values()]
         preprocess_ms = _ms_since(begin)
         begin = time.perf_counter()
         for key, pixels in zip(missing, pixel_values, strict=True):
             known[key] = self._model.encoder([pixels])
             cache.put(key, known[key])
-        embeds = concatenate([known[key] for key in keys]) if keys else None
-        return ids, limit, _Pictures(tokens, embeds, pixel_values, preprocess_ms, _ms_since(begin))
+        encoded = [(key, rows) for key in keys if (rows := known[key]) is not None]
+        return _Encoded(encoded, pixel_values, preprocess_ms, _ms_since(begin))
 
-    def _prompt_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
-        template, tokenizer = self._model.bundle.prompt, self._model.tokenizer
-        if self._sequence is None:
-            text = prompts.first_turn(template, prompt, len(image_tokens), self._options.system)
-            return tokenizer.encode_prompt(text, image_tokens)
-        text = prompts.next_turn(template, prompt, len(image_tokens))
-        return self._unfed + tokenizer.encode_prompt(text, image_tokens, continued=True)
-
-    def _limit(self, ids: list[int]) -> int:
-        """How many new tokens may come after `ids`."""
+    def _room(self, token_ids: list[int], before: int = 0) -> int:
+        """How many new tokens may come after `token_ids`, which follow `before` positions."""
         context = self._model.decoder.capacity
-        used = self._sequence.cache.length if self._sequence else 0
-        room = context - used - len(ids)
+        room = context - before - len(token_ids)
         if room < 1:
-            visual = sum(token < 0 for token in ids)
-            before = f" after the {used} of the turns before" if used else ""
+            visual = sum(token < 0 for token in token_ids)
+            earlier = f" after the {before} of the turns before" if before else ""
             raise UserError(
-                f"prompt of {len(ids)} tokens ({visual} of them visual){before} is longer than the context of {context}"
+                f"prompt of {len(token_ids)} tokens ({visual} of them visual){earlier} is longer than the context of "
+                f"{context}"
             )
         return min(self._options.max_new_tokens, room)
 
-    def _decode(
-        self, token: int, limit: int, begin: float, choose: "_Choice", finish: Callable[..., Result]
+    def _answer(
+        self, prompt: Prompt, limit: int, encoded: _Encoded, trace: Trace | None, begin: float
     ) -> Iterator[Piece]:
-        """token: the first one. finish: makes the Result."""
-        stop = (*self._model.bundle.prompt.stop, *self._options.stop)
-        answer = Answer(self._model.tokenizer, stop, limit)
-        first_ms, decode_s = 0.0, 0.0
-        prefilled = self._sequence.cache.length
+        """Prefill the prompt, then decode. begin: when the call began."""
+        prefill_begin = time.perf_counter()
+        model, options = self._model, self._options
+        grammar = model.grammars.of_schema(options.json_schema) if options.json_schema is not None else None
+        generation = Generation(Sampler(options.sampling, grammar), limit, model.tokenizer.eos_token_ids)
+        answer = Answer(model.tokenizer, (*model.bundle.prompt.stop, *options.stop))
+        next_token = generation.sampler.after
+        if self._session is None:
+            capacity = len(prompt.token_ids) + limit if self._single_turn else model.decoder.capacity
+            self._session = Session(model.decoder, capacity)
+        session, cached = self._session, self._session.cached(prompt)
         self._turn += 1
         turn = self._turn
-        while answer.finish_reason is None:
-            step = time.perf_counter()  # what the consumer of the pieces takes is not ours
-            if answer.token_ids:
-                if turn != self._turn:
-                    raise UserError("this answer was ended by another question; ask one after the other")
-                token = choose.after(self._sequence, answer.token_ids[-1:])
-                self._unfed = []
+        token = session.prefill(prompt, next_token if trace is None else _traced(generation.sampler, trace))
+        if trace is not None:
+            trace.pixel_values = encoded.pixel_values
+            embeddings = [to_numpy(rows) for _, rows in encoded.images]
+            trace.image_embeds = np.concatenate(embeddings) if embeddings else None
+        prefill_ms, first_ms, decode_s = _ms_since(prefill_begin), 0.0, 0.0
+        self._began(prompt, answer)
+        while True:
             elapsed = _ms_since(begin)
-            if answer.token_ids:
-                decode_s += time.perf_counter() - step
-            else:
-                first_ms = elapsed
-            text = answer.push(token)
-            self._unfed = answer.unfed
-            if answer.before_stop is not None:  # what was not shown is not part of the conversation
-                self._sequence.rewind(prefilled + answer.before_stop)
-            result = finish(answer, first_ms, decode_s) if answer.finish_reason else None
-            yield Piece(text, token, elapsed, result)
+            first_ms = first_ms or elapsed
+            generation.push(token)
+            text = answer.push(token, generation.finish_reason)
+            if answer.finish_reason is not None:
+                break
+            yield Piece(text, token, elapsed)
+            if turn != self._turn:
+                raise UserError("this answer was ended by another question; ask one after the other")
+            step_begin = time.perf_counter()  # what the consumer of the pieces takes is not ours
+            token = session.step(token, next_token)
+            decode_s += time.perf_counter() - step_begin
+        count = len(generation.token_ids)
+        rate = (count - 1) / decode_s if count > 1 else None
+        timings = Timings(encoded.preprocess_ms, encoded.encode_ms, prefill_ms, first_ms, rate)
+        new_positions = len(prompt.token_ids) - cached
+        result = Result(
+            answer.text, generation.token_ids, answer.finish_reason, encoded.visual_tokens, new_positions, timings
+        )
+        yield Piece(text, token, elapsed, result)
+
+    def _began(self, prompt: Prompt, answer: Answer) -> None:
+        """Called once the first token of an answer is there."""
 
 
-class _Choice:
-    """Chooses the tokens of one answer, one after the other."""
+class Conversation(_Answers):
+    """Turns that share a KV cache, which has room for the whole context; with single_turn, for one question and its
+    answer alone."""
 
-    def __init__(self, sampling: Sampling, grammar: JsonGrammar | None):
-        self._sampling, self._grammar = sampling, grammar
-        self._random = np.random.default_rng(sampling.seed)
-        self._chosen: list[int] = []
+    _prompt: Prompt | None = None  # of the last turn, everything before it included
+    _last: Answer | None = None
 
-    def after(self, sequence: DecoderSequence, ids: list[int], embeds: Array | None = None) -> int:
-        """Feed `ids` and choose the token after them; where a device can choose, the logits stay there."""
-        if self._sampling.greedy and self._grammar is None:
-            return sequence.forward_greedy(ids, embeds)
-        if self._sampling.plain and self._grammar is None:
-            return sequence.forward_sampled(ids, embeds, self._sampling, self._random)
-        return self.among(sequence.forward(ids, embeds))
+    def ask(self, prompt: str, images: Images = (), trace: Trace | None = None) -> Iterator[Piece]:
+        """As `Model.generate`, after the turns before. Leaving the iterator early ends the answer there, and so does
+        the next turn; a turn that fails or is interrupted before its first piece leaves the conversation as it was.
 
-    def among(self, logits: np.ndarray) -> int:
-        """From logits [V]."""
-        if self._grammar is not None:
-            logits = self._grammar.allow(logits)
-        token = next_token(logits, self._chosen, self._sampling, self._random)
-        self._chosen.append(token)
-        if self._grammar is not None:
-            self._grammar.push(token)
-        return token
+        Raises:
+            UserError: as `Model.generate`, and where an answer goes on after another turn was begun.
+        """
+        begin = time.perf_counter()
+        opened = self._model.open_images(images, self._options)
+        tokens = [image.tokens for image in opened]
+        template, tokenizer = self._model.bundle.prompt, self._model.tokenizer
+        if self._prompt is None or self._last is None:
+            before, answer_ids = Prompt(), []
+            text = first_turn(template, prompt, len(tokens), self._options.system)
+            token_ids = tokenizer.encode_prompt(text, tokens)
+        else:
+            before, answer_ids = self._prompt, self._last.kept_ids
+            text = next_turn(template, prompt, len(tokens))
+            token_ids = tokenizer.encode_prompt(text, tokens, continued=True)
+        limit = self._room(token_ids, len(before.token_ids) + len(answer_ids))  # before anything large is computed
+        encoded = self._encode(opened, begin, trace is not None)
+        whole = before.followed_by(answer_ids, Prompt.of(token_ids, encoded.images))
+        yield from self._answer(whole, limit, encoded, trace, begin)
+
+    def _began(self, prompt: Prompt, answer: Answer) -> None:
+        self._prompt, self._last = prompt, answer
 
 
-class Questions(Conversation):
-    """Questions about the same images, each answered as if it were the only one.
+class Questions(_Answers):
+    """Questions about the same images, each answered as if it were the only one."""
 
-    What the prompts have in common up to the first token that differs, the images above all, stays in the KV cache.
-    """
-
-    def __init__(self, model: Model, images: Sequence[ImageSource], options: Options | None = None):
-        """Nothing is computed before the first question."""
+    def __init__(
+        self,
+        model: Model,
+        images: Images,
+        options: Options | None = None,
+        image_embeddings: Sequence[Array] | None = None,
+    ):
+        """See `Model.about`. Nothing is computed before the first question."""
         super().__init__(model, options)
-        self._images = _several(images)
-        self._seen: _Pictures | None = None  # once they are encoded
-        self._held: list[int] = []  # ids of the last prompt, which the KV cache still begins with
+        self._images = images
+        self._encoded: _Encoded | None = None  # once they are
+        if image_embeddings is not None:
+            self._encoded = _Encoded(list(enumerate(image_embeddings)), [], 0.0, 0.0)
 
     def ask(self, prompt: str, trace: Trace | None = None) -> Iterator[Piece]:
         """As `Model.generate` with the images: the same tokens. The Result's prompt_tokens are those prefilled anew.
 
-        An answer that is under way ends there, even if this question fails; going on with it raises UserError.
+        An answer that is under way ends there; going on with it raises UserError.
         """
         begin = time.perf_counter()
-        if self._sequence is None:
-            ids, limit, pictures = self._inputs(prompt, self._images, trace)
-            sequence, kept = self._start(), 0
-            # what they cost the next questions
-            self._seen = replace(pictures, pixel_values=[], preprocess_ms=0.0, encode_ms=0.0)
-        else:
-            sequence, pictures = self._sequence, self._seen
-            text = prompts.first_turn(self._model.bundle.prompt, prompt, len(pictures.tokens), self._options.system)
-            ids = self._model.tokenizer.encode_prompt(text, pictures.tokens)
-            # The last id is fed in any case, for its logits. A prefill that failed left the cache shorter than its ids.
-            kept = common_length(self._held[: sequence.cache.length], ids[:-1])
-            self._turn += 1  # an answer under way has no place to go on from, whatever becomes of this one
-            sequence.rewind(kept)
-            limit = self._limit(ids[kept:])
-        self._held = ids
-        yield from self._answer(sequence, ids[kept:], limit, pictures, trace, begin)
+        opened = None if self._encoded else self._model.open_images(self._images, self._options)
+        tokens = [len(rows) for _, rows in self._encoded.images] if self._encoded else [one.tokens for one in opened]
+        text = first_turn(self._model.bundle.prompt, prompt, len(tokens), self._options.system)
+        token_ids = self._model.tokenizer.encode_prompt(text, tokens)
+        limit = self._room(token_ids)
+        encoded = self._encoded or self._encode(opened, begin, trace is not None)
+        self._encoded = replace(encoded, pixel_values=[], preprocess_ms=0.0, encode_ms=0.0)  # for the next questions
+        yield from self._answer(Prompt.of(token_ids, encoded.images), limit, encoded, trace, begin)
 
 
-def _several(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
-    return [images] if isinstance(images, str | bytes | PathLike | Image.Image) else list(images)
+def _traced(sampler: Sampler, trace: Trace) -> NextToken:
+    """As `sampler.after`, with the logits noted."""
 
+    def next_token(sequence: DecoderSequence, token_ids: list[int], image_embeddings: Array | None) -> int:
+        logits = sequence.forward(token_ids, image_embeddings)
+        trace.first_logits = logits.copy()
+        return sampler.choose(logits)
 
-def common_length(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
-    """How many items the two begin with alike."""
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return sum(1 for _ in pairs)
+    return next_token
 
 
 def load(
-    bundle: str | PathLike | None = None,
+    bundle: str | PathLike[str],
     threads: int | None = None,
     backends: Backends | None = None,
     cache_bytes: int = DEFAULT_BYTES,
 ) -> Model:
-    """Open a bundle and load its parts.
+    """Open a bundle and load its components.
 
-    bundle: the folder; None takes the demo model's and makes it first if need be. threads: of one operator; None takes
-    what `backends` says, or one a physical core. backends: what runs the parts; None: ONNX Runtime on the CPU, or a
-    TensorRT engine where one fits. cache_bytes: of image embeds that are kept, so that a picture seen before is not
-    encoded again; 0 keeps none.
-    Raises UserError for a bundle that is missing, damaged or of another format, and for a backend that cannot be had.
+    Args:
+        bundle: the folder.
+        threads: of one operator on the CPU; None takes what `backends` says, or one per physical core.
+        backends: what runs the components; None: ONNX Runtime on the CPU, or a TensorRT engine where one fits.
+        cache_bytes: of image embeddings that are kept, so that an image seen before is not encoded again; 0 keeps none.
+
+    Raises:
+        UserError: the bundle is missing, damaged or of another format, or a backend cannot be had.
     """
     backends = backends or Backends()
     if threads is not None:

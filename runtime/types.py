@@ -8,9 +8,46 @@ import numpy as np
 from PIL import Image
 
 from runtime.errors import UserError
-from runtime.generate.sampler import Sampling
 
 ImageSource = str | PathLike | bytes | Image.Image
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 takes the likeliest token; otherwise the filters apply in transformers' order.
+
+    temperature: logits are divided by it. top_k: the k likeliest remain (0: all). top_p: the smallest set of likeliest
+    tokens whose probabilities reach p remains (1: all). repetition_penalty (CTRL, arXiv 1909.05858): logits of tokens
+    generated before are divided by it where positive and multiplied where negative, at temperature 0 too. seed: of the
+    draw; None takes fresh entropy. Raises UserError for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always the one."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+    @property
+    def history_independent(self) -> bool:
+        """Whether tokens are sampled without regard to those chosen before."""
+        return self.temperature > 0 and self.repetition_penalty == 1
+
+    def __post_init__(self):
+        for name, good, expected in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
+        ):
+            if not good:
+                raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
 
 
 @dataclass(frozen=True)

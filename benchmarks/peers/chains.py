@@ -53,13 +53,13 @@ class Ours(Chain):
 
         Also returns how many positions were prefilled, those of the image among them.
         """
-        from runtime.image.embedding_cache import EmbedsCache
+        from runtime.image.embedding_cache import EmbeddingCache
         from runtime.types import Options
 
         file, question, another = (self._spec[key] for key in ("image", "question", "another_question"))
         options = Options(max_new_tokens=1)
         if image == "new":
-            self._model.cache = EmbedsCache()
+            self._model.cache = EmbeddingCache()
         elif image == "seen":
             list(self._model.generate([file], another, options))
         about = self._model.about([file], options)
@@ -128,11 +128,11 @@ class Released(Chain):
         self._open_decoder()
 
     def _open_decoder(self) -> None:
-        from runtime.backends.select import open_decoder
+        from runtime.backends.select import Backends, open_decoder
         from runtime.bundle.manifest import open_bundle
 
         bundle = open_bundle(self._spec["bundle"])
-        self._decoder = open_decoder(bundle, self._spec["threads"])
+        self._decoder = open_decoder(bundle, Backends(threads=self._spec["threads"]))
 
     def encode(self) -> np.ndarray:
         with self._torch.inference_mode():

@@ -19,7 +19,7 @@ class Ours(Peer):
     """The fused graph through `runtime.backends.ort_cuda_graph`, or on the CPU `runtime.backends.ort_decoder`."""
 
     def __init__(self, spec: dict[str, Any]):
-        from runtime.backends.ort_decoder import Decoder
+        from runtime.backends.ort_decoder import OnnxDecoder
         from runtime.backends.ort_session import open_device
         from runtime.bundle.manifest import DecoderPart
 
@@ -27,11 +27,11 @@ class Ours(Peer):
         part = DecoderPart(**json.loads((folder / "part.json").read_text()))
         self._device = open_device(spec["device"])
         if spec["device"] == "cuda":
-            from runtime.backends.ort_cuda_graph import ResidentDecoder
+            from runtime.backends.ort_cuda_graph import CudaGraphDecoder
 
-            self._decoder = ResidentDecoder(folder / part.file, part, self._device)
+            self._decoder = CudaGraphDecoder(folder / part.file, part, self._device)
         else:
-            self._decoder = Decoder(folder / part.file, part, spec["threads"])
+            self._decoder = OnnxDecoder(folder / part.file, part, spec["threads"])
         self.reserve(spec["capacity"])
 
     def reserve(self, positions: int, rows: int = 1) -> None:

@@ -35,14 +35,14 @@ def ours(spec: dict[str, Any], channels_last: bool = False) -> Prepare:
     from runtime.backends.ort_encoder import OnnxEncoder
     from runtime.backends.ort_session import open_device
     from runtime.device.memory import to_numpy
-    from runtime.image.preprocess import tokens_of
+    from runtime.image.preprocess import visual_tokens
 
     device, stride = open_device(spec["device"]), 64
     encoder = OnnxEncoder(Path(spec["graph"]), stride, None, spec["device"], device, channels_last)
 
     def prepare(image: np.ndarray):
         pixels = device.take(image[None], encoder.dtype)
-        embeds = device.zeros((tokens_of(image, stride), spec["hidden"]), encoder.dtype)
+        embeds = device.zeros((visual_tokens(*image.shape[1:], stride), spec["hidden"]), encoder.dtype)
 
         def run() -> None:
             encoder.run(pixels, embeds)

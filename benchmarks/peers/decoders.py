@@ -104,11 +104,11 @@ class Ours(Peer):
     batches = True
 
     def __init__(self, spec: dict[str, Any]):
-        from runtime.backends.select import open_decoder
+        from runtime.backends.select import Backends, open_decoder
         from runtime.bundle.manifest import open_bundle
 
         bundle = open_bundle(spec["bundle"])
-        self._decoder = open_decoder(bundle, spec["threads"], products=spec["products"])
+        self._decoder = open_decoder(bundle, Backends(decoder=spec["products"], threads=spec["threads"]))
         self.reserve(spec["capacity"])
 
     def reserve(self, positions: int, rows: int = 1) -> None:

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from export.decoder.export import decoder_part
 from export.tolerances import Difference, compare
 from runtime import kernels
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_portable import PortableSequence
 from train.model import Checkpoint, load_language_state
 
@@ -44,7 +44,7 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
     if graph == "portable":
         forward = PortableSequence(file).forward
     else:
-        forward = Decoder(file, part, operators=kernels.library() if graph == "kernels" else None).start(64).forward
+        forward = OnnxDecoder(file, part, operators=kernels.library() if graph == "kernels" else None).start(64).forward
     rows, past = [], None
     for what, ids in calls.items():
         embeds = np.stack([table[i] if i >= 0 else images[-1 - i] for i in ids])

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.device.memory import Cpu
 from runtime.errors import UserError
 
 OPENVINO_PRECISIONS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16"}
@@ -18,7 +17,7 @@ class OpenVinoEncoder:
     Raises UserError where OpenVINO is not installed, cannot open the graph or does not compute in that precision here.
     """
 
-    device = Cpu()
+    batches = False
 
     def __init__(self, file: Path, threads: int | None = None, precision: str = "fp32"):
         try:

@@ -1,84 +1,26 @@
-"""Which library runs each part of a bundle, on what, and why. Decided here, once, before anything is loaded."""
+"""Which library runs each component of a bundle, on what, and why. Decided here, once, while a model is loaded."""
 
 import importlib.util
-import warnings
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from runtime import kernels
+from runtime.backends.base import Decoder, Encoder
 from runtime.backends.openvino import OPENVINO_PRECISIONS, OpenVinoEncoder
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_encoder import OnnxEncoder
-from runtime.backends.ort_session import (
-    PROVIDERS,
-    open_device,
-)
-from runtime.bundle.engines import FLAVOURS, choose_engine
-from runtime.bundle.manifest import Bundle, DecoderPart
+from runtime.backends.ort_session import PROVIDERS, open_device
+from runtime.bundle.engines import FLAVOURS, Engine, choose_engine
+from runtime.bundle.manifest import Bundle
 from runtime.device.cpuinfo import int8_sums_saturate, is_x86
 from runtime.device.cuda import Cuda, present_gpu
-from runtime.device.memory import Device
 from runtime.errors import UserError
 
-KERNELS = {"kernels": 8, "kernels24": 24}  # `runtime.kernels`, and to how many bits activations are rounded
+logger = logging.getLogger("convllava.backends")
 
-
-def open_decoder(
-    bundle: Bundle,
-    threads: int | None = None,
-    provider: str = "cpu",
-    device: Device | None = None,
-    products: str = "auto",
-) -> Decoder:
-    """The bundle's fused graph, with products by `runtime.kernels` or with the graph for prompts, where that is faster.
-
-    products: `onnx`, `kernels`, `kernels24` (activations in 24 bits) or `auto`: the kernels where they are known to be
-    faster (`kernels_are_faster`) and can be had. Raises UserError where they are asked for and cannot be had.
-    """
-    part = bundle.decoder
-    slow_bytes = provider == "cpu" and int8_sums_saturate()
-    if products == "auto":
-        ours = kernels_are_faster(part, provider) and kernels_missing(bundle) is None
-        products = "kernels" if ours else "onnx"
-    if provider == "cuda" and products == "onnx":
-        return _on_cuda(bundle, device)
-    if products == "onnx":
-        prefill = bundle.path(part.prefill_file) if part.prefill_file and slow_bytes else None
-        return Decoder(bundle.path(part.file), part, threads, provider, device, prefill)
-    if (reason := kernels_missing(bundle)) or provider != "cpu":
-        raise UserError(f"--decoder {products}: {reason or 'they are for --provider cpu'}")
-    file, bits = bundle.path(part.kernels_file), KERNELS[products]
-    return Decoder(file, part, threads, provider, device, operators=kernels.library(), activation_bits=bits)
-
-
-def _on_cuda(bundle: Bundle, device: Device) -> Decoder:
-    """With steps recorded as a CUDA graph, where ONNX Runtime can."""
-    from runtime.backends.ort_cuda_graph import ResidentDecoder
-
-    file, part = bundle.path(bundle.decoder.file), bundle.decoder
-    try:
-        return ResidentDecoder(file, part, device, part.sampler_file and bundle.path(part.sampler_file))
-    except UserError as error:
-        better = "" if part.kv_dtype == "float16" else "; for a GPU there are --decoder-precision fp16 and w4a16"
-        warnings.warn(f"decoding runs without a CUDA graph: {error}{better}", stacklevel=3)
-    # Once the error is gone, and with it what holds the weights
-    return Decoder(file, part, provider="cuda", device=device)
-
-
-def kernels_are_faster(part: DecoderPart, provider: str) -> bool:
-    """Whether products by `runtime.kernels` are known to be faster: on x86 processors, with VNNI and without."""
-    return provider == "cpu" and part.precision in ("int4", "int8") and is_x86()
-
-
-def kernels_missing(bundle: Bundle) -> str | None:
-    """Why the decoder of a bundle cannot have products by `runtime.kernels`; None if it can."""
-    if bundle.decoder.kernels_file is None:
-        return f"{bundle.folder} has no graph for them, which decoders of 4 and 8 bits have if they are exported anew"
-    return kernels.unavailable()
-
-
+KERNELS = {"kernels": 8, "kernels24": 24}  # `runtime.kernels`, and to how many bits activations are quantized
 ENCODERS = ("auto", "onnx", "openvino", "tensorrt")
 MAX_THREADS = 512
 DECODERS = ("auto", "onnx", *KERNELS, "tensorrt")
@@ -120,31 +62,40 @@ class Backends:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What runs a part. runtime: onnxruntime, onnxruntime with kernels or kernels24, openvino or tensorrt; provider:
-    where it computes; file: inside the bundle; note: why `auto` did not take what would be faster."""
+class Resolved:
+    """What runs a component.
+
+    Attributes:
+        runtime: onnxruntime, onnxruntime with kernels or kernels24, openvino or tensorrt.
+        provider: where it computes.
+        precision: of the graph or engine.
+        file: inside the bundle.
+        reason: why `auto` did not take what would be faster, or "".
+    """
 
     runtime: str
     provider: str
     precision: str
     file: str
-    note: str = ""
+    reason: str = ""
 
     def __str__(self) -> str:
         return f"{self.runtime} {self.provider} {self.precision}"
 
     def to_dict(self) -> dict[str, str]:
-        return {key: value for key, value in asdict(self).items() if value}
+        """For `infer.py --json`, which calls the reason `note`."""
+        values = {"runtime": self.runtime, "provider": self.provider, "precision": self.precision, "file": self.file}
+        return values | ({"note": self.reason} if self.reason else {})
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Encoder and decoder of a bundle, loaded."""
+class Components:
+    """Encoder and decoder of a bundle, loaded, and what runs them."""
 
-    encoder: Any
-    encoder_chosen: Chosen
-    decoder: Any
-    decoder_chosen: Chosen
+    encoder: Encoder
+    encoder_backend: Resolved
+    decoder: Decoder
+    decoder_backend: Resolved
 
 
 class _Devices:
@@ -159,44 +110,91 @@ class _Devices:
         return self.of_provider if isinstance(self.of_provider, Cuda) else Cuda()
 
 
-def open_parts(bundle: Bundle, wanted: Backends) -> Parts:
-    """Load both parts. Raises UserError where one cannot be had as wanted."""
+def open_components(bundle: Bundle, wanted: Backends) -> Components:
+    """Load both components. Raises UserError where one cannot be had as wanted."""
     devices = _Devices(wanted.provider)
-    return Parts(*_open_encoder(bundle, wanted, devices), *_open_decoder(bundle, wanted, devices))
+    encoder, encoder_backend = _open_encoder(bundle, wanted, devices)
+    decoder, decoder_backend = _open_decoder(bundle, wanted, devices)
+    for name, backend in (("encoder", encoder_backend), ("decoder", decoder_backend)):
+        logger.info("%s on %s%s", name, backend, f": {backend.reason}" if backend.reason else "")
+    return Components(encoder, encoder_backend, decoder, decoder_backend)
 
 
-def _open_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Any, Chosen]:
+def open_decoder(bundle: Bundle, wanted: Backends | None = None) -> Decoder:
+    """The decoder alone. Raises UserError where it cannot be had as wanted."""
+    wanted = wanted or Backends()
+    return _open_decoder(bundle, wanted, _Devices(wanted.provider))[0]
+
+
+def _open_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Encoder, Resolved]:
     if wanted.encoder == "openvino":
         return _openvino_encoder(bundle, wanted)
     if wanted.encoder == "tensorrt":
         return _engine_encoder(bundle, wanted, devices)
-    note = ""
+    reason = ""
     if wanted.encoder == "auto":
         try:
             present_gpu()  # the reason that matters where there is none
             return _engine_encoder(bundle, wanted, devices)
         except UserError as error:
-            note = str(error)
+            reason = f"not on TensorRT, {error}"
     file, precision = _graph(bundle, wanted.encoder_precision)
     device, stride = devices.of_provider, bundle.encoder.stride
     encoder = OnnxEncoder(bundle.path(file), stride, wanted.threads, wanted.provider, device)
-    return encoder, Chosen("onnxruntime", wanted.provider, precision, file, note)
+    return encoder, Resolved("onnxruntime", wanted.provider, precision, file, reason)
 
 
-def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Any, Chosen]:
-    part = bundle.decoder
-    if wanted.decoder == "tensorrt":
+def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Decoder, Resolved]:
+    part, choice, reason = bundle.decoder, wanted.decoder, ""
+    if choice == "tensorrt":
         from runtime.backends.tensorrt import EngineDecoder
 
         engine = _engine(bundle, "decoder", "fp16")
-        return EngineDecoder(engine, devices.gpu), _chosen_engine(bundle, engine)
-    decoder = open_decoder(bundle, wanted.threads, wanted.provider, devices.of_provider, wanted.decoder)
-    if decoder.kernels:
-        name = next(name for name, bits in KERNELS.items() if bits == decoder.activation_bits)
-        return decoder, Chosen(f"onnxruntime with {name}", wanted.provider, part.precision, part.kernels_file)
-    would_help = wanted.decoder == "auto" and kernels_are_faster(part, wanted.provider)
-    note = kernels_missing(bundle) if would_help else None
-    return decoder, Chosen("onnxruntime", wanted.provider, part.precision, part.file, note or "")
+        return EngineDecoder(engine, devices.gpu), _resolved_engine(bundle, engine)
+    if choice == "auto":
+        choice = "onnx"
+        if wanted.provider == "cpu" and part.precision in ("int4", "int8") and is_x86():  # where kernels are faster
+            missing = kernels_missing(bundle)
+            choice, reason = ("onnx", f"without this project's kernels, {missing}") if missing else ("kernels", "")
+    provider, device = wanted.provider, devices.of_provider
+    if choice in KERNELS:
+        if missing := kernels_missing(bundle) or (provider != "cpu" and "they are for --provider cpu"):
+            raise UserError(f"--decoder {choice}: {missing}")
+        assert part.kernels_file is not None
+        file = part.kernels_file
+        operators, bits = kernels.library(), KERNELS[choice]
+        decoder = OnnxDecoder(
+            bundle.path(file), part, wanted.threads, provider, device, operators=operators, activation_bits=bits
+        )
+        return decoder, Resolved(f"onnxruntime with {choice}", provider, part.precision, file)
+    if isinstance(device, Cuda) and provider == "cuda":
+        decoder, reason = _cuda_decoder(bundle, device)
+    else:
+        dequantized = part.prefill_file if provider == "cpu" and int8_sums_saturate() else None
+        prefill = bundle.path(dequantized) if dequantized else None
+        decoder = OnnxDecoder(bundle.path(part.file), part, wanted.threads, provider, device, prefill)
+    return decoder, Resolved("onnxruntime", provider, part.precision, part.file, reason)
+
+
+def _cuda_decoder(bundle: Bundle, device: Cuda) -> tuple[OnnxDecoder, str]:
+    """(decoder, reason): with decode steps captured as a CUDA graph, where ONNX Runtime can."""
+    from runtime.backends.ort_cuda_graph import CudaGraphDecoder
+
+    file, part = bundle.path(bundle.decoder.file), bundle.decoder
+    try:
+        return CudaGraphDecoder(file, part, device, bundle.path(part.sampler_file) if part.sampler_file else None), ""
+    except UserError as error:
+        better = "" if part.kv_dtype == "float16" else "; for a GPU there are --decoder-precision fp16 and w4a16"
+        reason = f"without a CUDA graph, {error}{better}"
+    # Once the error is gone, and with it what holds the weights
+    return OnnxDecoder(file, part, provider="cuda", device=device), reason
+
+
+def kernels_missing(bundle: Bundle) -> str | None:
+    """Why the decoder of a bundle cannot run on `runtime.kernels`; None if it can."""
+    if bundle.decoder.kernels_file is None:
+        return f"{bundle.folder} has no graph for them, which decoders of 4 and 8 bits have if they are exported anew"
+    return kernels.unavailable()
 
 
 def _graph(bundle: Bundle, precision: str | None) -> tuple[str, str]:
@@ -210,7 +208,7 @@ def _graph(bundle: Bundle, precision: str | None) -> tuple[str, str]:
     return file, precision
 
 
-def _openvino_encoder(bundle: Bundle, wanted: Backends) -> tuple[Any, Chosen]:
+def _openvino_encoder(bundle: Bundle, wanted: Backends) -> tuple[Encoder, Resolved]:
     asked = wanted.encoder_precision
     file, precision = _graph(bundle, None if asked == "bf16" else asked)
     if precision == "int8" and int8_sums_saturate():
@@ -223,14 +221,14 @@ def _openvino_encoder(bundle: Bundle, wanted: Backends) -> tuple[Any, Chosen]:
     if precision not in OPENVINO_PRECISIONS:
         raise UserError(f"OpenVINO's CPU plugin does not compute in {precision}")
     encoder = OpenVinoEncoder(bundle.path(file), wanted.threads, precision)
-    return encoder, Chosen("openvino", "cpu", precision, file)
+    return encoder, Resolved("openvino", "cpu", precision, file)
 
 
-def _engine_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Any, Chosen]:
+def _engine_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Encoder, Resolved]:
     from runtime.backends.tensorrt import EngineEncoder
 
     engine = _engine(bundle, "encoder", wanted.encoder_precision or engine_precision(bundle))
-    return EngineEncoder(engine, bundle.encoder.stride, devices.gpu), _chosen_engine(bundle, engine)
+    return EngineEncoder(engine, bundle.encoder.stride, devices.gpu), _resolved_engine(bundle, engine)
 
 
 def engine_precision(bundle: Bundle) -> str:
@@ -238,7 +236,7 @@ def engine_precision(bundle: Bundle) -> str:
     return bundle.encoder.precision if bundle.encoder.precision in ("int8", "fp8") else "fp16"
 
 
-def _engine(bundle: Bundle, part: str, precision: str) -> Any:
+def _engine(bundle: Bundle, part: str, precision: str) -> Engine:
     """The engine of the bundle that fits the GPU that is here, verified."""
     return choose_engine(bundle, part, precision, present_gpu, installed_flavours())
 
@@ -258,9 +256,9 @@ def installed_flavours() -> dict[str, str]:
     return found
 
 
-def _chosen_engine(bundle: Bundle, engine: Any) -> Chosen:
+def _resolved_engine(bundle: Bundle, engine: Engine) -> Resolved:
     report = engine.report
-    return Chosen(
+    return Resolved(
         "tensorrt", f"{report['flavour']} {report['version']}", report["precision"],
         str(engine.file.relative_to(bundle.folder)),
     )  # fmt: skip

@@ -1,11 +1,11 @@
 """TensorRT engines run on a GPU, TensorRT and TensorRT for RTX alike: only the imported module differs.
 
 Inputs and outputs are the chain's own arrays, so image embeds are written where the decoder reads them. What an image
-of one size costs in kernel launches is recorded once as a CUDA graph and replayed.
+of one size costs in kernel launches is captured once as a CUDA graph and replayed.
 """
 
 import importlib
-import warnings
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,17 +13,30 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.backends.base import Sequence
+from runtime.backends.base import SequenceBatch
+from runtime.backends.graph_sequence import GraphSequence
 from runtime.bundle.engines import FLAVOURS, Engine
 from runtime.device.cuda import Cuda, CudaGraph
 from runtime.device.memory import Array, CudaArray
 from runtime.errors import UserError
 from runtime.generate.kv_cache import KVCache, allocate
-from runtime.graph_io import NEXT_TOKEN
-from runtime.image.preprocess import tokens_of
+from runtime.graph_io import (
+    IMAGE_EMBEDS,
+    INPUT_IDS,
+    LOGITS,
+    NEXT_TOKEN,
+    PAST,
+    PIXEL_VALUES,
+    PRESENT,
+    WRITE_INDICES,
+    cache_name,
+)
+from runtime.image.preprocess import visual_tokens
+
+logger = logging.getLogger("convllava.backends")
 
 DTYPES = {"HALF": np.float16, "FLOAT": np.float32, "INT64": np.int64, "INT32": np.int32}
-MOST_GRAPHS = 16  # sizes that are kept recorded, each with its buffers
+MAX_GRAPHS = 16  # sizes that are kept captured, each with its buffers
 
 
 class EngineRunner:
@@ -66,19 +79,19 @@ class EngineRunner:
             raise UserError(f"{self.file}: the execution failed, see what TensorRT said above")
 
 
-def _recorded(device: Cuda, work: Callable[[int], None], what: Path) -> CudaGraph | None:
-    """A CUDA graph of `work(stream)`; None, with a warning, where it cannot be recorded."""
+def _captured(device: Cuda, work: Callable[[int], None], what: Path) -> CudaGraph | None:
+    """A CUDA graph of `work(stream)`; None, with a warning, where it cannot be captured."""
     device.synchronize()
     try:
         return device.capture(work)
     except UserError as error:
-        warnings.warn(f"{what}: runs without a CUDA graph: {error}", stacklevel=3)
+        logger.warning("%s: runs without a CUDA graph: %s", what, error)
         return None
 
 
 @dataclass
-class _Recorded:
-    """Buffers of one image size and the CUDA graph over them; graph None: it could not be recorded. used: an image may
+class _Captured:
+    """Buffers of one image size and the CUDA graph over them; graph None: it could not be captured. used: an image may
     still be on its way out of `staging`."""
 
     staging: np.ndarray  # pinned, [1, 3, H, W]
@@ -89,7 +102,9 @@ class _Recorded:
 
 
 class EngineEncoder:
-    """An encoder engine. stride: pixels of one side to a visual token."""
+    """An encoder engine, see `runtime.backends.base.Encoder`. stride: pixels of one side per visual token."""
+
+    batches = True
 
     def __init__(self, engine: Engine, stride: int, device: Cuda):
         self.device = device
@@ -97,8 +112,8 @@ class EngineEncoder:
         (pixels,), (embeds,) = engine.report["inputs"], engine.report["outputs"]
         self._pixels_dtype, self._embeds_dtype = DTYPES[pixels["dtype"]], DTYPES[embeds["dtype"]]
         self._hidden, self._stride = embeds["shape"][2], stride
-        self._smallest, _, self._largest = engine.report["profiles"][0]["pixel_values"]
-        self._recorded: dict[tuple[int, ...], _Recorded] = {}
+        self._smallest, _, self._largest = engine.report["profiles"][0][PIXEL_VALUES]
+        self._captured: dict[tuple[int, ...], _Captured] = {}
 
     def __call__(self, images: list[np.ndarray]) -> CudaArray:
         """images: pixel values [3, H, W] float32 -> image embeds [sum of T, D] in the engine's dtype, on the GPU.
@@ -107,21 +122,21 @@ class EngineEncoder:
         """
         for image in images:
             self._check_size(image)
-        total = sum(tokens_of(image, self._stride) for image in images)
+        total = sum(visual_tokens(*image.shape[1:], self._stride) for image in images)
         embeds, begin = self.device.zeros((total, self._hidden), self._embeds_dtype), 0
         for image in images:
-            end = begin + tokens_of(image, self._stride)
-            recorded = self._recorded.get(image.shape) or self._record(image.shape, end - begin)
-            if recorded.used:
+            end = begin + visual_tokens(*image.shape[1:], self._stride)
+            captured = self._captured.get(image.shape) or self._capture(image.shape, end - begin)
+            if captured.used:
                 self.device.synchronize()
-            recorded.used = True
-            np.copyto(recorded.staging[0], image, casting="same_kind")
-            self.device.upload(recorded.pixels, recorded.staging)
-            if recorded.graph is not None:
-                self.device.replay(recorded.graph)
+            captured.used = True
+            np.copyto(captured.staging[0], image, casting="same_kind")
+            self.device.upload(captured.pixels, captured.staging)
+            if captured.graph is not None:
+                self.device.replay(captured.graph)
             else:
-                self._execute(recorded)
-            self.device.copy(embeds[begin:end], recorded.embeds)
+                self._execute(captured)
+            self.device.copy(embeds[begin:end], captured.embeds)
             begin = end
         return embeds
 
@@ -133,23 +148,23 @@ class EngineEncoder:
                     f"{image.shape[2]}x{image.shape[1]}; python -m export.engine --min-res, --max-res"
                 )
 
-    def _record(self, shape: tuple[int, ...], tokens: int) -> _Recorded:
+    def _capture(self, shape: tuple[int, ...], tokens: int) -> _Captured:
         batched = (1, *shape)
-        recorded = _Recorded(
+        captured = _Captured(
             self.device.pinned(batched, self._pixels_dtype),
             self.device.zeros(batched, self._pixels_dtype),
             self.device.zeros((1, tokens, self._hidden), self._embeds_dtype),
         )
-        self._execute(recorded)  # TensorRT prepares itself for a shape at its first execution, which cannot be recorded
-        recorded.graph = _recorded(self.device, partial(self._execute, recorded), self._runner.file)
-        if len(self._recorded) == MOST_GRAPHS:
-            del self._recorded[next(iter(self._recorded))]
-        self._recorded[shape] = recorded
-        return recorded
+        self._execute(captured)  # TensorRT prepares itself for a shape at its first execution, which cannot be captured
+        captured.graph = _captured(self.device, partial(self._execute, captured), self._runner.file)
+        if len(self._captured) == MAX_GRAPHS:
+            del self._captured[next(iter(self._captured))]
+        self._captured[shape] = captured
+        return captured
 
-    def _execute(self, recorded: _Recorded, stream: int | None = None) -> None:
-        tensors = {"pixel_values": recorded.pixels, "image_embeds": recorded.embeds}
-        self._runner.run(tensors, {"pixel_values"}, stream=stream)
+    def _execute(self, captured: _Captured, stream: int | None = None) -> None:
+        tensors = {PIXEL_VALUES: captured.pixels, IMAGE_EMBEDS: captured.embeds}
+        self._runner.run(tensors, {PIXEL_VALUES}, stream=stream)
 
 
 class EngineDecoder:
@@ -159,8 +174,8 @@ class EngineDecoder:
         self.device = device
         self.runner = EngineRunner(engine, device)
         inputs, outputs = ({t["name"]: t for t in engine.report[side]} for side in ("inputs", "outputs"))
-        cache, embeds, logits = inputs["past_key_values.0.key"], inputs["image_embeds"], outputs["logits"]
-        self._layers = sum(name.startswith("past_key_values") for name in inputs) // 2
+        cache, embeds, logits = inputs[cache_name(PAST, 0, "key")], inputs[IMAGE_EMBEDS], outputs[LOGITS]
+        self._layers = sum(name.startswith(PAST) for name in inputs) // 2
         self._cache_shape, self._cache_dtype = (1, *cache["shape"][1:]), DTYPES[cache["dtype"]]
         self.embeds_dtype = np.dtype(DTYPES[embeds["dtype"]])
         self.no_images = device.zeros((0, embeds["shape"][1]), self.embeds_dtype)
@@ -171,6 +186,10 @@ class EngineDecoder:
         """Positions of the longest sequence: those that the engine's KV cache was built for."""
         return self._cache_shape[2]
 
+    def start_batch(self, count: int, batch_invariant: bool) -> SequenceBatch:
+        """Raises UserError: an engine's KV cache holds one sequence."""
+        raise UserError("a server decodes several answers at once; engines hold one sequence: --decoder auto")
+
     def start(self, capacity: int) -> "EngineSequence":
         """A new sequence with room for `capacity` positions. Raises UserError where the engine was built for fewer."""
         if capacity > self.capacity:
@@ -179,8 +198,8 @@ class EngineDecoder:
         return EngineSequence(self, KVCache(layers))
 
 
-class EngineSequence(Sequence):
-    """One sequence on a TensorRT engine. A single step has the same addresses and shapes each time, so it is recorded
+class EngineSequence(GraphSequence):
+    """One sequence on a TensorRT engine. A single step has the same addresses and shapes each time, so it is captured
     as a CUDA graph and replayed."""
 
     PREFILL, DECODE = 0, 1  # the engine's optimisation profiles
@@ -193,22 +212,22 @@ class EngineSequence(Sequence):
         self._staging = device.pinned((2,), np.int64)  # one new id and the length of the cache, [1] each
         self._numbers = device.zeros((2,), np.int64)
         # TensorRT writes the new positions in place: past and present are the same memory
-        caches = cache.tensors("past_key_values") | cache.tensors("present")
-        self._tensors = {**caches, "logits": logits, NEXT_TOKEN: self._likeliest, "write_indices": self._numbers[1:2]}
+        caches = cache.tensors(PAST) | cache.tensors(PRESENT)
+        self._tensors = {**caches, LOGITS: logits, NEXT_TOKEN: self._argmax, WRITE_INDICES: self._numbers[1:2]}
         self._graph, self._stepped = None, False
 
-    def _run(self, ids: list[int], image_embeds: Array | None) -> None:
-        total = self.cache.room_for(len(ids))
+    def _run(self, token_ids: list[int], image_embeddings: Array | None) -> None:
+        total = self.cache.room_for(len(token_ids))
         device = self._decoder.device
-        self._staging[:] = ids[0], self.cache.length
+        self._staging[:] = token_ids[0], self.cache.length
         device.upload(self._numbers, self._staging)
-        if len(ids) == 1 and image_embeds is None:
+        if len(token_ids) == 1 and image_embeddings is None:
             self._step()
         else:
             embeds = self._decoder.no_images
-            if image_embeds is not None:
-                embeds = device.take(image_embeds, self._decoder.embeds_dtype)
-            self._execute(device.take(np.array([ids]), np.int64), embeds, self.PREFILL)
+            if image_embeddings is not None:
+                embeds = device.take(image_embeddings, self._decoder.embeds_dtype)
+            self._execute(device.take(np.array([token_ids]), np.int64), embeds, self.PREFILL)
         self.cache.length = total
 
     def _step(self) -> None:
@@ -219,9 +238,9 @@ class EngineSequence(Sequence):
         step()
         if not self._stepped:
             self._stepped = True
-            self._graph = _recorded(self._decoder.device, step, self._decoder.runner.file)
+            self._graph = _captured(self._decoder.device, step, self._decoder.runner.file)
 
     def _execute(self, input_ids: CudaArray, embeds: CudaArray, profile: int, stream: int | None = None) -> None:
-        inputs = {"input_ids": input_ids, "image_embeds": embeds}
-        caches = self.cache.tensors("past_key_values")
-        self._decoder.runner.run(self._tensors | inputs, {*inputs, *caches, "write_indices"}, profile, stream)
+        inputs = {INPUT_IDS: input_ids, IMAGE_EMBEDS: embeds}
+        caches = self.cache.tensors(PAST)
+        self._decoder.runner.run(self._tensors | inputs, {*inputs, *caches, WRITE_INDICES}, profile, stream)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from runtime.bundle.verify import MANIFEST, PARTIAL, check_files, check_hashes
-from runtime.demo import demo_bundle
 from runtime.errors import UserError
 from runtime.image.preprocess import ImageRule
 from runtime.text.template import PromptTemplate
@@ -93,8 +92,8 @@ class Bundle:
         return file if file in self.files else None
 
 
-def open_bundle(folder: str | os.PathLike | None) -> Bundle:
-    """Read and verify a bundle; None opens the demo model's, made first where it is not there.
+def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
+    """Read and verify a bundle.
 
     Raises UserError: no such bundle, unfinished export, manifest of another format or with a wrong key, file missing
     or altered. Each file's sha256 is taken once and remembered by its size and times in the user's cache folder.
@@ -104,10 +103,10 @@ def open_bundle(folder: str | os.PathLike | None) -> Bundle:
 
 
 @contextlib.contextmanager
-def opening(folder: str | os.PathLike | None) -> Iterator[Bundle]:
+def opening(folder: str | os.PathLike[str]) -> Iterator[Bundle]:
     """`open_bundle` for whoever has work of its own meanwhile: files whose sha256 is not known are read beside it, and
     one that was altered is an error at its end, in the place of whatever that has led to."""
-    folder = Path(folder) if folder is not None else demo_bundle()
+    folder = Path(folder)
     manifest = _read_manifest(folder)
     for section in ("image", "prompt", "tokenizer", "encoder", "decoder", "files"):
         if not isinstance(manifest.get(section), dict):

@@ -3,21 +3,21 @@
 from typing import Any
 
 from runtime.device.memory import Array, Device
-from runtime.graph_io import KINDS
+from runtime.graph_io import KINDS, cache_name
 
 Layers = list[tuple[Array, Array]]  # keys and values of each layer, [rows, kv_heads, capacity, head_dim]
 
 
 def allocate(layers: int, shape: tuple[int, int, int, int], dtype: Any, device: Device) -> Layers:
-    """Zeros. On the CPU the memory is asked for once and touched by the system page by page, so an unused tail costs
-    address space alone."""
+    """Zeros for so many layers, keys and values of `shape` each. On the CPU pages that are never written take no
+    memory, so an unused tail costs address space alone."""
     return [(device.reserve(shape, dtype), device.reserve(shape, dtype)) for _ in range(layers)]
 
 
 class KVCache:
     """Keys and values of one sequence, [1, kv_heads, capacity, head_dim] in each layer.
 
-    The graph's `past` and `present` are bound to the same memory, so attention writes the new positions in place and
+    A graph's `past` and `present` are bound to the same memory, so attention writes the new positions in place and
     nothing is copied from step to step.
     """
 
@@ -26,15 +26,15 @@ class KVCache:
         self.capacity = layers[0][0].shape[2]
         self.length = 0  # positions filled
 
-    def tensors(self, name: str) -> dict[str, Array]:
-        """The arrays by the names that graphs give them. name: `past_key_values` or `present`."""
+    def tensors(self, side: str) -> dict[str, Array]:
+        """The arrays by the names that graphs give them. side: `graph_io.PAST` or `graph_io.PRESENT`."""
         pairs = enumerate(self.layers)
-        return {f"{name}.{i}.{kind}": array for i, pair in pairs for kind, array in zip(KINDS, pair, strict=True)}
+        return {cache_name(side, i, kind): array for i, pair in pairs for kind, array in zip(KINDS, pair, strict=True)}
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` positions. Raises ValueError if there are not so many."""
+        """Forget all but the first `length` positions. Raises ValueError if there are fewer."""
         if not 0 <= length <= self.length:
-            raise ValueError(f"cannot go back to {length} positions, the KV cache holds {self.length}")
+            raise ValueError(f"cannot rewind to {length} positions, the KV cache holds {self.length}")
         self.length = length
 
     def room_for(self, count: int) -> int:

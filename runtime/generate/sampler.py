@@ -1,48 +1,13 @@
-"""The next token as a pure function of the logits."""
+"""The next token: a pure function of the logits, and the sampler that applies it to an answer."""
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from runtime.errors import InvalidLogitsError, UserError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """temperature 0 takes the likeliest token; otherwise the filters apply in transformers' order.
-
-    temperature: logits are divided by it. top_k: the k likeliest remain (0: all). top_p: the smallest set of likeliest
-    tokens whose probabilities reach p remains (1: all). repetition_penalty (CTRL, arXiv 1909.05858): logits of tokens
-    generated before are divided by it where positive and multiplied where negative, at temperature 0 too. seed: of the
-    draw; None takes fresh entropy. Raises UserError for a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is always the one."""
-        return self.temperature == 0 and self.repetition_penalty == 1
-
-    @property
-    def plain(self) -> bool:
-        """Whether tokens are drawn, independently of those chosen before."""
-        return self.temperature > 0 and self.repetition_penalty == 1
-
-    def __post_init__(self):
-        for name, good, expected in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
-            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
-        ):
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
+from runtime.backends.base import Sequence
+from runtime.device.memory import Array
+from runtime.errors import InvalidLogitsError
+from runtime.types import Sampling
 
 
 def next_token(logits: np.ndarray, generated: list[int], sampling: Sampling, random: np.random.Generator) -> int:
@@ -81,3 +46,52 @@ def _filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         probabilities[order[before >= sampling.top_p]] = 0
         probabilities /= probabilities.sum()
     return probabilities
+
+
+class TokenConstraint(Protocol):
+    """Restricts which tokens may come next, as a grammar does."""
+
+    def allow(self, logits: np.ndarray) -> np.ndarray:
+        """A copy of logits [V] with minus infinity where a token may not come."""
+        ...
+
+    def push(self, token: int) -> None:
+        """Advance by a token that was allowed."""
+        ...
+
+
+class Sampler:
+    """Chooses the tokens of one answer, one after the other: the one place where tokens are chosen."""
+
+    def __init__(self, sampling: Sampling, constraint: TokenConstraint | None = None):
+        self._sampling, self._constraint = sampling, constraint
+        self._random = np.random.default_rng(sampling.seed)
+        self._chosen: list[int] = []
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the argmax alone is not enough."""
+        return not self._sampling.greedy or self._constraint is not None
+
+    def after(self, sequence: Sequence, token_ids: list[int], image_embeddings: Array | None = None) -> int:
+        """Feed `token_ids` [S] and choose the token after them. Where a device can choose, the logits stay there."""
+        if self._constraint is None and self._sampling.greedy:
+            return sequence.forward_greedy(token_ids, image_embeddings)
+        if self._constraint is None and self._sampling.history_independent:
+            return sequence.forward_sampled(token_ids, image_embeddings, self._sampling, self._random)
+        return self.choose(sequence.forward(token_ids, image_embeddings))
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token from logits [V] float32.
+
+        Raises:
+            InvalidLogitsError: the largest logit is NaN or Inf.
+            UserError: the constraint gave up.
+        """
+        if self._constraint is not None:
+            logits = self._constraint.allow(logits)
+        token = next_token(logits, self._chosen, self._sampling, self._random)
+        self._chosen.append(token)
+        if self._constraint is not None:
+            self._constraint.push(token)
+        return token

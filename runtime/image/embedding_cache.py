@@ -1,4 +1,4 @@
-"""Image embeds that were computed before: the least recently used go where a limit in bytes is reached."""
+"""Image embeddings that were computed before: the least recently used go where a limit in bytes is reached."""
 
 import hashlib
 import threading
@@ -13,8 +13,8 @@ from runtime.device.memory import Array
 DEFAULT_BYTES = 256 << 20
 
 
-class EmbedsCache:
-    """Key -> image embeds [T, D] on their device. max_bytes: of all of them together; 0 keeps none.
+class EmbeddingCache:
+    """Key -> image embeddings [T, D] on their device. max_bytes: of all of them together; 0 keeps none.
 
     May be used by several threads.
     """
@@ -32,15 +32,15 @@ class EmbedsCache:
                 self._entries.move_to_end(key)
             return found
 
-    def put(self, key: Hashable, embeds: Array) -> None:
-        """`embeds` may not be written to from now on. One that is larger than all the room there is is not kept."""
+    def put(self, key: Hashable, embeddings: Array) -> None:
+        """`embeddings` may not be written to from now on. One that is larger than all the room there is is not kept."""
         with self._lock:
-            if embeds.nbytes > self.max_bytes:
+            if embeddings.nbytes > self.max_bytes:
                 return
             if (old := self._entries.pop(key, None)) is not None:
                 self.bytes -= old.nbytes
-            self._entries[key] = embeds
-            self.bytes += embeds.nbytes
+            self._entries[key] = embeddings
+            self.bytes += embeddings.nbytes
             while self.bytes > self.max_bytes:
                 self.bytes -= self._entries.popitem(last=False)[1].nbytes
 

@@ -2,59 +2,72 @@
 
 from collections.abc import Collection, Hashable
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from runtime.device.memory import Array
 from runtime.image.decode import MAX_PIXELS, open_image
-from runtime.image.embedding_cache import digest
-from runtime.image.preprocess import preprocess, target_size
+from runtime.image.embedding_cache import EmbeddingCache, digest
+from runtime.image.preprocess import ImageRule, preprocess, target_size
 from runtime.types import ImageSource, Options
 
 
-class Picture:
-    """An opened image and how it is to be sized. tokens: visual ones that it will be. embeds: None until it has been
-    `condense`d and the model's cache had them.
+class ImageInput:
+    """An opened image and how it is to be sized.
 
-    Raises UserError for what cannot be opened or sized.
+    Attributes:
+        tokens: visual tokens that it becomes.
+        embeddings: [T, D]; None until `compact` found them in the cache.
     """
-
-    embeds: Array | None = None
 
     def __init__(
         self,
-        model: Any,
         source: ImageSource,
+        rule: ImageRule,
         options: Options,
         max_pixels: int = MAX_PIXELS,
         formats: Collection[str] | None = None,
     ):
-        self._model = model
-        self._rule, self._sizing = model.bundle.image, (options.resolution, options.aspect)
-        self.image = open_image(source, max_pixels, formats)
-        height, width = target_size(*self.image.size, self._rule, *self._sizing)
-        self.tokens = height // self._rule.multiple * (width // self._rule.multiple)
+        """Open the image; its pixel values are computed when they are asked for.
+
+        Args:
+            source: file, bytes or PIL image.
+            rule: of the bundle.
+            options: `resolution` and `aspect` override the rule's.
+            max_pixels: the most that an image may have.
+            formats: as Pillow calls those that are taken; None takes all.
+
+        Raises:
+            UserError: the image cannot be opened or sized.
+        """
+        self._rule, self._sizing = rule, (options.resolution, options.aspect)
+        self._image: Image.Image | None = open_image(source, max_pixels, formats)
+        height, width = target_size(*self._image.size, rule, *self._sizing)
+        self.tokens = rule.tokens(height, width)
+        self.embeddings: Array | None = None
 
     @cached_property
     def key(self) -> Hashable:
-        """Of its embeds in the model's cache."""
+        """Equal for images with equal pixel values."""
+        assert self._image is not None, "taken before `compact` dropped the image"
         resolution, aspect = self._sizing
-        sizing = (resolution or self._rule.resolution, aspect or self._rule.aspect)
-        return self._model.encoder, *sizing, digest(self.image)
+        return resolution or self._rule.resolution, aspect or self._rule.aspect, digest(self._image)
 
     @cached_property
     def pixel_values(self) -> np.ndarray:
         """float32 [3, H, W]."""
-        return preprocess(self.image, self._rule, *self._sizing)
+        assert self._image is not None, "taken before `compact` dropped the image"
+        return preprocess(self._image, self._rule, *self._sizing)
 
-    def condense(self) -> None:
-        """Keep no more than is needed: the embeds, where the model's cache has them, or else whichever is smaller, the
-        image or its pixel values."""
-        self.embeds = self._model.cache.get(self.key)
-        width, height = self.image.size
-        if self.embeds is None:
+    def compact(self, cache: EmbeddingCache) -> None:
+        """Keep as little as encoding needs while the request waits: the embeddings where the cache has them, else the
+        image or its pixel values, whichever are smaller."""
+        self.embeddings = cache.get(self.key)
+        if self.embeddings is None:
+            assert self._image is not None
+            width, height = self._image.size
             if 4 * width * height <= 12 * self.tokens * self._rule.multiple**2:  # Pillow has four bytes a pixel
                 return
             _ = self.pixel_values
-        self.image = None
+        self._image = None

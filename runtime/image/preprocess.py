@@ -17,9 +17,9 @@ from PIL import Image
 from runtime.errors import UserError
 
 
-def tokens_of(pixel_values: np.ndarray, stride: int) -> int:
-    """Visual tokens of an image [3, H, W]."""
-    return pixel_values.shape[1] // stride * (pixel_values.shape[2] // stride)
+def visual_tokens(height: int, width: int, stride: int) -> int:
+    """Visual tokens of an image of height x width pixels, both multiples of the encoder's stride."""
+    return height // stride * (width // stride)
 
 
 ASPECTS = ("pad", "any", "crop")
@@ -64,6 +64,10 @@ class ImageRule:
             raise UserError(f"image rule: 'max_visual_tokens' must be at least 1, found {self.max_visual_tokens}")
         _check_aspect(self.aspect)
         _check_resolution(self.resolution, self.multiple)
+
+    def tokens(self, height: int, width: int) -> int:
+        """Visual tokens of a preprocessed image, height x width pixels."""
+        return visual_tokens(height, width, self.multiple)
 
     def to_dict(self) -> dict:
         """The rule as plain JSON types."""

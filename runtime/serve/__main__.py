@@ -6,7 +6,9 @@ python -m runtime.serve --bundle DIR --check     what would be served, on what; 
 
 import argparse
 import ipaddress
+import logging
 import math
+import signal
 import socket
 import sys
 import threading
@@ -98,23 +100,26 @@ def bound(host: str, port: int) -> socket.socket:
 def serve(settings, model, keys: tuple[str, ...], address: socket.socket, stop_seconds: float) -> None:
     import uvicorn
 
+    logging.getLogger("convllava").setLevel(logging.INFO)
+
     from runtime.serve.app import create_app
     from runtime.serve.metrics import Metrics
 
     metrics = Metrics()
-    asking = settings.asking(model, metrics)
-    app = create_app(asking, metrics, keys, stop_seconds)
+    service = settings.service(model, metrics)
+    app = create_app(service, metrics, keys, stop_seconds)
 
     class Server(uvicorn.Server):
-        """Told to stop, it lets the engine finish or fail what runs while the connections are still there."""
+        """Told to stop, it lets the scheduler finish or fail what runs while the connections are still there."""
 
         def handle_exit(self, sig, frame):
-            threading.Thread(target=asking.engine.stop, args=(stop_seconds,), daemon=True).start()
+            threading.Thread(target=service.scheduler.stop, args=(stop_seconds,), daemon=True).start()
             super().handle_exit(sig, frame)
 
     to_say_so = 5  # seconds
     patience = math.ceil(stop_seconds) + to_say_so
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=patience)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which uvicorn raises again once it has stopped
     Server(config).run(sockets=[address])
 
 
@@ -124,13 +129,13 @@ def described(model, slots: int) -> str:
     per_position = 2 * part.layers * part.kv_heads * part.head_dim * (2 if part.kv_dtype == "float16" else 4)
     rows = [
         ("model", model.bundle.name),
-        ("encoder", f"{model.encoder_chosen}"),
-        ("decoder", f"{model.decoder_chosen}"),
+        ("encoder", f"{model.encoder_backend}"),
+        ("decoder", f"{model.decoder_backend}"),
         ("images", f"{model.bundle.image.resolution} pixels, {model.bundle.image.aspect}"),
         ("context", f"{part.context_length} positions"),
         ("KV cache", f"{slots} slots of up to {per_position * part.context_length / 2**20:.0f} MiB"),
     ]
-    rows += [("note", chosen.note) for chosen in (model.encoder_chosen, model.decoder_chosen) if chosen.note]
+    rows += [("note", backend.reason) for backend in (model.encoder_backend, model.decoder_backend) if backend.reason]
     return _aligned(rows)
 
 

@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's chat completions, health, readiness, metrics and the page, over one engine."""
+"""The HTTP side: OpenAI's chat completions, health, readiness, metrics and the page, over one scheduler."""
 
 import asyncio
 import hmac
@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from runtime import serve
-from runtime.serve.chat import Answering, Asking, check_model
+from runtime.serve.chat import ChatService, check_model
 from runtime.serve.limits import Bodies
 from runtime.serve.metrics import Metrics
 from runtime.serve.protocol import ApiError
+from runtime.serve.responses import CompletionStream
 
 PAGE = Path(serve.__file__).parent / "web"
 PAGE_FILES = {
@@ -32,30 +33,32 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 STARTED = int(time.time())
-LOOK = 0.25  # seconds between two looks whether a client is still there
+DISCONNECT_POLL_S = 0.25
 
 
-def create_app(asking: Asking, metrics: Metrics, api_keys: tuple[str, ...] = (), stop_seconds: float = 30.0) -> FastAPI:
+def create_app(
+    service: ChatService, metrics: Metrics, api_keys: tuple[str, ...] = (), stop_seconds: float = 30.0
+) -> FastAPI:
     """api_keys: one of which clients must send; none: nobody need. stop_seconds: that running requests have once the
     server is told to stop."""
-    engine, name = asking.engine, asking.model.bundle.name
-    bodies = Bodies(asking.limits.body_bytes, asking.limits.seconds)
-    metrics.watch(engine)
+    scheduler, name = service.scheduler, service.model.bundle.name
+    bodies = Bodies(service.limits.body_bytes, service.limits.seconds)
+    metrics.watch(scheduler)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(engine.stop, stop_seconds)
+        await asyncio.to_thread(scheduler.stop, stop_seconds)
 
     app = new_app(api_keys, lifespan=lifespan)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         async with bodies.read(request) as body:
-            answering = await asking.begin(body)
-        if answering.stream:
-            return StreamingResponse(answering.chunks(), media_type="text/event-stream")
-        return JSONResponse(await _whole(request, answering))
+            completion = await service.begin(body)
+        if completion.stream:
+            return StreamingResponse(completion.chunks(), media_type="text/event-stream")
+        return JSONResponse(await _whole(request, completion))
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -68,8 +71,8 @@ def create_app(asking: Asking, metrics: Metrics, api_keys: tuple[str, ...] = (),
 
     @app.get("/ready")
     async def ready() -> Response:
-        why = "crashed" if engine.crashed is not None else "ready" if engine.accepting else "stopping"
-        return JSONResponse({"status": why}, 200 if engine.accepting else 503)
+        why = "crashed" if scheduler.crashed is not None else "ready" if scheduler.accepting else "stopping"
+        return JSONResponse({"status": why}, 200 if scheduler.accepting else 503)
 
     @app.get("/metrics")
     async def measured() -> Response:
@@ -132,23 +135,23 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _whole(request: Request, answering: Answering) -> dict:
+async def _whole(request: Request, completion: CompletionStream) -> dict:
     """The answer, unless the client leaves before it is there."""
-    gone, whole = asyncio.create_task(_until_gone(request)), asyncio.create_task(answering.whole())
+    gone, whole = asyncio.create_task(_until_gone(request)), asyncio.create_task(completion.whole())
     try:
         await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
         if not whole.done():
             raise ApiError(499, "the client has gone")
         return whole.result()
     finally:
-        answering.cancel()
+        completion.cancel()
         gone.cancel()
         whole.cancel()
 
 
 async def _until_gone(request: Request) -> None:
     while not await request.is_disconnected():
-        await asyncio.sleep(LOOK)
+        await asyncio.sleep(DISCONNECT_POLL_S)
 
 
 def _has_key(request: Request, keys: tuple[str, ...]) -> bool:

@@ -1,21 +1,36 @@
-"""Reading request bodies within the memory and the time that there is for them."""
+"""What a request may ask for, and reading request bodies within the memory and the time that there is for them."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from fastapi import Request
 
 from runtime.serve.protocol import ApiError, busy
 
-TOGETHER = 1 << 30  # bytes
+MAX_BODIES_BYTES = 1 << 30  # of all that are being read or prepared
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for. body_bytes, image_bytes; image_pixels: of one image; images; schema_chars: of a
+    JSON schema, a million of which take a second to compile; output_tokens; and seconds until a request is given up."""
+
+    body_bytes: int = 64 << 20
+    image_bytes: int = 20 << 20
+    image_pixels: int = 50_000_000
+    images: int = 8
+    schema_chars: int = 1 << 16
+    output_tokens: int = 4096
+    seconds: float = 300.0
 
 
 class Bodies:
     """each: bytes that one body may have. together: that all may have which are being read or prepared. seconds: that a
     client may take to send one."""
 
-    def __init__(self, each: int, seconds: float, together: int = TOGETHER):
+    def __init__(self, each: int, seconds: float, together: int = MAX_BODIES_BYTES):
         self._each, self._seconds, self._together = each, seconds, max(together, each)
         self._held = 0
 

@@ -2,13 +2,14 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from runtime.serve.scheduler import Engine, Observer
+from runtime.serve.scheduler import Scheduler
+from runtime.serve.types import Callbacks
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 60)
 
 
-class Metrics(Observer):
-    """An observer of one engine, with a registry of its own."""
+class Metrics(Callbacks):
+    """Metrics of one scheduler, with a registry of their own."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -24,15 +25,15 @@ class Metrics(Observer):
         self._occupancy = make(
             Histogram, "batch_occupancy", "Sequences of a decode step", buckets=(1, 2, 4, 8, 16, 32, 64)
         )
-        self._tokens = make(Counter, "tokens", "Positions computed, or taken over from a slot", ("kind",))
+        self._tokens = make(Counter, "tokens", "Positions computed, or found in a slot's KV cache", ("kind",))
         self._cache = make(Counter, "image_cache", "Images looked up in the cache of embeds", ("result",))
         self._requests = make(Counter, "requests", "Requests that have ended, by how they ended", ("finish",))
         self._waiting = make(Gauge, "queue_depth", "Requests that wait for a slot")
         self._running = make(Gauge, "running", "Requests in a slot")
 
-    def watch(self, engine: Engine) -> None:
-        self._waiting.set_function(lambda: engine.waiting)
-        self._running.set_function(lambda: engine.running)
+    def watch(self, scheduler: Scheduler) -> None:
+        self._waiting.set_function(lambda: scheduler.waiting)
+        self._running.set_function(lambda: scheduler.running)
 
     def first_token(self, seconds: float) -> None:
         self._first.observe(seconds)
@@ -51,9 +52,9 @@ class Metrics(Observer):
     def cache(self, hit: bool) -> None:
         self._cache.labels("hit" if hit else "miss").inc()
 
-    def prefilled(self, fed: int, taken_over: int) -> None:
+    def prefilled(self, fed: int, cached: int) -> None:
         self._tokens.labels("prefilled").inc(fed)
-        self._tokens.labels("taken_over").inc(taken_over)
+        self._tokens.labels("cached").inc(cached)
 
     def finished(self, reason: str) -> None:
         self._requests.labels(reason).inc()

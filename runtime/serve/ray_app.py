@@ -22,9 +22,10 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from runtime.serve.app import add_page, error_response, model_card, new_app
-from runtime.serve.chat import GRACE, Limits, check_model
-from runtime.serve.limits import Bodies
+from runtime.serve.chat import check_model
+from runtime.serve.limits import Bodies, Limits
 from runtime.serve.protocol import ApiError, busy
+from runtime.serve.responses import SCHEDULER_GRACE_S
 from runtime.serve.settings import Settings as ServerSettings
 
 TRIES = 5  # of a request whose replica dies
@@ -46,11 +47,10 @@ class Settings(ServerSettings):
 
 @serve.deployment(health_check_period_s=2, health_check_timeout_s=30)
 class Replica:
-    """One engine. Its answers are streams whose first item says what kind of answer follows."""
+    """One scheduler. Its answers are streams whose first item says what kind of answer follows."""
 
     def __init__(self, settings: Settings):
-        self._asking = settings.asking(settings.load())
-        self._engine = self._asking.engine
+        self._service = settings.service(settings.load())
 
     @serve.multiplexed(max_num_models_per_replica=IMAGES)
     async def _has_images(self, key: str) -> str:
@@ -62,17 +62,17 @@ class Replica:
         another replica can begin anew."""
         if key := serve.get_multiplexed_model_id():
             await self._has_images(key)
-        answering = None
+        completion = None
         try:
-            answering = await self._asking.begin(body)
-            if not answering.stream:
-                whole = await answering.whole()
+            completion = await self._service.begin(body)
+            if not completion.stream:
+                whole = await completion.whole()
                 yield {"status": 200, "stream": False}
                 yield json.dumps(whole)
                 return
-            pieces = answering.chunks(raising=True)
+            pieces = completion.chunks(raising=True)
             # the roles come at once, a token when it is there
-            first = [await anext(pieces) for _ in range(answering.choices + 1)]
+            first = [await anext(pieces) for _ in range(completion.choices + 1)]
             yield {"status": 200, "stream": True}
             for piece in first:
                 yield piece
@@ -81,17 +81,17 @@ class Replica:
         except ApiError as error:
             yield {"status": error.status, "body": error.body, "headers": error.headers}
         finally:
-            if answering is not None:
-                answering.cancel()
+            if completion is not None:
+                completion.cancel()
 
     def name(self) -> str:
         """Of the model."""
-        return self._asking.model.bundle.name
+        return self._service.model.bundle.name
 
     def check_health(self) -> None:
-        """Ray replaces a replica whose engine has crashed."""
-        if self._engine.crashed is not None:
-            raise RuntimeError(f"the engine has crashed: {self._engine.crashed}")
+        """Ray replaces a replica whose scheduler has crashed."""
+        if self._service.scheduler.crashed is not None:
+            raise RuntimeError(f"the engine has crashed: {self._service.scheduler.crashed}")
 
 
 def build(args: dict[str, str]) -> serve.Application:
@@ -108,7 +108,7 @@ def build(args: dict[str, str]) -> serve.Application:
         autoscaling_config=scaling,
         max_ongoing_requests=settings.max_batch + settings.max_queue,
         max_queued_requests=settings.max_queue,  # at the ingress, while every replica has so many
-        graceful_shutdown_timeout_s=settings.timeout + GRACE,  # what it has begun is finished
+        graceful_shutdown_timeout_s=settings.timeout + SCHEDULER_GRACE_S,  # what it has begun is finished
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
     return _ingress(keys, settings.limits).bind(replica.bind(settings))
@@ -118,7 +118,9 @@ def _ingress(keys: tuple[str, ...], limits: Limits) -> serve.Deployment:
     app = new_app(keys)
 
     @serve.deployment(
-        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, graceful_shutdown_timeout_s=limits.seconds + GRACE
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,
+        graceful_shutdown_timeout_s=limits.seconds + SCHEDULER_GRACE_S,
     )
     @serve.ingress(app)
     class Ingress:

@@ -6,12 +6,14 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from runtime.backends.select import MAX_THREADS, Backends
+from runtime.demo import demo_bundle
 from runtime.errors import UserError
 from runtime.model import Model, load
-from runtime.serve.chat import Asking, Limits
+from runtime.serve.chat import ChatService
+from runtime.serve.limits import Limits
 from runtime.serve.metrics import Metrics
 from runtime.serve.remote_images import Fetcher
-from runtime.serve.scheduler import Engine
+from runtime.serve.scheduler import Scheduler
 
 
 class Settings(BaseModel):
@@ -70,12 +72,14 @@ class Settings(BaseModel):
     def load(self) -> Model:
         """Raises UserError as `runtime.load`."""
         return load(
-            self.bundle,
+            self.bundle or demo_bundle(),
             backends=Backends(self.encoder, self.decoder, self.provider, self.encoder_precision, self.threads),
         )
 
-    def asking(self, model: Model, metrics: Metrics | None = None) -> Asking:
-        """An engine over the model, and what begins answers on it."""
-        engine = Engine(model, self.max_batch, self.max_queue, metrics, self.batch_invariant)
+    def service(self, model: Model, metrics: Metrics | None = None) -> ChatService:
+        """A scheduler over the model, and what begins answers on it."""
+        scheduler = Scheduler(
+            model.encoder, model.decoder, model.cache, self.max_batch, self.max_queue, metrics, self.batch_invariant
+        )
         hosts = [host for host in self.allow_remote_images.split(",") if host]
-        return Asking(model, engine, self.limits, Fetcher(hosts, self.max_image_bytes) if hosts else None)
+        return ChatService(model, scheduler, self.limits, Fetcher(hosts, self.max_image_bytes) if hosts else None)

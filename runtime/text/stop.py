@@ -44,49 +44,58 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Answer:
-    """One answer under way.
+    """The text of one answer, from its tokens.
 
-    stop: strings that end it and do not appear in it. limit: of its tokens, the end-of-sequence token among them.
-    ignore_eos: the end-of-sequence token does not end it, as load tests want it.
-    Attributes: token_ids, so far; text, what is certain of it; finish_reason: `stop`, `length`, or None while it goes
-    on; unfed: tokens of it that the KV cache must still be given if the conversation goes on; before_stop: how many of
-    its tokens stand before the stop string that ended it, None where none did.
+    Attributes:
+        text: what is certain of it so far.
+        finish_reason: `stop` (end of sequence or a stop string), `length`, or None while it goes on.
+        kept_ids: its tokens that are part of the conversation, without the end-of-sequence token and without what a
+            stop string cut off.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], limit: int, ignore_eos: bool = False):
-        self._limit, self._ends = limit, frozenset() if ignore_eos else tokenizer.eos_token_ids
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        """
+        Args:
+            tokenizer: of the bundle.
+            stop: strings that end the answer and do not appear in it.
+        """
         self._detokenizer, self._stops = tokenizer.detokenizer(), StopStrings(stop)
-        self.token_ids: list[int] = []
         self.finish_reason: str | None = None
-        self.unfed: list[int] = []
-        self.before_stop: int | None = None
+        self.kept_ids: list[int] = []
         self._texts: list[str] = []
-        self._said = 0  # characters so far, those of a stop string among them
-        self._said_at = [0]  # of them, up to each token and it
+        self._decoded = 0  # characters so far, those of a stop string included
+        self._decoded_at: list[float] = [0]  # the same after each token
 
     @property
     def text(self) -> str:
         return "".join(self._texts)
 
-    def push(self, token: int) -> str:
-        """Returns the text that became certain."""
-        self.token_ids.append(token)
-        at_end = token in self._ends
+    def push(self, token: int, finish_reason: str | None) -> str:
+        """Take the next token.
+
+        Args:
+            token: its ID.
+            finish_reason: of the tokens: `stop` where this is the end-of-sequence token, `length` where it is the last
+                one allowed, None where more may come.
+
+        Returns:
+            The text that became certain, often "".
+        """
+        at_end = finish_reason == "stop"
         piece = self._detokenizer.flush() if at_end else self._detokenizer.push(token)
         text, stopped = self._stops.push(piece)
-        self._said += len(piece)
-        self._said_at.append(self._said if piece else math.inf)  # one that completes no character goes with the next
-        if at_end or stopped:
-            self.finish_reason, self.unfed = "stop", []  # the template's end of an answer stands in for what ended it
-        else:
-            self.unfed = [token]
-            if len(self.token_ids) == self._limit:
-                self.finish_reason = "length"
-                text += self._stops.push(self._detokenizer.flush())[0]
+        self._decoded += len(piece)
+        # A token that completes no character goes with the next one
+        self._decoded_at.append(self._decoded if piece else math.inf)
+        if not at_end:
+            self.kept_ids.append(token)
+        if finish_reason == "length" and not stopped:
+            text += self._stops.push(self._detokenizer.flush())[0]
+        self.finish_reason = "stop" if stopped else finish_reason
         if self.finish_reason:
             text += self._stops.flush()
         self._texts.append(text)
         if stopped:
-            shown = sum(map(len, self._texts))
-            self.before_stop = max(count for count, said in enumerate(self._said_at) if said <= shown)
+            shown = len(self.text)
+            del self.kept_ids[max(count for count, decoded in enumerate(self._decoded_at) if decoded <= shown) :]
         return text

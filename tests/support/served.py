@@ -14,18 +14,22 @@ import uvicorn
 from PIL import Image
 
 from runtime.serve.app import create_app
-from runtime.serve.chat import Asking
+from runtime.serve.chat import ChatService
 from runtime.serve.metrics import Metrics
-from runtime.serve.scheduler import Engine
+from runtime.serve.scheduler import Scheduler
 
 WAIT = 120  # seconds, that a test waits for what must come
 
 
+def scheduler_of(model, *options):
+    return Scheduler(model.encoder, model.decoder, model.cache, *options)
+
+
 class Served:
     def __init__(self, model, slots=2, queue_size=4, limits=None, fetch=None, **options):
-        metrics = Metrics()
-        self.engine = Engine(model, slots, queue_size, metrics)
-        app = create_app(Asking(model, self.engine, limits, fetch), metrics, **options)
+        self.model, metrics = model, Metrics()
+        self.scheduler = scheduler_of(model, slots, queue_size, metrics)
+        app = create_app(ChatService(model, self.scheduler, limits, fetch), metrics, **options)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
@@ -61,15 +65,15 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-def slow_down(monkeypatch, engine):
+def slow_down(monkeypatch, scheduler):
     """A step takes 10 ms at least, so that 3,000 tokens are 30 s on any machine."""
-    step = engine._slots.step
+    step = scheduler._slots.step
 
     def step_slowly(fed):
         time.sleep(0.01)
         return step(fed)
 
-    monkeypatch.setattr(engine._slots, "step", step_slowly)
+    monkeypatch.setattr(scheduler._slots, "step", step_slowly)
 
 
 def picture(seed=0, size=(96, 128)):

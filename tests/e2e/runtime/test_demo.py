@@ -13,7 +13,7 @@ from runtime.backends.ort_decoder import Decoder
 from runtime.backends.ort_slots import Slots
 from runtime.backends.select import Backends
 from runtime.image.decode import open_image
-from runtime.image.embedding_cache import EmbedsCache
+from runtime.image.embedding_cache import EmbeddingCache
 from runtime.image.preprocess import preprocess
 from runtime.text.stop import Answer
 from runtime.text.template import first_turn
@@ -49,7 +49,7 @@ def alone(model, page):
     """The answers' ids, each with nothing kept from before."""
     found = []
     for question in QUESTIONS:
-        model.cache = EmbedsCache(0)
+        model.cache = EmbeddingCache(0)
         *_, last = model.generate([page], question, OPTIONS)
         found.append(last.result.token_ids)
     assert len({tuple(ids) for ids in found}) == len(QUESTIONS), "it tells the questions apart"
@@ -76,7 +76,7 @@ def test_4_bits_by_the_kernels_give_the_ids_of_float32_products(model, page, tmp
 def test_an_image_seen_or_held_gives_the_same_ids(model, page, alone, monkeypatch):
     encoded, encoder = [], model.encoder
     monkeypatch.setattr(model, "encoder", lambda images: encoded.append(len(images)) or encoder(images))
-    model.cache = EmbedsCache()
+    model.cache = EmbeddingCache()
     held = model.about([page], OPTIONS)
     for _ in range(2):  # the second time the image is in the cache
         for question, ids in zip(QUESTIONS, alone, strict=True):

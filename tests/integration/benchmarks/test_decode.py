@@ -14,7 +14,7 @@ from benchmarks.peers import turns
 from benchmarks.peers.decoders import PEERS, Decoding, Peer
 from benchmarks.peers.turns import Running
 from export.cli import open_checkpoint
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.bundle.manifest import open_bundle
 from tests.support.commands import run_module
 
@@ -39,7 +39,7 @@ def spec(conformance, conformance_bundle):
 def greedy(spec):
     """The first ids after 20 of the spec's, by the runtime in this process."""
     bundle = open_bundle(spec["bundle"])
-    sequence = Decoder(bundle.path(bundle.decoder.file), bundle.decoder).start(64)
+    sequence = OnnxDecoder(bundle.path(bundle.decoder.file), bundle.decoder).start(64)
     token, found = sequence.forward_greedy(spec["ids"][:20]), []
     for _ in range(STEPS):
         token = sequence.forward_greedy([token])

@@ -14,7 +14,7 @@ from calib.decoder import check_source, prompts, quantise_decoder
 from calib.images import find_pages
 from calib.quantize import DecoderOptions, Options, quantise_bundle, quantise_decoder_bundle
 from export.graphs.block_formats import BLOCK
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
 from tests.support.commands import run_module
@@ -80,7 +80,7 @@ def test_matrices_of_part_of_a_block_are_refused_before_any_work(tmp_path):
 
 
 def logits(file, bundle, feeds) -> np.ndarray:
-    decoder = Decoder(file, bundle.decoder)
+    decoder = OnnxDecoder(file, bundle.decoder)
     rows = []
     for feed in feeds:
         ids = feed["input_ids"][0].tolist()

@@ -13,7 +13,7 @@ import calib.evaluation
 from calib.evaluation import Evaluation, Score, sqnr_db
 from calib.images import HELD_OUT, LEAST, QUESTIONS, Page, Question, find_pages, split
 from export.cli import open_checkpoint
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.select import Backends
 from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
@@ -157,7 +157,7 @@ def test_a_model_that_does_not_answer_is_measured_by_next_tokens(bundle, dataset
 
 def test_a_decoder_can_be_compared_too(bundle, dataset):
     evaluation = Evaluation(bundle, find_pages(dataset)[:3], 6)
-    same = evaluation.loss(decoder=Decoder(bundle.path(bundle.decoder.file), bundle.decoder))
+    same = evaluation.loss(decoder=OnnxDecoder(bundle.path(bundle.decoder.file), bundle.decoder))
     assert (same.sqnr_db, same.differing, same.perplexity) == (None, 0.0, evaluation.perplexity)
 
 

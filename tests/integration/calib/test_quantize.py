@@ -217,7 +217,7 @@ def test_the_bundle_answers_and_keeps_the_rest(conformance_bundle, int8, picture
     images = [pixels[0] for pixels in held_out(before.image, tmp_path)]
     for encoder in ("onnx",) if int8_sums_saturate() else ("onnx", "openvino"):
         model = runtime.load(int8, backends=Backends(encoder=encoder))
-        assert model.encoder_chosen.precision == "int8"
+        assert model.encoder_backend.precision == "int8"
         assert 20 < sqnr(model.encoder(images), expected.encoder(images)) < 60
     *_, last = model.generate([pictures / "00.png"], "What?", runtime.Options(max_new_tokens=3))
     assert len(last.result.token_ids) == 3

@@ -6,7 +6,8 @@ import onnxruntime
 import pytest
 
 from export.decoder.sampler import sampler_graph
-from runtime.generate.sampler import Sampling, next_token
+from runtime.generate.sampler import next_token
+from runtime.types import Sampling
 
 VOCABULARY = 500
 

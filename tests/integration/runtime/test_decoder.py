@@ -7,6 +7,8 @@ import torch
 import runtime
 from runtime.backends import ort_decoder
 from runtime.backends import select as decoders
+from runtime.backends.ort_sequence import MIN_DEQUANTIZED_PREFILL
+from runtime.backends.select import Backends
 from runtime.bundle.manifest import open_bundle
 from tests.support.bundles import exported
 from train.model import load_model
@@ -78,10 +80,10 @@ def rounded_bundle():
 def test_long_prompts_take_the_graph_for_them_where_bytes_are_slow(rounded_bundle, monkeypatch, slow_bytes):
     """It differs from the other by what that rounds of the activations, and steps after it find the same ids."""
     monkeypatch.setattr(decoders, "int8_sums_saturate", lambda: slow_bytes)
-    decoder = decoders.open_decoder(rounded_bundle, products="onnx")
+    decoder = decoders.open_decoder(rounded_bundle, Backends(decoder="onnx"))
     assert (decoder.prefill_session is not None) == slow_bytes
-    ids = np.random.default_rng(0).integers(3, 400, ort_decoder.LEAST_PREFILL).tolist()
-    plain = ort_decoder.Decoder(rounded_bundle.path(rounded_bundle.decoder.file), rounded_bundle.decoder)
+    ids = np.random.default_rng(0).integers(3, 400, MIN_DEQUANTIZED_PREFILL).tolist()
+    plain = ort_decoder.OnnxDecoder(rounded_bundle.path(rounded_bundle.decoder.file), rounded_bundle.decoder)
     found, expected = decoder.start(256), plain.start(256)
     logits, plain_logits = found.forward(ids).copy(), expected.forward(ids).copy()
     assert np.array_equal(logits, plain_logits) == (not slow_bytes)

@@ -16,7 +16,7 @@ from runtime.backends import ort_decoder
 from runtime.backends import select as decoders
 from runtime.backends.ort_session import open_session
 from runtime.backends.ort_slots import Slots
-from runtime.backends.select import Backends, open_parts
+from runtime.backends.select import Backends, open_components
 from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
 from tests.support.bundles import exported
@@ -334,9 +334,9 @@ def bundle(request):
 @needs_kernels
 def test_a_decoder_is_as_near_to_float32_products_as_onnx_runtimes(bundle):
     """Of the same weights. Both round activations to 8 bits; this model is random, and much as likely as another."""
-    ours, plain = (open_parts(bundle, Backends(decoder=name)).decoder for name in ("kernels", "onnx"))
-    assert ours.kernels and ours.row_invariant and not plain.kernels and not plain.row_invariant
-    exact = ort_decoder.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
+    ours, plain = (open_components(bundle, Backends(decoder=name)).decoder for name in ("kernels", "onnx"))
+    assert ours.kernels and ours.batch_invariant and not plain.kernels and not plain.batch_invariant
+    exact = ort_decoder.OnnxDecoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
     sequences = [decoder.start(256) for decoder in (exact, ours, plain)]
     ids, errors, same = np.random.default_rng(0).integers(3, 400, 100).tolist(), [], []
     for _ in range(32):
@@ -353,10 +353,10 @@ def test_a_decoder_is_as_near_to_float32_products_as_onnx_runtimes(bundle):
 @needs_kernels
 def test_with_activations_in_24_bits_a_decoder_gives_the_ids_of_float32_products(bundle):
     """Each with its own ids, as they are used."""
-    exact = ort_decoder.Decoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
-    parts = open_parts(bundle, Backends(decoder="kernels24"))
+    exact = ort_decoder.OnnxDecoder(bundle.path(bundle.decoder.prefill_file), bundle.decoder)
+    parts = open_components(bundle, Backends(decoder="kernels24"))
     ours = parts.decoder
-    assert parts.decoder_chosen.runtime == "onnxruntime with kernels24"
+    assert parts.decoder_backend.runtime == "onnxruntime with kernels24"
     for seed in range(4):
         sequences, said = [decoder.start(256) for decoder in (exact, ours)], []
         prompt = np.random.default_rng(seed).integers(3, 400, 60).tolist()
@@ -373,7 +373,7 @@ def test_with_activations_in_24_bits_a_decoder_gives_the_ids_of_float32_products
 @needs_kernels
 @pytest.mark.parametrize("products", ["kernels", "kernels24"])
 def test_sequences_decoded_together_get_what_they_get_alone(bundle, products):
-    decoder = decoders.open_decoder(bundle, products=products)
+    decoder = decoders.open_decoder(bundle, Backends(decoder=products))
     prompts = [np.random.default_rng(seed).integers(3, 400, 5 + 7 * seed).tolist() for seed in range(3)]
     alone, slots = [], Slots(decoder, 3, 64)
     for slot, prompt in zip(slots, prompts, strict=True):
@@ -394,22 +394,22 @@ def test_sequences_decoded_together_get_what_they_get_alone(bundle, products):
 def test_they_are_taken_by_themselves_only_where_they_are_known_to_be_faster(bundle, monkeypatch):
     for x86 in (True, False):
         monkeypatch.setattr(decoders, "is_x86", lambda x86=x86: x86)
-        parts = open_parts(bundle, Backends(encoder="onnx"))
+        parts = open_components(bundle, Backends(encoder="onnx"))
         assert parts.decoder.kernels == x86
-        assert parts.decoder_chosen.file == ("decoder/kernels.onnx" if x86 else "decoder/model.onnx")
-        assert parts.decoder_chosen.note == ""
+        assert parts.decoder_backend.file == ("decoder/kernels.onnx" if x86 else "decoder/model.onnx")
+        assert parts.decoder_backend.reason == ""
 
 
 def test_without_a_compiler_the_reason_is_told(bundle, conformance_bundle, monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: None)
     monkeypatch.setattr(kernels, "NEEDED", set())
     monkeypatch.setattr(decoders, "is_x86", lambda: True)
-    parts = open_parts(bundle, Backends(encoder="onnx"))
-    assert not parts.decoder.kernels and "not built" in parts.decoder_chosen.note
+    parts = open_components(bundle, Backends(encoder="onnx"))
+    assert not parts.decoder.kernels and "not built" in parts.decoder_backend.reason
     monkeypatch.setattr(decoders, "is_x86", lambda: False)
-    assert open_parts(bundle, Backends(encoder="onnx")).decoder_chosen.note == "", "they would not be taken"
+    assert open_components(bundle, Backends(encoder="onnx")).decoder_backend.reason == "", "they would not be taken"
     with pytest.raises(UserError, match="--decoder kernels: they were not built"):
-        decoders.open_decoder(bundle, products="kernels")
+        decoders.open_decoder(bundle, Backends(decoder="kernels"))
     monkeypatch.undo()
     with pytest.raises(UserError, match="has no graph for them"):
-        decoders.open_decoder(open_bundle(conformance_bundle), products="kernels")
+        decoders.open_decoder(open_bundle(conformance_bundle), Backends(decoder="kernels"))

@@ -109,13 +109,18 @@ def test_an_answer_ends_where_another_question_is_asked(model, picture):
         assert len(second.result.token_ids) == 4
         with pytest.raises(runtime.UserError, match="ended by another question"):
             next(first)
-    # of questions that share a cache also by one that fails
-    first = asking.ask("What is this?")
-    next(first)
-    with pytest.raises(runtime.UserError, match="longer than the context"):
-        next(asking.ask("word " * 5000))
-    with pytest.raises(runtime.UserError, match="ended by another question"):
-        next(first)
+
+
+def test_a_question_that_is_refused_leaves_the_answer_under_way(model, picture):
+    options = runtime.Options(max_new_tokens=4)
+    for start in (lambda: model.chat(options), lambda: model.about([picture], options)):
+        *_, whole = start().ask("What is this?")
+        asking = start()
+        first = asking.ask("What is this?")
+        begun = [next(first).token_id]
+        with pytest.raises(runtime.UserError, match="longer than the context"):
+            next(asking.ask("word " * 5000))
+        assert begun + [piece.token_id for piece in first] == whole.result.token_ids
 
 
 def test_answer_stops_where_the_context_ends(model):
@@ -155,7 +160,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, picture):
 
     def interrupted(conversation):
         """Once the KV cache has grown, as on a GPU, where the wait comes after that."""
-        sequence = conversation._sequence
+        sequence = conversation._session._sequence
         forward = sequence.forward_greedy
 
         def interrupt(*arguments):
@@ -214,7 +219,8 @@ def test_a_question_that_fails_does_not_harm_the_next(model, picture, monkeypatc
     with pytest.raises(runtime.UserError, match="longer than the context"):
         list(questions.ask("word " * 5000))
     with monkeypatch.context() as patch:
-        patch.setattr(questions._sequence, "_step", (None, questions._sequence._step[1]))
+        sequence = questions._session._sequence
+        patch.setattr(sequence, "_step", (None, sequence._step[1]))
         with pytest.raises(AttributeError):
             list(questions.ask("And is this what it was?"))
     *_, again = questions.ask("What is this?")

@@ -11,12 +11,12 @@ import onnx
 import pytest
 
 import runtime
-from runtime.backends.ort_cuda_graph import LEAST, ResidentDecoder
+from runtime.backends.ort_cuda_graph import MIN_CAPACITY, CudaGraphDecoder
 from runtime.backends.ort_session import open_device
 from runtime.backends.select import Backends
 from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
-from runtime.generate.sampler import Sampling
+from runtime.types import Sampling
 from tests.support import simulated_gpu
 
 PROMPT = [1, 20, 30, 40, 50, 60]
@@ -47,7 +47,7 @@ def numbers(monkeypatch):
 def decoder(conformance_bundle, cudart, numbers, monkeypatch):
     simulated_gpu.install_provider(monkeypatch)
     model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
-    assert isinstance(model.decoder, ResidentDecoder)
+    assert isinstance(model.decoder, CudaGraphDecoder)
     return model.decoder
 
 
@@ -124,19 +124,19 @@ def test_without_a_sampling_graph_the_host_draws(conformance_bundle, reference, 
     """As with bundles from before there was one."""
     simulated_gpu.install_provider(monkeypatch)
     bundle = open_bundle(conformance_bundle)
-    decoder = ResidentDecoder(bundle.path(bundle.decoder.file), bundle.decoder, open_device("cuda"))
+    decoder = CudaGraphDecoder(bundle.path(bundle.decoder.file), bundle.decoder, open_device("cuda"))
     sequence, expected = decoder.start(64), reference.start(64)
     random, same = (np.random.default_rng(0) for _ in range(2))
     assert drawn(sequence, 20, 10, SAMPLINGS[0], random) == drawn(expected, 20, 10, SAMPLINGS[0], same)
 
 
-def test_a_sampling_graph_that_cannot_be_recorded(conformance_bundle, reference, tmp_path, cudart, monkeypatch):
+def test_a_sampling_graph_that_cannot_be_recorded(conformance_bundle, reference, tmp_path, cudart, monkeypatch, caplog):
     """Greedy steps stay recorded."""
     simulated_gpu.install_provider(monkeypatch)
     bundle, broken = open_bundle(conformance_bundle), tmp_path / "sampler.onnx"
     broken.write_bytes(b"no graph")
-    with pytest.warns(UserWarning, match="drawn on the host, as .*sampler.onnx"):
-        decoder = ResidentDecoder(bundle.path(bundle.decoder.file), bundle.decoder, open_device("cuda"), broken)
+    decoder = CudaGraphDecoder(bundle.path(bundle.decoder.file), bundle.decoder, open_device("cuda"), broken)
+    assert "tokens are sampled on the host" in caplog.text and "sampler.onnx" in caplog.text
     sequence, expected = decoder.start(64), reference.start(64)
     random, same = (np.random.default_rng(0) for _ in range(2))
     assert drawn(sequence, 20, 10, SAMPLINGS[0], random) == drawn(expected, 20, 10, SAMPLINGS[0], same)
@@ -150,10 +150,10 @@ def test_a_step_that_cannot_be_recorded(conformance_bundle, cudart, monkeypatch)
     def step(self):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("runtime.backends.ort_cuda_graph.ResidentSequence._step", step)
-    with pytest.warns(UserWarning, match="without a CUDA graph: .*cannot record its steps: operation not permitted"):
-        model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
-    assert not isinstance(model.decoder, ResidentDecoder)
+    monkeypatch.setattr("runtime.backends.ort_cuda_graph.CudaGraphSequence._step", step)
+    model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
+    assert "without a CUDA graph" in (reason := model.decoder_backend.reason) and "operation not permitted" in reason
+    assert not isinstance(model.decoder, CudaGraphDecoder)
 
 
 def test_steps_run_one_ahead_of_the_host(decoder, monkeypatch):
@@ -198,12 +198,12 @@ def test_whatever_comes_between_the_steps(decoder, reference):
 
 
 def test_a_full_cache_ends_it_where_it_does_on_the_cpu(decoder):
-    sequence = decoder.start(LEAST)
-    token = sequence.forward_greedy(list(range(3, LEAST + 1)))
+    sequence = decoder.start(MIN_CAPACITY)
+    token = sequence.forward_greedy(list(range(3, MIN_CAPACITY + 1)))
     token = sequence.forward_greedy([token])
     token = sequence.forward_greedy([token])
-    assert sequence.cache.length == sequence.cache.capacity == LEAST
-    with pytest.raises(ValueError, match=f"{LEAST + 1} positions do not fit"):
+    assert sequence.cache.length == sequence.cache.capacity == MIN_CAPACITY
+    with pytest.raises(ValueError, match=f"{MIN_CAPACITY + 1} positions do not fit"):
         sequence.forward_greedy([token])
 
 
@@ -231,8 +231,8 @@ def test_without_a_graph_where_onnx_runtime_cannot_record(conformance_bundle, re
         return original(provider, device, cuda_graph, channels_last)
 
     monkeypatch.setattr("runtime.backends.ort_session._providers", providers)
-    with pytest.warns(UserWarning, match="without a CUDA graph: not all nodes.* fp16 and w4a16"):
-        model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
+    model = runtime.load(conformance_bundle, backends=Backends(encoder="onnx", provider="cuda"))
+    assert "not all nodes" in (reason := model.decoder_backend.reason) and "fp16 and w4a16" in reason
     sequence, expected = model.decoder.start(64), reference.start(64)
     first = sequence.forward_greedy(PROMPT)
     assert first == expected.forward_greedy(PROMPT)
@@ -248,7 +248,7 @@ def test_a_graph_that_does_not_say_the_likeliest_token(conformance_bundle, tmp_p
     model.graph.output.remove(output)
     onnx.save(model, folder / "model.onnx")
     with pytest.raises(UserError, match="no output next_token"):
-        ResidentDecoder(folder / "model.onnx", open_bundle(conformance_bundle).decoder, open_device("cuda"))
+        CudaGraphDecoder(folder / "model.onnx", open_bundle(conformance_bundle).decoder, open_device("cuda"))
 
 
 @pytest.mark.parametrize(

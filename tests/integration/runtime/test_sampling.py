@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from runtime.errors import InvalidLogitsError, UserError
-from runtime.generate.sampler import Sampling, _filtered, _penalise, next_token
+from runtime.generate.sampler import _filtered, _penalise, next_token
+from runtime.types import Sampling
 
 RANDOM = np.random.default_rng(0)
 

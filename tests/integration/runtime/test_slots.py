@@ -52,7 +52,11 @@ def test_rows_of_different_lengths_are_decoded_as_alone(decoder, images, alone):
     for found, (_, expected) in zip(logits, alone, strict=True):
         assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
     assert following == logits.argmax(axis=1).tolist()
-    assert [slot.cache.length for slot in slots] == [len(prompt) + STEPS for prompt in PROMPTS]
+    assert lengths(slots) == [len(prompt) + STEPS for prompt in PROMPTS]
+
+
+def lengths(slots):
+    return [slots[i].length for i in range(len(slots))]
 
 
 def test_sequences_join_and_leave_between_steps(decoder, images, alone):
@@ -94,7 +98,7 @@ def test_a_cache_takes_memory_only_where_it_is_filled():
 
 def test_rows_of_nothing_leave_other_slots_as_they_are(decoder, images, alone):
     """A step computes three rows, whether one, two or three slots take part; a full one loses its last position."""
-    slots = Slots(decoder, 2, 40, least=3)
+    slots = Slots(decoder, 2, 40, min_rows=3)
     ids = [[slot.forward_greedy(prompt, images)] for slot, prompt in zip(slots, PROMPTS[:2], strict=True)]
     for _ in range(4):
         ids[0] += slots.step([ids[0][-1]])
@@ -111,7 +115,7 @@ def test_rows_of_nothing_leave_other_slots_as_they_are(decoder, images, alone):
 
 def test_a_row_of_no_numbers_is_told_from_the_others(decoder, images, alone):
     slots = Slots(decoder, 3, 64)
-    tokens = [slot.forward_greedy(PROMPTS[0], images) for slot in slots]
+    tokens = [slot.forward_greedy(PROMPTS[0], images) for slot in (slots[i] for i in range(len(slots)))]
     broken = slots[1]
     broken.cache.layers[0][1][:] = np.nan
     first, nothing, third = slots.step(tokens)
@@ -127,7 +131,7 @@ def test_a_full_slot_stops_all_and_nothing_is_fed(decoder):
     slots[1].forward([1, 2, 3, 4, 5, 6, 7, 8])
     with pytest.raises(ValueError, match="9 positions do not fit a KV cache of 8"):
         slots.step([4, 9])
-    assert [slot.cache.length for slot in slots] == [3, 8]
+    assert lengths(slots) == [3, 8]
     slots.step([4])
     assert slots[0].cache.length == 4
 
@@ -149,5 +153,5 @@ def test_a_copy_goes_on_as_what_it_was_copied_from(decoder, images, alone):
     slots[0].rewind(0)
     slots[0].forward(PROMPTS[0])
     slots.swap(0, 1)
-    assert [slot.cache.length for slot in slots] == [len(PROMPTS[2]), len(PROMPTS[0])]
+    assert lengths(slots) == [len(PROMPTS[2]), len(PROMPTS[0])]
     assert slots.step([first, alone[0][0][0]]) == [alone[2][0][1], alone[0][0][1]]

@@ -1,0 +1,134 @@
+"""A decoder and an encoder of a few lines: what they answer depends on every token and image row they were fed."""
+
+import zlib
+
+import numpy as np
+
+from runtime.errors import InvalidLogitsError
+from runtime.generate.sampler import next_token
+
+VOCABULARY = 50
+EOS = 2
+NAN_TOKEN = VOCABULARY  # never generated; once a sequence was fed it, its logits are NaN
+
+
+def logits_of(fed: list) -> np.ndarray:
+    """[V] float32, a pure function of all that a sequence was fed."""
+    if NAN_TOKEN in fed:
+        return np.full(VOCABULARY, np.nan, np.float32)
+    seed = zlib.crc32(repr(fed).encode())
+    return np.random.default_rng(seed).standard_normal(VOCABULARY).astype(np.float32)
+
+
+def greedy_answer(fed: list, count: int) -> list[int]:
+    """What greedy decoding must answer, computed without any cache."""
+    fed, answer = list(fed), []
+    while len(answer) < count and EOS not in answer:
+        answer.append(int(logits_of(fed).argmax()))
+        fed.append(answer[-1])
+    return answer
+
+
+class FakeSequence:
+    """Its KV cache is the list of what it was fed. fault: called before each run, may raise."""
+
+    def __init__(self, capacity: int, fault=lambda: None):
+        self.fed, self.capacity, self.fault = [], capacity, fault
+        self.runs = []  # how many positions each run fed
+
+    @property
+    def length(self) -> int:
+        return len(self.fed)
+
+    def rewind(self, length: int) -> None:
+        if not 0 <= length <= len(self.fed):
+            raise ValueError(f"cannot rewind to {length} positions, the KV cache holds {len(self.fed)}")
+        del self.fed[length:]
+
+    def forward(self, token_ids, image_embeddings=None) -> np.ndarray:
+        if len(self.fed) + len(token_ids) > self.capacity:
+            raise ValueError("positions do not fit")
+        self.fault()
+        self.fed += [token if token >= 0 else tuple(image_embeddings[-1 - token].tolist()) for token in token_ids]
+        self.runs.append(len(token_ids))
+        return logits_of(self.fed)
+
+    def forward_greedy(self, token_ids, image_embeddings=None) -> int:
+        logits = self.forward(token_ids, image_embeddings)
+        if np.isnan(logits).any():
+            raise InvalidLogitsError
+        return int(logits.argmax())
+
+    def forward_sampled(self, token_ids, image_embeddings, sampling, random) -> int:
+        return next_token(self.forward(token_ids, image_embeddings), [], sampling, random)
+
+
+class FakeBatch:
+    def __init__(self, count: int, capacity: int, fault):
+        self._slots = [FakeSequence(capacity, fault) for _ in range(count)]
+        self._logits = np.empty((0, VOCABULARY), np.float32)
+        self.fault = fault
+        self.steps = []  # how many rows each step had
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, slot: int) -> FakeSequence:
+        return self._slots[slot]
+
+    def step(self, tokens: list[int]) -> list[int | None]:
+        self.fault()
+        self.steps.append(len(tokens))
+        for slot, token in enumerate(tokens):
+            self._slots[slot].fed.append(token)
+        self._logits = np.stack([logits_of(self._slots[slot].fed) for slot in range(len(tokens))])
+        return [None if np.isnan(row).any() else int(row.argmax()) for row in self._logits]
+
+    def logits(self, count: int) -> np.ndarray:
+        return self._logits[:count]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._slots[target].fed = self._slots[source].fed[:length]
+
+    def swap(self, one: int, other: int) -> None:
+        slots = self._slots
+        slots[one].fed, slots[other].fed = slots[other].fed, slots[one].fed
+
+
+class FakeDecoder:
+    def __init__(self, capacity: int = 200, fault=lambda: None):
+        self.capacity, self.fault = capacity, fault
+        self.sequences, self.batches = [], []
+
+    def start(self, capacity: int) -> FakeSequence:
+        self.sequences.append(FakeSequence(capacity, self.fault))
+        return self.sequences[-1]
+
+    def start_batch(self, count: int, batch_invariant: bool) -> FakeBatch:
+        self.batches.append(FakeBatch(count, self.capacity, self.fault))
+        return self.batches[-1]
+
+
+class FakeImage:
+    """An image of `tokens` visual tokens whose embeddings repeat its seed."""
+
+    def __init__(self, seed: int, tokens: int = 3):
+        self.seed, self.tokens, self.key, self.embeddings = seed, tokens, ("image", seed), None
+        self.pixel_values = np.full((3, 1, tokens), seed, np.float32)
+
+    def rows(self) -> list[tuple]:
+        return [(float(self.seed), float(row)) for row in range(self.tokens)]
+
+
+class FakeEncoder:
+    """Embeddings [T, 2]: the image's seed and the row. fault: called before each run, may raise."""
+
+    def __init__(self, batches: bool = False, fault=lambda: None):
+        self.batches, self.fault = batches, fault
+        self.runs = []  # how many images each run had
+
+    def __call__(self, images: list[np.ndarray]) -> np.ndarray:
+        self.fault()
+        self.runs.append(len(images))
+        rows = [[(pixels[0, 0, 0], row) for row in range(pixels.shape[2])] for pixels in images]
+        return np.array([row for image in rows for row in image], np.float32)
