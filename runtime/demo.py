@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runtime.bundle.verify import MANIFEST
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +26,7 @@ QUESTIONS = (
 
 def demo_bundle() -> Path:
     """The untrained demo model's bundle, exported first where it is not there."""
-    if not (DEMO_BUNDLE / MANIFEST).is_file():
+    if not DEMO_BUNDLE.is_dir():
         print(f"making the demo bundle in {DEMO_BUNDLE}", file=sys.stderr)
         _export("--out", DEMO_BUNDLE)
     return DEMO_BUNDLE
@@ -39,7 +38,7 @@ def trained_bundle() -> Path:
     Raises:
         UserError: the weights or the export's packages are missing, or the export failed.
     """
-    if (TRAINED_BUNDLE / MANIFEST).is_file():
+    if TRAINED_BUNDLE.is_dir():
         return TRAINED_BUNDLE
     if not TRAINED_WEIGHTS.is_file():
         raise UserError(f"the demo needs {TRAINED_WEIGHTS}, which only the repository has; run it from a clone")
