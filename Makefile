@@ -36,6 +36,7 @@ $(VENV)/.setup: $(VENV)/.demo
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --cache-dir build/import-linter
 	$(RUN) -m benchmarks.tables --check
 
 test test-all test-release: setup
