@@ -9,7 +9,7 @@ from benchmarks import decode
 from benchmarks.engine_decoders import OptimumSequence, export_optimum
 from benchmarks.peers import turns
 from export.decoder.export import decoder_part, export_decoder
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_portable import PortableSequence
 from train.model import Checkpoint
 
@@ -28,7 +28,7 @@ def checkpoint(conformance) -> Checkpoint:
 def test_logits_agree(checkpoint, tmp_path, graph):
     part = decoder_part(checkpoint, "fp32", "")
     file = export_decoder(checkpoint, tmp_path / "ours", "fp32", graph)
-    ours = Decoder(file, part).start(64) if graph == "fused" else PortableSequence(file)
+    ours = OnnxDecoder(file, part).start(64) if graph == "fused" else PortableSequence(file)
     (tmp_path / "optimum").mkdir()
     theirs = OptimumSequence(export_optimum(checkpoint, tmp_path / "optimum"), part)
     images = np.random.default_rng(0).standard_normal((2, checkpoint.llama_config.hidden_size), dtype=np.float32)
