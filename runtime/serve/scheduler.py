@@ -94,10 +94,13 @@ class Scheduler:
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             for name, work in (("decode", self._decode_forever), ("encode", self._vision.run))
         ]
-        for thread in self._threads:
-            thread.start()
 
     # Called from other threads
+
+    def start(self) -> None:
+        """Begin to work; until then requests wait."""
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, *requests: Request) -> None:
         """Take all of the requests, or raise as `check_room`."""
@@ -161,7 +164,8 @@ class Scheduler:
             logger.info("stopping with %d requests unfinished", self._unfinished())
             self._end()
             for thread in self._threads:
-                thread.join(timeout=30)
+                if thread.is_alive():
+                    thread.join(timeout=30)
             self._fail_all(Failed("stopping", "the server stops"))
 
     def _end(self) -> None:
@@ -201,17 +205,21 @@ class Scheduler:
 
     def _decode_forever(self) -> None:
         while not self._ended.is_set():
-            self._drop_ended()
-            self._skip_encoder()
-            self._hand_to_encoder()
-            self._admit()
-            if self._active:
-                self._step()
-            if self._prefilling:
-                self._prefill_chunk(*self._prefilling)
+            self._advance()
             if not self._active and not self._prefilling:
                 self._wake.wait(POLL_INTERVAL_S)
                 self._wake.clear()
+
+    def _advance(self) -> None:
+        """Let requests come and go, then one decode step and one prefill chunk."""
+        self._drop_ended()
+        self._skip_encoder()
+        self._hand_to_encoder()
+        self._admit()
+        if self._active:
+            self._step()
+        if self._prefilling:
+            self._prefill_chunk(*self._prefilling)
 
     def _drop_ended(self) -> None:
         """Let go of requests whose receiver needs no more, or whose deadline has come."""

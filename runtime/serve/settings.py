@@ -81,5 +81,6 @@ class Settings(BaseModel):
         scheduler = Scheduler(
             model.encoder, model.decoder, model.cache, self.max_batch, self.max_queue, metrics, self.batch_invariant
         )
+        scheduler.start()
         hosts = [host for host in self.allow_remote_images.split(",") if host]
         return ChatService(model, scheduler, self.limits, Fetcher(hosts, self.max_image_bytes) if hosts else None)

@@ -44,13 +44,16 @@ class VisionWorker:
     def run(self) -> None:
         """Work until `stop`. An exception that is no request's fault ends it."""
         while (requests := self._jobs.get()) is not None:
-            found: Embeddings = {}
-            failed: dict[int, UserError] = {}
-            try:
-                self._encode([image for request in requests for image in request.images], found)
-            except Exception:  # of one of them, or too many at once for a GPU's memory
-                failed = self._encode_each(requests, found)
-            self._done(requests, found, failed)
+            self._work(requests)
+
+    def _work(self, requests: list[Request]) -> None:
+        found: Embeddings = {}
+        failed: dict[int, UserError] = {}
+        try:
+            self._encode([image for request in requests for image in request.images], found)
+        except Exception:  # of one of them, or too many at once for a GPU's memory
+            failed = self._encode_each(requests, found)
+        self._done(requests, found, failed)
 
     def _encode_each(self, requests: list[Request], found: Embeddings) -> dict[int, UserError]:
         failed: dict[int, UserError] = {}

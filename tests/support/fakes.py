@@ -113,7 +113,7 @@ class FakeImage:
     """An image of `tokens` visual tokens whose embeddings repeat its seed."""
 
     def __init__(self, seed: int, tokens: int = 3):
-        self.seed, self.tokens, self.key, self.embeddings = seed, tokens, ("image", seed), None
+        self.seed, self.tokens, self.key, self.embeddings = seed, tokens, ("image", seed, tokens), None
         self.pixel_values = np.full((3, 1, tokens), seed, np.float32)
 
     def rows(self) -> list[tuple]:

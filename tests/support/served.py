@@ -22,7 +22,9 @@ WAIT = 120  # seconds, that a test waits for what must come
 
 
 def scheduler_of(model, *options):
-    return Scheduler(model.encoder, model.decoder, model.cache, *options)
+    scheduler = Scheduler(model.encoder, model.decoder, model.cache, *options)
+    scheduler.start()
+    return scheduler
 
 
 class Served:
