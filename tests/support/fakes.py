@@ -14,7 +14,7 @@ NAN_TOKEN = VOCABULARY  # never generated; once a sequence was fed it, its logit
 
 def logits_of(fed: list) -> np.ndarray:
     """[V] float32, a pure function of all that a sequence was fed."""
-    if NAN_TOKEN in fed:
+    if NAN_TOKEN in fed or any(np.isnan(row).any() for row in fed if isinstance(row, tuple)):
         return np.full(VOCABULARY, np.nan, np.float32)
     seed = zlib.crc32(repr(fed).encode())
     return np.random.default_rng(seed).standard_normal(VOCABULARY).astype(np.float32)

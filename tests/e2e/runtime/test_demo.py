@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import runtime
-from runtime.backends.ort_decoder import Decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_slots import Slots
 from runtime.backends.select import Backends
 from runtime.image.decode import open_image
@@ -64,7 +64,7 @@ def test_4_bits_by_the_kernels_give_the_ids_of_float32_products(model, page, tmp
     run_module("export.bundle", *options).check_returncode()
     ours = runtime.load(out, backends=Backends(decoder="kernels24"))
     plain = runtime.load(out, backends=Backends(decoder="onnx"))
-    plain.decoder = Decoder(ours.bundle.path(ours.bundle.decoder.prefill_file), ours.bundle.decoder)
+    plain.decoder = OnnxDecoder(ours.bundle.path(ours.bundle.decoder.prefill_file), ours.bundle.decoder)
     for question in (*QUESTIONS, "Where is the first number? Answer with a box.", "Tell a long story about a ship."):
         said = []
         for each in (ours, plain):
