@@ -37,6 +37,7 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --cache-dir build/import-linter
+	$(RUN) -m pyright --pythonpath $(RUN)
 	$(RUN) -m benchmarks.tables --check
 
 test test-all test-release: setup
