@@ -301,7 +301,6 @@ class Scheduler:
             else:
                 token = sequence.forward_greedy(*chunk)
         except InvalidLogitsError as error:
-            self._prefixes.record(slot, [])
             with self._lock:
                 self._prefilling = None
             self._fail(request, Failed("numbers", str(error)))

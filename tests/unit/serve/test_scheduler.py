@@ -246,6 +246,25 @@ def test_who_needs_no_more_frees_the_slot(scheduler):
     assert long[1].request.ended == "stop"
 
 
+def test_a_deadline_ends_a_request_wherever_it_is():
+    scheduler = scheduler_of(slots=1)
+    running = endless([5])
+    scheduler.submit(running.request)
+    advance(scheduler, lambda: not running.events.empty())
+    with_image, without = (Asked(parts, deadline=time.monotonic() - 1) for parts in ([FakeImage(1)], [6]))
+    later = Asked([7])
+    scheduler.submit(with_image.request, without.request, later.request)
+    scheduler._advance()
+    later.request.deadline = time.monotonic() - 1  # it waits for the slot now
+    scheduler._advance()
+    for one in (with_image, without, later):
+        assert [failed.reason for failed in one.wait()] == ["deadline"]
+    assert scheduler.running == 1
+    running.request.deadline = time.monotonic() - 1
+    scheduler._advance()
+    assert running.wait()[-1].reason == "deadline"
+
+
 def test_a_full_queue_is_busy_and_takes_none_of_them():
     scheduler = scheduler_of(slots=1, queue_size=2)
     scheduler.submit(endless([5]).request)
