@@ -179,8 +179,8 @@ def _meets(answer: Answered) -> bool:
 
 
 def _mean(values: Iterator[float]) -> float:
-    values = [float(value) for value in values]
-    return round(statistics.fmean(values), 4) if values else 0.0
+    found = [float(value) for value in values]
+    return round(statistics.fmean(found), 4) if found else 0.0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from benchmarks.peers.cuda_encoders import DTYPES, PEERS, random_encoder
 from benchmarks.peers.turns import Running, compared, in_turn
 from export.cli import BUILD
 from export.encoder import export_encoder
+from train.model import ImageEncoder
 
 SIZES = ("768x768", "1024x1024", "1536x1536")
 KIND = "cuda_encoders"
@@ -79,7 +80,7 @@ def measured(
     return rows
 
 
-def depthwise_bytes(encoder: torch.nn.Module, height: int, width: int) -> int:
+def depthwise_bytes(encoder: ImageEncoder, height: int, width: int) -> int:
     """What the depthwise convolutions of one image read and write in half precision, their weights aside."""
     config, total = encoder.encoder.config, 0
     for stage, (blocks, channels) in enumerate(zip(config.depths, config.widths, strict=True)):

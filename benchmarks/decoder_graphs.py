@@ -11,6 +11,7 @@ go through all graphs in turn, so that a slow minute of the machine falls on all
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from export.decoder.check import check_decoder
 from export.decoder.export import decoder_part, export_decoder
 from export.graphs.variants import write_variants
 from runtime import kernels
+from runtime.backends.base import Sequence
 from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_portable import PortableSequence
 from train.data.tokenizer import load_tokenizer
@@ -70,7 +72,7 @@ def weights_of(file: Path) -> list[Path]:
     return [file, *(file.with_name(name) for name in sorted(data))]
 
 
-def prepare(checkpoint, graph: str, precision: str, text: np.ndarray) -> tuple[dict, callable]:
+def prepare(checkpoint, graph: str, precision: str, text: np.ndarray) -> tuple[dict, Callable[[], Sequence]]:
     """(what can be said before timing, a function that starts a fresh sequence)."""
     folder = BUILD / "decoder" / f"{name_of(checkpoint)}-{precision}"
     begin = time.perf_counter()

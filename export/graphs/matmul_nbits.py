@@ -62,8 +62,10 @@ def quantise_weights(
             read.CopyFrom(tensor)  # some versions of onnx keep in it what they read from the file of weights
             values = numpy_helper.to_array(read, str(source.parent))
             if name in plans:
-                by_itself = rounding is None or name == head.input[1]
-                blocks = rounded(values, *plans[name]) if by_itself else rounding(name, values)
+                if rounding is None or name == head.input[1]:
+                    blocks = rounded(values, *plans[name])
+                else:
+                    blocks = rounding(name, values)
                 for ending, array in blocks.tensors().items():
                     graph.initializer.append(_stored(f"{name}/{ending}", array, data))
             if name in used:

@@ -99,7 +99,8 @@ def spaced(sheet: Sheet) -> None:
 
 def tiles(sheet: Sheet) -> None:
     """A coloured tile for each character."""
-    colour: Colour = tuple(sheet.dice.whole(0, 255) for _ in range(3))
+    whole = sheet.dice.whole
+    colour: Colour = (whole(0, 255), whole(0, 255), whole(0, 255))
 
     def draw(sheet: Sheet, row: Row) -> Box:
         for slot in _slots(row):
@@ -112,7 +113,7 @@ def tiles(sheet: Sheet) -> None:
 def badges(sheet: Sheet) -> None:
     """A polygon for each character, turned any way: signs, hexagonal tiles, buttons."""
     dice = sheet.dice
-    colour: Colour = tuple(dice.whole(0, 255) for _ in range(3))
+    colour: Colour = (dice.whole(0, 255), dice.whole(0, 255), dice.whole(0, 255))
     count, turn = dice.whole(4, 6), dice.uniform(0, 2 * math.pi)
 
     def draw(sheet: Sheet, row: Row) -> Box:
