@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
+PIP := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 # What the demo needs, and what everything needs that runs without a GPU
 DEMO := cpu,export
 SETUP := $(DEMO),train,calib,openvino,rtx,serve,schema,ray,dev
