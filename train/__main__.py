@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = read_recipe(args.recipe, args.overrides)
         recipe.accumulation(int(os.environ.get("WORLD_SIZE", "1")))
-        train(recipe)
+        run_recipe(recipe)
     except RecipeError as error:
         # All processes of a machine find the same wrong with a recipe, so only the first one prints it
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(recipe: Recipe) -> None:
+def run_recipe(recipe: Recipe) -> None:
     """Everything after the recipe's own checks. torch is imported here, so that those are quick."""
     from train import distributed, loop, state
 

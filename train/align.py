@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed import World
 from train.errors import RecipeError
-from train.loop import Loss, autocast, compute_dtype
+from train.loop import autocast, compute_dtype
 from train.model import Checkpoint, ImageEncoder, load_embedding, load_image_encoder, save_image_encoder
 from train.pages import Curriculum, PageBatch, Phase, load_pages, pixel_statistics, read_curriculum, stack_pixels
 from train.parts import check_parts, freeze_others, parameter_groups
@@ -45,6 +45,7 @@ from train.places import NOWHERE, SIDES, PlaceCode, hundredths
 from train.recipe import Recipe
 from train.synth import Document
 from train.synth.page import Box, Page
+from train.types import Loss
 
 NO_TOKEN = -1
 UNTOLD = -2  # in place of the sides of a cell whose place is not taught
@@ -208,7 +209,7 @@ class KeptPages:
 
 
 class AlignTask:
-    """The regression as a `train.loop.Task`. The loss is in units of an embedding's mean square.
+    """The regression as a `train.types.Task`. The loss is in units of an embedding's mean square.
 
     Raises RecipeError for a section `local` that is wrong, a language model to train, or more than projector and fifth
     stage where outputs are kept.

@@ -24,11 +24,12 @@ from train.data.sampler import Sampler, micro_batches
 from train.data.tokenizer import load_tokenizer
 from train.distributed import World
 from train.errors import CheckpointError, RecipeError, TokenizerError
-from train.loop import Loss, compute_dtype
+from train.loop import compute_dtype
 from train.lora import add_lora, go_on_from, merge_lora
 from train.model import IGNORE_INDEX, Checkpoint, ConvLLaVA, load_language_state, save_state
 from train.parts import check_parts, freeze_others, parameter_groups
 from train.recipe import Recipe
+from train.types import Loss
 
 _OUTER = "model."  # what `AnswerLoss` puts in front of the names of a ConvLLaVA's parameters
 
@@ -116,7 +117,7 @@ def joined(embeds: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ConversationTask:
-    """A `train.loop.Task`: data from the recipe's JSON files, a ConvLLaVA, the loss of its answers."""
+    """A `train.types.Task`: data from the recipe's JSON files, a ConvLLaVA, the loss of its answers."""
 
     def __init__(self, recipe: Recipe, world: World):
         """Raises RecipeError or CheckpointError, for what configurations alone can tell before any weight is read."""

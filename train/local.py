@@ -21,12 +21,12 @@ from torch.utils.data import Dataset
 
 from train.distributed import World
 from train.errors import RecipeError
-from train.loop import Loss
 from train.model import Checkpoint, ConvNeXtEncoder, load_image_encoder, save_image_encoder
 from train.pages import Curriculum, PageBatch, load_pages, pixel_statistics, read_curriculum, stack_pixels
 from train.parts import parameter_groups
 from train.recipe import Recipe
 from train.synth import Document
+from train.types import Loss
 
 CHARACTERS = "".join(map(chr, range(33, 127))) + "€£"
 BLANK = 0  # the class of a subcell without a glyph's centre; CHARACTERS[i] is class i + 1
@@ -138,7 +138,7 @@ def _stack(pages: Sequence[tuple[np.ndarray, np.ndarray]]) -> PageBatch:
 
 
 class LocalTask:
-    """Stage 0 as a `train.loop.Task`: pages without end, every stage's loss on the characters it sees, summed.
+    """Stage 0 as a `train.types.Task`: pages without end, every stage's loss on the characters it sees, summed.
 
     Raises RecipeError for a section `local` that is wrong, or other parts to train than the whole encoder.
     """

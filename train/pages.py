@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from train.distributed import World
 from train.errors import RecipeError
-from train.loop import Skipped
 from train.model import Checkpoint
 from train.recipe import Recipe, build
 from train.synth import Document, PageOptions, render
 from train.synth.dense import dense_page
 from train.synth.page import Page
+from train.types import Skipped
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def read_curriculum(cls: type[AnyCurriculum], recipe: Recipe, stride: int) -> An
 class PageBatch:
     """inputs: pixels [B, 3, H, W], uint8, or what frozen stages made of them. labels: integers, what is to be told from
     them; `nothing` where there is nothing to tell. sides: [len(labels), 4] int64, where it stands, for an alignment.
-    See `train.loop.Batch` for the rest."""
+    See `train.types.Batch` for the rest."""
 
     inputs: Tensor
     labels: Tensor

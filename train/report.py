@@ -3,17 +3,15 @@
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from train.errors import TooManySkipped
 from train.recipe import Recipe
-from train.state import Progress, write_atomically
-
-if TYPE_CHECKING:
-    from train.loop import StepResult
+from train.state import write_atomically
+from train.types import Progress, StepResult
 
 
 class Report:
@@ -46,7 +44,7 @@ class Report:
             self._bar.close()
             self._board.close()
 
-    def step(self, progress: Progress, result: "StepResult") -> None:
+    def step(self, progress: Progress, result: StepResult) -> None:
         """Note one step; adds its records and its skipped ones to `progress`. Raises TooManySkipped."""
         progress.samples += result.samples
         self._images += result.images
@@ -75,7 +73,7 @@ class Report:
         axis.set_xlabel("step")
         figure.savefig(self._out / "curve.png", dpi=120)
 
-    def _note_skipped(self, progress: Progress, result: "StepResult") -> None:
+    def _note_skipped(self, progress: Progress, result: StepResult) -> None:
         for name, reason in ((_printable(name), _printable(reason)) for name, reason in result.skipped):
             if name in self._seen:  # in an earlier epoch
                 continue
@@ -91,7 +89,7 @@ class Report:
                     "lists them all"
                 )
 
-    def _log(self, progress: Progress, result: "StepResult") -> None:
+    def _log(self, progress: Progress, result: StepResult) -> None:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         row = {

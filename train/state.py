@@ -18,9 +18,9 @@ import os
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,21 +35,10 @@ from train.distributed import (
 from train.errors import RecipeError
 from train.model.checkpoint.tensors import load_tensors, save_tensors
 from train.recipe import Recipe, differences
-
-if TYPE_CHECKING:
-    from train.loop import Task
+from train.types import Progress, Task
 
 PARTIAL = ".partial"
 _STEP = re.compile(r"step-(\d+)")
-
-
-@dataclass
-class Progress:
-    """How far a run is. step: optimiser steps done. samples: records trained on. skipped: names of records left out."""
-
-    step: int = 0
-    samples: int = 0
-    skipped: list[str] = field(default_factory=list)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -87,7 +76,7 @@ def check_same_folder(out: Path, world: World) -> None:
 class Run:
     """What one run's checkpoints are made from and read back into."""
 
-    task: "Task"
+    task: Task
     optimizer: torch.optim.Optimizer
     recipe: Recipe
     world: World

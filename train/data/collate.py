@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from train.data.dataset import Conversation
-from train.loop import Skipped
+from train.types import Skipped
 
 
 @dataclass(frozen=True)
 class ConversationBatch:
-    """The conversations of one forward pass, and what was skipped on the way; see `train.loop.Batch`."""
+    """The conversations of one forward pass, and what was skipped on the way; see `train.types.Batch`."""
 
     conversations: list[Conversation]
     skipped: list[Skipped]

@@ -15,9 +15,9 @@ from train.data.conversation import Encoded, MalformedError, Template, encode_co
 from train.data.image import ImageRule, open_image, preprocess
 from train.data.tokenizer import Tokenizer
 from train.errors import RecipeError
-from train.loop import Skipped
 from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from train.recipe import Records
+from train.types import Skipped
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaConfig, LlamaForCausalLM
 
-from train.__main__ import run
+from train.__main__ import run_recipe
 from train.assemble import Source
 from train.errors import CheckpointError, RecipeError
 from train.model import Checkpoint, load_model
@@ -79,7 +79,7 @@ def test_the_stages_of_the_original_run_one_after_the_other(llama: Path, convnex
     data = (Records(str(records), str(conformance)),)
     encoder = Encoder(pretrained=str(convnext), fifth_stage=(2, 24))
     first = recipe_for(llama, encoder, data=data, out=str(tmp_path / "1"), train=("projector", "fifth_stage"))
-    run(first)
+    run_recipe(first)
     opened = Checkpoint.open(tmp_path / "1/final")
     assert (opened.resolution, opened.encoder_config.stride) == (128, 64)
     assert opened.preprocessor["image_mean"] == [0.485, 0.456, 0.406]
@@ -90,7 +90,7 @@ def test_the_stages_of_the_original_run_one_after_the_other(llama: Path, convnex
 
     keys = {"learning_rate": 0.01, "global_batch": 2, "micro_batch": 2, "steps": 2, "workers": 0, "data": data}
     parts = ("encoder.stages.2", "fifth_stage", "projector", "language_model")
-    run(Recipe(out=str(tmp_path / "2"), checkpoint=str(tmp_path / "1/final"), train=parts, **keys))
+    run_recipe(Recipe(out=str(tmp_path / "2"), checkpoint=str(tmp_path / "1/final"), train=parts, **keys))
     before, after = (load_model(tmp_path / stage / "final").state_dict() for stage in "12")
     still = {name for name in before if torch.equal(before[name], after[name])}
     assert still == {

@@ -19,17 +19,17 @@ from torch import Tensor
 from tests.integration.conformance.test_model import CASES, EOS, assert_close
 from tests.support.commands import ROOT, run_module
 from train import conversations, loop
-from train.__main__ import run
+from train.__main__ import run_recipe
 from train.conversations import AnswerLoss, ConversationTask, is_cheaper_joined
 from train.data.collate import collate
 from train.data.dataset import Conversation
 from train.distributed import World
 from train.errors import RecipeError
-from train.loop import Loss
 from train.lora import add_lora, go_on_from, merge_lora
 from train.model import IGNORE_INDEX, Checkpoint, ConvLLaVA, load_language_state, load_model
 from train.model.low_rank import factors
 from train.recipe import Lora, read_recipe
+from train.types import Loss, Skipped
 
 ALONE = World(0, 1, torch.device("cpu"))
 ALL = ("projector", "encoder", "language_model")
@@ -79,7 +79,7 @@ def recipe(conformance: Path, records: Path, tmp_path: Path):
 def train(file: Path) -> Path:
     """In this process; returns the run's folder."""
     chosen = read_recipe(file)
-    run(chosen)
+    run_recipe(chosen)
     return Path(chosen.out)
 
 
@@ -191,7 +191,7 @@ def test_an_empty_batch_adds_nothing(model: ConvLLaVA):
 
 def test_batches_count_what_they_hold(cases: list[dict]):
     items = [Conversation(c["train_input_ids"], c["train_labels"], [c["pixel_values"]], 108) for c in cases]
-    batch = collate([*items, loop.Skipped("x", "y")])
+    batch = collate([*items, Skipped("x", "y")])
     assert (batch.samples, batch.images, batch.tokens, len(batch.skipped)) == (3, 3, 324, 1)
 
 

@@ -22,11 +22,11 @@ from train.data.image import ImageRule, open_image, preprocess
 from train.data.sampler import Sampler, micro_batches
 from train.data.tokenizer import load_tokenizer
 from train.errors import RecipeError, TokenizerError
-from train.loop import Skipped
 from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from train.model.original_tokenizer import OriginalTokenizer
 from train.model.tokenizer_files import CheckpointFiles
 from train.recipe import Records
+from train.types import Skipped
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TALKS = [

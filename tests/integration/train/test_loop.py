@@ -20,6 +20,7 @@ from train.distributed import World
 from train.errors import DivergedError, NothingLearnt, RecipeError, TooManySkipped
 from train.model.checkpoint.tensors import save_tensors
 from train.recipe import Recipe
+from train.types import Loss, Skipped
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -28,7 +29,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 class Points:
     x: Tensor
     y: Tensor
-    skipped: list[loop.Skipped] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     images: int = 0
     tokens: int = 7
 
@@ -59,12 +60,12 @@ class Regression:
             y = torch.randn(self.recipe.global_batch, 1, generator=points)
             size = self.recipe.micro_batch
             batches = [Points(x[at : at + size], y[at : at + size]) for at in range(0, len(x), size)]
-            batches[0].skipped = [loop.Skipped(name, "broken") for name in self.skip.get(step, [])]
+            batches[0].skipped = [Skipped(name, "broken") for name in self.skip.get(step, [])]
             yield batches
 
-    def loss(self, batch: Points) -> loop.Loss:
+    def loss(self, batch: Points) -> Loss:
         error = self.model(batch.x) - batch.y
-        return loop.Loss((error**2).sum(), len(batch.x), {"bias": (error.sum().item(), len(batch.x))})
+        return Loss((error**2).sum(), len(batch.x), {"bias": (error.sum().item(), len(batch.x))})
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         folder.mkdir()
@@ -306,10 +307,10 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights
     task, calls = Regression(recipe), []
     right = task.loss
 
-    def loss(batch: Points) -> loop.Loss:
+    def loss(batch: Points) -> Loss:
         calls.append(batch)
         found = right(batch)
-        return loop.Loss(found.sum * (broken if len(calls) > 3 * recipe.accumulation(1) else 1.0), found.count)
+        return Loss(found.sum * (broken if len(calls) > 3 * recipe.accumulation(1) else 1.0), found.count)
 
     task.loss = loss
     with pytest.raises(DivergedError, match="a lower learning_rate and another out"):
