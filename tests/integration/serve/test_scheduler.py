@@ -1,4 +1,4 @@
-"""The scheduler on exported models: batched answers are those of `Model.generate`, bit for bit where weights are small."""
+"""The scheduler on exported models: batched answers equal `Model.generate`, bitwise where weights are small."""
 
 import queue
 
