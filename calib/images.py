@@ -1,7 +1,6 @@
 """Images to calibrate and to evaluate on, through the runtime's own preprocessing: what the encoder will see when it is
 deployed."""
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ import numpy as np
 from runtime.errors import UserError
 from runtime.image.decode import open_image
 from runtime.image.preprocess import ImageRule, preprocess
+from runtime.text.template import IMAGE_PLACEHOLDER
+from train.data.llava_json import MalformedError, images_of, read_records, turns_of
 
 LEAST = 16  # fewer say too little of the ranges that activations take
 HELD_OUT = 12  # at least so many to evaluate on
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-IMAGE = "<image>"  # where the picture goes in a prompt
 SCALES = (1, 2 / 3, 1 / 2)  # of the bundle's resolution: 1536, 1024, 768
 
 
@@ -61,30 +61,20 @@ def find_pages(data: Path) -> list[Page]:
 def _of_dataset(file: Path) -> list[Page]:
     found: dict[str, list[Question]] = {}
     try:
-        text = file.read_text(encoding="utf-8")
-        lines = [line for line in text.split("\n") if line.strip()]
-        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
-    except (ValueError, OSError) as error:
-        raise UserError(f"--data {file}: cannot be read as LLaVA's JSON: {error}") from error
+        records = list(read_records(file))
+    except UserError as error:
+        raise UserError(f"--data {error}") from error
     for i, record in enumerate(records):
         try:
-            names = record.get("image") or []
-            names = [names] if isinstance(names, str) else names
-            questions = _questions(record.get("conversations") or []) if len(names) == 1 else []
-            for name in names:
-                found.setdefault(str(file.parent / name), []).extend(questions)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            print(f"skipped: record {i} of {file}: {error!r}", file=sys.stderr)
+            names = images_of(record)
+            turns = turns_of(record) if len(names) == 1 and record.get("conversations") else []
+        except MalformedError as error:
+            print(f"skipped: record {i} of {file}: {error}", file=sys.stderr)
+            continue
+        questions = [Question(asked.replace(IMAGE_PLACEHOLDER, "").strip(), said or None) for asked, said in turns]
+        for name in names:
+            found.setdefault(str(file.parent / name), []).extend(questions)
     return [Page(Path(name), tuple(questions) or QUESTIONS) for name, questions in sorted(found.items())]
-
-
-def _questions(turns: list[dict]) -> list[Question]:
-    """Raises ValueError where turns are not a human's and the model's in alternation."""
-    roles = [turn["from"] for turn in turns]
-    if roles != ["human", "gpt"] * (len(turns) // 2):
-        raise ValueError(f"the turns are {', '.join(map(str, roles))}")
-    values = [turn["value"].replace(IMAGE, "").strip() for turn in turns]
-    return [Question(asked, said or None) for asked, said in zip(values[::2], values[1::2], strict=True)]
 
 
 def split(pages: list[Page], samples: int, questions: int) -> tuple[list[Page], list[Page]]:

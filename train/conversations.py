@@ -14,12 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
+from runtime.image.preprocess import ImageRule
+from runtime.text.template import TEMPLATES
 from train.assemble import Source
 from train.attention import quick_attention
 from train.data.collate import ConversationBatch, collate
-from train.data.conversation import TEMPLATES
 from train.data.dataset import Conversation, Conversations
-from train.data.image import ImageRule
 from train.data.sampler import Sampler, micro_batches
 from train.data.tokenizer import load_tokenizer
 from train.distributed import World

@@ -15,13 +15,13 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from runtime.text.template import TEMPLATES
 from train.errors import RecipeError
 
 TASKS = ("conversation", "local", "align")
 ASPECTS = ("pad", "any")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
-TEMPLATES = ("vicuna_v1", "plain", "chatml")
 PARTS = ("projector", "fifth_stage", "encoder.stages.N", "encoder", "language_model")  # see `train.parts`
 FROM_STAGE = re.compile(r"encoder\.stages\.(\d+)")
 # What tasks on rendered documents do not look at

@@ -17,10 +17,10 @@ from runtime.text.detokenize import SPACE
 from runtime.text.tokenizer import Tokenizer
 from train.errors import TokenizerError
 from train.model.original_tokenizer import SENTENCEPIECE_FILE, OriginalTokenizer, Piece, special_token
-from train.model.tokenizer_files import CheckpointFiles
+from train.model.tokenizer_files import CheckpointFiles, bos_token_id
 
 TOKENIZER_FILE = "tokenizer.json"
-CHATML_TURN_START, CHATML_TURN_END = "<|im_start|>", "<|im_end|>"
+CHATML_TURN_END = "<|im_end|>"
 
 
 def export_tokenizer(checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _space_word_id(tokenizer: tokenizers.Tokenizer) -> int:
 def _common_section(files: CheckpointFiles, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
     """The part of the section that does not depend on the family, for a tokenizer.json that was taken over."""
     return {
-        "bos_token_id": _bos_token_id(files, tokenizer),
+        "bos_token_id": bos_token_id(files, tokenizer),
         "eos_token_ids": _eos_token_ids(files, tokenizer),
         "special_ids": [i for i, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special],
     }
@@ -159,24 +159,6 @@ def _original_section(
             if piece.type in texts and piece.piece not in original.tokens
         },
     }
-
-
-def _bos_token_id(files: CheckpointFiles, tokenizer: tokenizers.Tokenizer) -> int | None:
-    """tokenizer_config.json's word, else what the post-processor puts in front."""
-    if "add_bos_token" in files.tokenizer:
-        bos = files.role("bos_token") if files.tokenizer["add_bos_token"] else None
-        token_id = None if bos is None else tokenizer.token_to_id(bos)
-    else:
-        bare = tokenizer.encode("a", add_special_tokens=False).ids
-        full = tokenizer.encode("a").ids
-        front = full[: len(full) - len(bare)]
-        if len(front) > 1 or front + bare != full:
-            raise TokenizerError(
-                f"{files.folder}: {TOKENIZER_FILE} adds more than one BOS to a text: {full} for {bare}"
-            )
-        token_id = front[0] if front else None
-    # Where BOS also opens each turn of a chat, the prompt template writes it, and a second one would open no turn.
-    return None if token_id == tokenizer.token_to_id(CHATML_TURN_START) else token_id
 
 
 def _check_byte_level_decoding(tokenizer: tokenizers.Tokenizer, ours: Tokenizer) -> None:

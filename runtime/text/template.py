@@ -100,8 +100,7 @@ def first_turn(template: PromptTemplate, prompt: str, images: int, system: str |
     Raises:
         UserError: the prompt holds placeholders, but not one for each image.
     """
-    system = template.system if system is None else system
-    return template.system_format.replace(_SYSTEM, system) + _turn(template, prompt, images)
+    return system_text(template, system) + _turn(template, prompt, images)
 
 
 def next_turn(template: PromptTemplate, prompt: str, images: int = 0) -> str:
@@ -111,6 +110,16 @@ def next_turn(template: PromptTemplate, prompt: str, images: int = 0) -> str:
     are those of `first_turn`.
     """
     return template.answer_end + _turn(template, prompt, images)
+
+
+def system_text(template: PromptTemplate, system: str | None) -> str:
+    """What a conversation opens with. system: None for the template's own."""
+    return template.system_format.replace(_SYSTEM, template.system if system is None else system)
+
+
+def turn_text(template: PromptTemplate, question: str) -> str:
+    """A question as the template writes it, up to where the answer begins."""
+    return template.turn_format.replace(_PROMPT, question)
 
 
 def with_answer(prompt: str, answer: str) -> str:

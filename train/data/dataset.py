@@ -1,7 +1,6 @@
 """Conversations from LLaVA's JSON files: an index in memory, images opened when a batch needs them."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from train.data.conversation import Encoded, MalformedError, Template, encode_conversation, images_of, turns_of
-from train.data.image import ImageRule, open_image, preprocess
+from runtime.errors import UserError
+from runtime.image.decode import open_image
+from runtime.image.preprocess import ImageRule, preprocess
+from runtime.text.template import PromptTemplate
+from train.data.conversation import Encoded, encode_conversation, turns_of
+from train.data.llava_json import MalformedError, images_of, read_records
 from train.data.tokenizer import Tokenizer
 from train.errors import RecipeError
 from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -43,7 +46,7 @@ class Conversations(Dataset):
     def __init__(
         self,
         sources: tuple[Records, ...],
-        template: Template,
+        template: PromptTemplate,
         system: str | None,
         tokenizer: Tokenizer,
         rule: ImageRule,
@@ -58,9 +61,12 @@ class Conversations(Dataset):
         blocks, lengths, self.counts = [], [], []
         for source in sources:
             before = len(blocks)
-            for record in read_records(Path(source.records)):
-                blocks.append(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-                lengths.append(length_of(record))
+            try:
+                for record in read_records(Path(source.records)):
+                    blocks.append(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+                    lengths.append(length_of(record))
+            except UserError as error:
+                raise RecipeError(f"data: {error}") from error
             if len(blocks) == before:
                 raise RecipeError(f"data: {source.records}: no records in it")
             self.counts.append(len(blocks) - before)
@@ -92,12 +98,11 @@ class Conversations(Dataset):
         raise IndexError
 
     def _conversation(self, record: Any, source: Records) -> Conversation:
-        if not isinstance(record, dict):
-            raise MalformedError("not a JSON object")
+        images = images_of(record)
         turns = turns_of(record)
-        pixels = [self._pixels(image, source) for image in images_of(record)]
+        pixels = [self._pixels(image, source) for image in images]
         encoded = encode_conversation(turns, self._template, self._tokenizer, self._system)
-        tokens = [self._rules[source].tokens(image) for image in pixels]
+        tokens = [self._rules[source].tokens(*image.shape[1:]) for image in pixels]
         encoded, positions = truncate(encoded, tokens, self._max_length)
         return Conversation(
             torch.tensor(encoded.ids), torch.tensor(encoded.labels), [torch.from_numpy(p) for p in pixels], positions
@@ -106,38 +111,10 @@ class Conversations(Dataset):
     def _pixels(self, image: str, source: Records) -> np.ndarray:
         if source.images is None:
             raise MalformedError(f"image {image}, but its dataset has no folder 'images'")
-        file = Path(source.images) / image
         try:
-            return preprocess(open_image(file), self._rules[source])
-        except ValueError as error:
-            raise MalformedError(f"image {file}: {error}") from error
-
-
-def read_records(file: Path) -> Iterator[Any]:
-    """The records of a JSON list or of JSON lines, of which one that is no JSON comes as its text.
-
-    Raises RecipeError for a file that is neither; it is one of lines if the first one is JSON.
-    """
-    try:
-        with file.open(encoding="utf-8") as stream:
-            first = next((line for line in stream if line.strip()), "")
-            stream.seek(0)
-            if first.lstrip().startswith("["):
-                yield from json.load(stream)
-            else:
-                json.loads(first or "null")
-                yield from (_record(line) for line in stream if line.strip())
-    except OSError as error:
-        raise RecipeError(f"data: {file}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise RecipeError(f"data: {file}: neither a list of records nor one in each line: {error}") from error
-
-
-def _record(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return line
+            return preprocess(open_image(Path(source.images) / image), self._rules[source])
+        except UserError as error:
+            raise MalformedError(f"image {error}") from error
 
 
 def length_of(record: Any) -> int:

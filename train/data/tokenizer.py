@@ -10,9 +10,7 @@ from pathlib import Path
 import tokenizers
 
 from train.errors import TokenizerError
-from train.model.tokenizer_files import CheckpointFiles
-
-TURN_START = "<|im_start|>"
+from train.model.tokenizer_files import CheckpointFiles, bos_token_id
 
 
 class Tokenizer(ABC):
@@ -50,21 +48,10 @@ class FastTokenizer(Tokenizer):
             raise TokenizerError(f"{file}: cannot be read: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.bos_token_id = self._bos(files)
+        self.bos_token_id = bos_token_id(files, self._tokenizer)
 
     def encode(self, text: str, opening: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _bos(self, files: CheckpointFiles) -> int | None:
-        """The configuration's word, else what the post-processor puts in front."""
-        if "add_bos_token" in files.tokenizer:
-            bos = files.role("bos_token") if files.tokenizer["add_bos_token"] else None
-            token = bos and self._tokenizer.token_to_id(bos)
-        else:
-            bare, full = self.encode("a"), self._tokenizer.encode("a").ids
-            token = full[0] if full != bare else None
-        # Where BOS also opens each turn of a chat, the template writes it
-        return None if token == self._tokenizer.token_to_id(TURN_START) else token
 
 
 class SentencePieceTokenizer(Tokenizer):

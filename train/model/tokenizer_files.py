@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from train.errors import TokenizerError
+
+CHATML_TURN_START = "<|im_start|>"
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,22 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def content_of(token: str | dict[str, Any] | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
+
+
+def bos_token_id(files: CheckpointFiles, tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The token put in front of a text: tokenizer_config.json's word, else what the post-processor adds.
+
+    Raises:
+        TokenizerError: the post-processor adds more than one.
+    """
+    if "add_bos_token" in files.tokenizer:
+        bos = files.role("bos_token") if files.tokenizer["add_bos_token"] else None
+        token_id = None if bos is None else tokenizer.token_to_id(bos)
+    else:
+        bare, full = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+        front = full[: len(full) - len(bare)]
+        if len(front) > 1 or front + bare != full:
+            raise TokenizerError(f"{files.folder}: tokenizer.json adds more than one BOS to a text: {full} for {bare}")
+        token_id = front[0] if front else None
+    # Where BOS also opens each turn of a chat, the prompt template writes it, and a second one would open no turn
+    return None if token_id == tokenizer.token_to_id(CHATML_TURN_START) else token_id

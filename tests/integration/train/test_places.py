@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from calib.metrics import iou
+from train.errors import RecipeError
 from train.places import NOWHERE, PlaceCode, hundredths
 from train.synth.page import Box
 
@@ -63,5 +64,5 @@ def test_the_loss_is_the_cross_entropy_of_the_digits():
 
 
 def test_narrow_embeddings_are_refused():
-    with pytest.raises(ValueError, match="takes 80"):
+    with pytest.raises(RecipeError, match="takes 80"):
         PlaceCode(64, torch.device("cpu"))
