@@ -1,4 +1,4 @@
-# make demo | setup | lint | test | test-all | test-release | test-gpu | tables | peers
+# make demo | setup | lint | test | test-all | test-release | test-gpu | kernels-test | tables | peers
 # PYTHON=python3.12 chooses the interpreter of a new .venv
 
 PYTHON ?= python3
@@ -13,13 +13,13 @@ PEERS := build/peers
 LLAMA_CPP := llama-cpp-python==0.3.36
 LOCUST := locust==2.47.0
 
-.PHONY: demo setup lint test test-all test-release test-gpu tables peers
+.PHONY: demo setup lint test test-all test-release test-gpu kernels-test tables peers
 
 demo: $(VENV)/.demo
 	$(RUN) -m runtime.cli demo
 
 # torch and torchvision come first, alone: no other requirement may choose another build of them
-$(VENV)/.demo: pyproject.toml constraints.txt $(wildcard runtime/kernels/*.cpp runtime/kernels/*.h)
+$(VENV)/.demo: pyproject.toml constraints.txt $(wildcard runtime/kernels/*/*.cpp runtime/kernels/*/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	    f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; try make PYTHON=python3.12 ...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,7 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --cache-dir build/import-linter
 	$(RUN) -m pyright --pythonpath $(RUN)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard runtime/kernels/*/*.h runtime/kernels/*/*.cpp)
 	$(RUN) -m benchmarks.tables --check
 
 test test-all test-release: setup
@@ -47,6 +48,17 @@ test test-all test-release: setup
 test-gpu:
 	@command -v nvidia-smi > /dev/null || { echo 'make test-gpu needs a GPU: there is no nvidia-smi here' >&2; exit 2; }
 	$(PYTHON) tests/gpu/run.py
+
+# The kernels' C++ tests, with sanitizers. ORT_INCLUDE: a folder with onnxruntime_c_api.h, to compare ort_abi.h with it
+SANITIZED := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined
+kernels-test: setup
+	mkdir -p build/kernels
+	$(SANITIZED) -Iruntime/kernels/include -o build/kernels/test_kernels runtime/kernels/tests/test_kernels.cpp \
+	    $(filter-out %/ort_op.cpp,$(wildcard runtime/kernels/src/*.cpp))
+	$(SANITIZED) -Iruntime/kernels/include $(ORT_INCLUDE:%=-isystem %) -o build/kernels/test_ort_abi \
+	    runtime/kernels/tests/test_ort_abi.cpp -ldl
+	build/kernels/test_kernels
+	build/kernels/test_ort_abi $$($(RUN) -c 'import onnxruntime; print(onnxruntime.__path__[0])')/capi/libonnxruntime.so*
 
 tables: setup
 	$(RUN) -m benchmarks.tables
