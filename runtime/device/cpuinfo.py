@@ -5,8 +5,8 @@ from pathlib import Path
 
 
 def int8_sums_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this processor adds products of bytes in 16 bits, as x86 does without VNNI: sums above 32,767 are cut off
-    unless a library takes care. cpuinfo: Linux's description of the processor; without it the answer is yes."""
+    """Whether INT8 dot products are summed in 16 bits, as on x86 without VNNI: sums above 32,767 saturate unless a
+    library takes care. cpuinfo: Linux's description of the processor; without it the answer is yes."""
     return is_x86() and not {"avx512_vnni", "avx_vnni"} & processor_flags(cpuinfo)
 
 
@@ -15,5 +15,6 @@ def is_x86() -> bool:
 
 
 def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What Linux says that the processor has, such as `avx2`; empty where it does not say."""
-    return set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    """The processor's features as Linux names them, such as `avx2`; empty on other systems."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
