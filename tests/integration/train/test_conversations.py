@@ -1,9 +1,7 @@
 """Training on conversations, on the tiny conformance checkpoint: its loss, its parts, its interruptions."""
 
 import copy
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.integration.conformance.test_model import CASES, EOS, assert_close
 from tests.support.commands import ROOT, run_module
+from tests.support.training import ALL, assert_near, assert_same, losses, recipe, records, train, trained, weights
 from train import conversations, loop
-from train.__main__ import run_recipe
 from train.conversations import AnswerLoss, ConversationTask, is_cheaper_joined
 from train.data.collate import collate
 from train.data.dataset import Conversation
@@ -31,82 +28,9 @@ from train.model.low_rank import factors
 from train.recipe import Lora, read_recipe
 from train.types import Loss, Skipped
 
+__all__ = ["recipe", "records"]  # fixtures
+
 ALONE = World(0, 1, torch.device("cpu"))
-ALL = ("projector", "encoder", "language_model")
-
-
-@pytest.fixture(scope="module")
-def records(conformance: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen records: one image, several, none; one broken."""
-    file = tmp_path_factory.mktemp("data") / "records.json"
-    content = []
-    for number in range(13):
-        images = ["case1.png", "case2.png"][: number % 3]
-        question = "<image>\n" * len(images) + "What is the total? " + "please " * number
-        talk = [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {number} " * (1 + number % 4)}]
-        content.append({"id": number, "conversations": talk} | ({"image": images} if images else {}))
-    content.append({"id": "broken", "image": "none.png", "conversations": content[1]["conversations"]})
-    file.write_text(json.dumps(content))
-    return file
-
-
-@pytest.fixture
-def recipe(conformance: Path, records: Path, tmp_path: Path):
-    """Makes recipes that differ from a small run in some keys, as a file; `keys` by name, `data` is set."""
-
-    def make(out: str = "run", **keys) -> Path:
-        content = {
-            "out": str(tmp_path / out),
-            "checkpoint": str(conformance / "checkpoint"),
-            "train": list(ALL),
-            "learning_rate": 1e-3,
-            "global_batch": 4,
-            "micro_batch": 2,
-            "steps": 6,
-            "warmup_ratio": 0.2,
-            "save_every": 2,
-            "workers": 0,
-            "precision": "fp32",
-            "data": [{"records": str(records), "images": str(conformance)}],
-        }
-        file = tmp_path / f"{out}.yaml"
-        file.write_text(json.dumps(content | keys))  # JSON is YAML
-        return file
-
-    return make
-
-
-def train(file: Path) -> Path:
-    """In this process; returns the run's folder."""
-    chosen = read_recipe(file)
-    run_recipe(chosen)
-    return Path(chosen.out)
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def weights(checkpoint: Path) -> dict[str, Tensor]:
-    tower = load_file(checkpoint / "vision_tower/model.safetensors")
-    return load_file(checkpoint / "model.safetensors") | {f"tower.{key}": value for key, value in tower.items()}
-
-
-def trained(out: Path) -> dict[str, Tensor]:
-    """The float32 weights of the newest checkpoint; those of the release are float16."""
-    return load_file(max(out.glob("step-*")) / "training/trainable.safetensors")
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    different = [key for key in found if not torch.equal(found[key], expected[key])]
-    assert not different
-
-
-def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert (found[key] - value).norm() <= tolerance * value.norm() + 1e-7, key
 
 
 # The loss
@@ -491,59 +415,3 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe):
     train(recipe(steps=1))
     with pytest.raises(RecipeError, match="holds a run of a recipe with other learning_rate, seed;"):
         train(recipe(steps=1, learning_rate=1e-5, seed=3, log_every=2))
-
-
-# Several processes
-
-
-def torchrun(file: Path) -> str:
-    """Train in two processes; returns what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, str(file)], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("fsdp", "keys"),
-    [
-        (False, {}),
-        # Text goes through a frozen decoder then, while the other process has images to learn from
-        (True, {"train": ["projector", "fifth_stage"], "micro_batch": 1}),
-        (True, {"train": ["projector", "language_model"], "lora": LORA}),
-    ],
-    ids=["replicated", "sharded-frozen", "sharded-adapters"],
-)
-def test_two_processes_compute_what_one_does(fsdp: bool, keys: dict, recipe):
-    keys = {"steps": 5, "save_every": 3} | keys
-    one = train(recipe("one", **keys))
-    two = one.with_name("two")
-    torchrun(recipe("two", fsdp=fsdp, **keys))
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert_near(trained(two), trained(one), 1e-3)
-    assert_near(load_model(two / "final").state_dict(), load_model(one / "final").state_dict(), 1e-3)
-    assert (two / "malformed.jsonl").read_text() == (one / "malformed.jsonl").read_text()
-
-
-def test_a_sharded_run_is_that_of_one_process_and_goes_on_sharded_or_not(recipe):
-    """From its checkpoint both processes go on to the same bits, and one process alone to the same weights."""
-    keys = {"steps": 5, "save_every": 3, "keep": 9}
-    one = train(recipe("one", **keys))
-    file = recipe("two", fsdp=True, **keys)
-    out = one.with_name("two")
-    torchrun(file)
-    final, curve = weights(out / "final"), losses(out)
-    assert curve == pytest.approx(losses(one), rel=1e-5)
-    assert_near(trained(out), trained(one), 1e-3)
-    shutil.rmtree(out / "final")
-    assert f"resuming from {out}/step-000003" in torchrun(file)
-    assert_same(weights(out / "final"), final)
-    assert losses(out) == curve
-    shutil.rmtree(out / "final")
-    train(recipe("two", **keys))
-    assert losses(out) == pytest.approx(curve, rel=1e-5)
-    assert_near(weights(out / "final"), final, 1e-3)
