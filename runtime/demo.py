@@ -69,3 +69,7 @@ def _module(module: str, *options: str | Path, stdout=None) -> None:
     print(shlex.join(["python", "-m", module, *arguments]), file=sys.stderr, flush=True)
     if status := subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, stdout=stdout).returncode:
         raise UserError(f"python -m {module} failed with exit code {status}; the lines above say why")
+
+
+if __name__ == "__main__":
+    run(main)
