@@ -20,8 +20,8 @@ struct Activations {
 
 constexpr int planes(int activation_bits) { return activation_bits == 24 ? 3 : 1; }
 constexpr float largest_code(int activation_bits) { return activation_bits == 24 ? 127.0f * 128 * 128 : 127.0f; }
-constexpr float SMALLEST_BLOCK =
-    1e-30f;  // blocks of nothing larger are 0: the inverse of their scale would be infinite
+// Blocks of nothing larger are 0: the inverse of their scale would be infinite
+constexpr float SMALLEST_BLOCK = 1e-30f;
 
 // Memory for the activations of one call, kept for the next.
 class ActivationBuffer {

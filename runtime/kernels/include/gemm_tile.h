@@ -1,10 +1,10 @@
 // The GEMM for x86, a template over an instruction set `Isa`:
 //
-//   Isa::Lanes      one group of rows of weights, with `dot`, four products of an unsigned and a signed byte added to
-//   each
-//                   lane (see Vnni below and gemm_avx2.cpp)
+//   Isa::Lanes      one group of rows of weights, with `dot`: four products of an unsigned and a signed byte are added
+//                   to each lane (see Vnni below and gemm_avx2.cpp)
 //   Isa::WideLanes  the same for two groups, where there are such vectors; else Lanes
 //   Isa::MAX_ROWS   rows of x that share the reading of weights: a power of two, as many as fit the registers
+//                   with 8-bit activations
 //
 // Eight rows of weights lie together, four columns of each in one vector, so that a broadcast of four activations meets
 // all eight in one instruction, and a block needs no sum across lanes.
@@ -40,6 +40,7 @@ CONVLLAVA_INLINE void dot_block(const uint8_t* packed_block, ptrdiff_t group_byt
                                 ptrdiff_t row_bytes, typename Lanes::Ints (&dots)[ROWS]) {
   for (int m = 0; m < ROWS; ++m) dots[m] = Lanes::zero_ints();
   if constexpr (BITS == 4) {
+#pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       const auto codes = Lanes::load_codes(packed_block + v * VECTOR_BYTES, group_bytes);
       const auto low = Lanes::low_nibbles(codes), high = Lanes::high_nibbles(codes);
@@ -51,6 +52,7 @@ CONVLLAVA_INLINE void dot_block(const uint8_t* packed_block, ptrdiff_t group_byt
     }
     for (int m = 0; m < ROWS; ++m) dots[m] = Lanes::finish_4(dots[m]);
   } else {
+#pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
       const auto codes = Lanes::load_codes(packed_block + v * VECTOR_BYTES, group_bytes);
       for (int m = 0; m < ROWS; ++m)
@@ -121,8 +123,8 @@ CONVLLAVA_INLINE void dot_rows(const PackedMatrix& w, int64_t group, const Activ
   for (int m = 0; m < ROWS; ++m) y[m] = Lanes::multiply(y[m], Lanes::broadcast(w.scale_unit));
 }
 
-// e^x, relative error 2e-7: 2^n by the exponent's bits, the rest (at most ln 2 / 2) by Taylor's series to the 7th
-// power.
+// e^x, relative error 2e-7: 2^n by the exponent's bits, the rest (at most ln 2 / 2) by Taylor's series to
+// its 7th power.
 CONVLLAVA_INLINE __m256 exponential(__m256 x) {
   x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.0f)), _mm256_set1_ps(88.0f));
   const __m256 n =
@@ -186,12 +188,13 @@ CONVLLAVA_INLINE void gemm_rows(const GemmCall& call, int64_t group, int64_t row
 template <class Isa, int BITS, int ACTIVATION_BITS>
 void gemm_groups(const GemmCall& call, int64_t begin, int64_t end) {
   using Wide = typename Isa::WideLanes;
+  constexpr int ROWS = ACTIVATION_BITS == 24 ? Isa::MAX_ROWS / 2 : Isa::MAX_ROWS;  // two sums of integers a row
   int64_t group = begin;
   if constexpr (Wide::GROUPS == 2) {
     if (call.a.rows > 1)  // a single row waits for the memory
-      for (; group + 1 < end; group += 2) gemm_rows<Wide, BITS, ACTIVATION_BITS, Isa::MAX_ROWS>(call, group, 0);
+      for (; group + 1 < end; group += 2) gemm_rows<Wide, BITS, ACTIVATION_BITS, ROWS>(call, group, 0);
   }
-  for (; group < end; ++group) gemm_rows<typename Isa::Lanes, BITS, ACTIVATION_BITS, Isa::MAX_ROWS>(call, group, 0);
+  for (; group < end; ++group) gemm_rows<typename Isa::Lanes, BITS, ACTIVATION_BITS, ROWS>(call, group, 0);
 }
 
 template <class Isa>

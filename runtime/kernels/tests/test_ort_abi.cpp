@@ -1,7 +1,6 @@
 // ort_abi.h against ONNX Runtime itself. Each function whose effect can be seen without a session is called through the
 // table of the library that is given, and what it returns shows that its place is right; the operators of ort_op.cpp
-// use the others whenever a graph runs. Where the include path has onnxruntime_c_api.h, every place is compared with
-// it.
+// use the others whenever a graph runs. With onnxruntime_c_api.h in the include path, every place is compared.
 //
 // usage: test_ort_abi LIBONNXRUNTIME
 
