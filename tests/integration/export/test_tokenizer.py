@@ -1,83 +1,40 @@
 """What becomes of a checkpoint's tokenizer files: ids against SentencePiece, the manifest's section, refusals."""
 
-import io
-import json
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from export.tokenizer import convert_sentencepiece
 from export.tokenizer.convert import export_tokenizer
-from runtime.text.tokenizer import Tokenizer
+from tests.support.tiny_tokenizers import (
+    FRAGMENTS,
+    MODELS,
+    change,
+    entry,
+    export_and_load,
+    sentencepiece_checkpoint,
+    texts,
+    train_byte_level,
+    train_sentencepiece,
+)
 from train.errors import TokenizerError
-
-CORPUS = [
-    "A chat between a curious user and an artificial intelligence assistant.",
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    "USER: What is the total amount? ASSISTANT: It is 1,234.50 < 2,000 > 12, or 0x7CF.",
-    "Le café est à côté de la naïve forêt;    four spaces, 你好世界",
-] * 4
-LLAMA_LIKE = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-SYMBOLS = {"user_defined_symbols": ["<foo>", "<foo bar>", "ab"], "control_symbols": ["<ctl>"]}
-MODELS = {
-    "bpe": {"model_type": "bpe", "vocab_size": 500, **LLAMA_LIKE},
-    "bpe, runs of spaces": {"model_type": "bpe", "vocab_size": 500, "allow_whitespace_only_pieces": True, **LLAMA_LIKE},
-    "bpe, symbols": {"model_type": "bpe", "vocab_size": 500, **LLAMA_LIKE, **SYMBOLS},
-    "bpe, no prefix": {"model_type": "bpe", "vocab_size": 500, "add_dummy_prefix": False, **LLAMA_LIKE},
-    "bpe, normalised": {"model_type": "bpe", "vocab_size": 250, **SYMBOLS},
-    "unigram": {"model_type": "unigram", "vocab_size": 450, **LLAMA_LIKE, **SYMBOLS},
-    "unigram, normalised": {"model_type": "unigram", "vocab_size": 200},
-}
-TEXTS = [
-    *("", " ", "a", " a", "  a  b   ", "\n", "a\n\tb\r\n", "A chat between a curious user", "café naïve", "你好 😀"),
-    *("\x00", "▁", "a▁b", "<foo>", "x<foo bar>y <foo>", "abab", "<ctl>", "<0x41>", "1,234.50", "the user's" * 20),
-]
-
-
-def train(**options) -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, minloglevel=2, hard_vocab_limit=False, **options
-    )
-    return model.getvalue()
 
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, bytes]:
-    return {name: train(**options) for name, options in MODELS.items()}
+    return {name: train_sentencepiece(**options) for name, options in MODELS.items()}
 
 
 @pytest.fixture
 def checkpoint(trained, tmp_path) -> Path:
     """A Llama-like one with a SentencePiece model and little else."""
     return sentencepiece_checkpoint(tmp_path / "checkpoint", trained["bpe"])
-
-
-def sentencepiece_checkpoint(folder: Path, model: bytes, legacy: bool = False) -> Path:
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(model)
-    change(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", legacy=legacy)
-    change(folder / "config.json", model_type="llama", bos_token_id=1, eos_token_id=2)
-    return folder
-
-
-def change(file: Path, **values) -> None:
-    content = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps({**content, **values}))
-
-
-def entry(content: str, special: bool = True, **flags: bool) -> dict:
-    plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    return {"content": content, "special": special, **plain, **flags}
-
-
-def export_and_load(checkpoint: Path, out: Path) -> tuple[dict, Tokenizer]:
-    section = json.loads(json.dumps(export_tokenizer(checkpoint, out)))
-    return section, Tokenizer(out / "tokenizer.json", section)
 
 
 def size_of(checkpoint: Path) -> int:
@@ -106,14 +63,22 @@ def test_conformance_checkpoint(conformance, tmp_path):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_legacy_ids_are_sentencepieces_own(trained, tmp_path, model):
+def test_legacy_like_sentencepiece(trained, tmp_path, model):
     checkpoint = sentencepiece_checkpoint(tmp_path / "checkpoint", trained[model], legacy=True)
     _, tokenizer = export_and_load(checkpoint, tmp_path / "out")
     processor = sentencepiece.SentencePieceProcessor(model_proto=trained[model])
-    for text in TEXTS:
-        assert tokenizer.encode(text, bos=False) == processor.encode(text), text
-    for text in TEXTS[1:]:
-        assert tokenizer.encode(f"</s>{text}<s>", bos=False) == [2, *processor.encode(text), 1], text
+
+    @settings(max_examples=100)
+    @given(text=texts(), ids=st.lists(st.integers(3, processor.get_piece_size() - 1), max_size=12))
+    def check(text: str, ids: list[int]):
+        encoded = processor.encode(text)
+        assert tokenizer.encode(text, bos=False) == encoded
+        if text:
+            assert tokenizer.encode(f"</s>{text}<s>", bos=False) == [2, *encoded, 1]
+        if model != "bpe, no prefix":  # LlamaTokenizer strips a space all the same
+            assert tokenizer.decode(ids) == processor.decode(ids)
+
+    check()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -124,9 +89,14 @@ def test_ids_with_the_originals_own_prefix(trained, tmp_path, model):
     altered.normalizer_spec.add_dummy_prefix = False
     processor = sentencepiece.SentencePieceProcessor(model_proto=altered.SerializeToString())
     unknown = processor.encode("<unk>")
-    for text in TEXTS[1:]:
+
+    @settings(max_examples=100)
+    @given(texts().filter(bool))
+    def check(text: str):
         expected = processor.encode("<unk>▁" + text.replace("▁", " "))[len(unknown) :]
-        assert tokenizer.encode(text, bos=False) == expected, text
+        assert tokenizer.encode(text, bos=False) == expected
+
+    check()
     for text in ("a", "A chat", "\n", "你好"):
         assert tokenizer.encode(f"</s>{text}<s>", bos=False) == [2, *processor.encode(text), 1], text
 
@@ -142,7 +112,7 @@ def test_prefix_space_goes_where_a_special_token_comes_first(checkpoint, tmp_pat
 def test_unknown_character_is_no_special_token(trained, tmp_path):
     checkpoint = sentencepiece_checkpoint(tmp_path / "checkpoint", trained["bpe, normalised"])
     _, tokenizer = export_and_load(checkpoint, tmp_path / "out")
-    space = tokenizer.encode("x ", bos=False)[0]
+    space = sentencepiece.SentencePieceProcessor(model_proto=trained["bpe, normalised"]).piece_to_id("▁")
     assert tokenizer.encode("☃", bos=False) == [space, 0]
     assert tokenizer.encode("<unk>", bos=False) == [0]
 
@@ -276,24 +246,11 @@ def test_eos_of_the_tokenizer_is_the_last_resort(checkpoint, tmp_path):
 # tokenizer.json
 
 
-def byte_level_tokenizer() -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
 @pytest.fixture
 def byte_level_checkpoint(tmp_path) -> Path:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    train_byte_level().save(str(folder / "tokenizer.json"))
     change(folder / "config.json", eos_token_id=0)
     return folder
 
@@ -322,7 +279,7 @@ def test_byte_level_file_is_taken_over_as_it_is(byte_level_checkpoint, tmp_path)
 
 
 def test_byte_level_file_gets_the_image_tokens(byte_level_checkpoint, tmp_path):
-    size = byte_level_tokenizer().get_vocab_size()
+    size = train_byte_level().get_vocab_size()
     change(byte_level_checkpoint / "config.json", mm_use_im_patch_token=False, mm_use_im_start_end=True)
     section, tokenizer = export_and_load(byte_level_checkpoint, tmp_path / "out")
     assert section["special_ids"] == [0, 1, 2, size, size + 1]
@@ -396,7 +353,7 @@ def test_sentencepiece_file_beside_its_model(trained, tmp_path, legacy):
     assert section["bos_token_id"] == 1
     (checkpoint / "tokenizer.json").unlink()
     _, converted = export_and_load(checkpoint, tmp_path / "converted")
-    for text in TEXTS:
+    for text in FRAGMENTS:
         assert tokenizer.encode(text) == converted.encode(text), text
     ids = list(range(size_of(checkpoint)))
     assert tokenizer.decode(ids) == converted.decode(ids)
@@ -420,7 +377,7 @@ def test_sentencepiece_file_alone(trained, tmp_path, legacy):
         "strip_start": "none",
         "surfaces": {},
     }
-    for text in TEXTS:
+    for text in FRAGMENTS:
         ids = reference.encode(text).ids
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode(ids) == reference.decode(ids)
@@ -486,6 +443,6 @@ def test_settings_that_are_not_supported(checkpoint, tmp_path, config, message):
     ],
 )
 def test_models_that_are_not_supported(tmp_path, options, message):
-    checkpoint = sentencepiece_checkpoint(tmp_path / "checkpoint", train(**options))
+    checkpoint = sentencepiece_checkpoint(tmp_path / "checkpoint", train_sentencepiece(**options))
     with pytest.raises(TokenizerError, match=message):
         export_tokenizer(checkpoint, tmp_path / "out")

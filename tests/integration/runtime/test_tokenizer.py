@@ -1,11 +1,8 @@
-"""Encoding and decoding against what the original gives: the conformance data, transformers' slow LlamaTokenizer,
-`sentencepiece` itself and, for byte-level BPE, the `tokenizers` package. The tokenizers here are tiny and made for the
-tests, except the conformance checkpoint's."""
+"""Encoding and decoding against what the original gives: the conformance data, `sentencepiece` and, for byte-level BPE,
+the `tokenizers` package."""
 
-import io
 import itertools
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -13,135 +10,47 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-import transformers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, pre_tokenizers
 
-from export.tokenizer.convert import export_tokenizer
 from runtime.errors import UserError
 from runtime.text.template import VICUNA_V1, first_turn, next_turn
 from runtime.text.tokenizer import Tokenizer
-
-CORPUS = [
-    "A chat between a curious user and an artificial intelligence assistant.",
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    "USER: What is the total amount? ASSISTANT: It is 1,234.50 < 2,000 > 12.",
-    "USER: Describe this image. ASSISTANT: A cat    sits on a table, next to a red vase.",
-    "def f(x):\n    return {k: v for k, v in x.items()}  # indented\n",
-    "Le café est à côté de la naïve forêt; über Ångström. 你好世界 今日は",
-] * 4
-FRAGMENTS = [
-    *(
-        "hello",
-        "world",
-        " ",
-        "  ",
-        "    ",
-        "\n",
-        "\t",
-        "▁",
-        "a",
-        "é",
-        "e\u0301",
-        "你好",
-        "😀",
-        "👩‍👩‍👧",
-        "\x00",
-        "\x7f",
-        "\u3000",
-        "ﬁ",
-    ),
-    *("<s>", "</s>", "<unk>", "<pad>", "<tool>", "<strip>", "<foo>", "<foo bar>", "<ctl>", "<0x41>", "<", "</"),
-    *("USER:", " ASSISTANT:", "The user's questions", "1,234.50", "def f(x):\n    return", "."),
-]
-BYTES = [
-    0x00,
-    0x0A,
-    0x41,
-    0x7F,
-    0x80,
-    0xBD,
-    0xBF,
-    0xC1,
-    0xC3,
-    0xE0,
-    0xE2,
-    0x82,
-    0xAC,
-    0xED,
-    0xA0,
-    0xEF,
-    0xF0,
-    0x9F,
-    0xF4,
-    0xFF,
-]
-
-slow_tokenizer = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) >= 5,
-    reason="transformers 5 has no slow LlamaTokenizer to compare with; run with transformers 4.57",
+from tests.support.tiny_tokenizers import (
+    MODELS,
+    SPECIAL_TOKENS,
+    add_tokens,
+    change,
+    export_and_load,
+    sentencepiece_checkpoint,
+    texts,
+    train_byte_level,
+    train_sentencepiece,
 )
 
-
-def train_sentencepiece(**options) -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, minloglevel=2, hard_vocab_limit=False, **options
-    )
-    return model.getvalue()
+BYTES = bytes.fromhex("000a417f80bdbfc1c3e0e282aceda0eff09ff4ff")
 
 
-LLAMA_LIKE = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-SPACE_RUNS = {"allow_whitespace_only_pieces": True}
-SYMBOLS = {"user_defined_symbols": ["<foo>", "<foo bar>"], "control_symbols": ["<ctl>"]}
-MODELS = {
-    "bpe": {"model_type": "bpe", "vocab_size": 600, **LLAMA_LIKE, **SPACE_RUNS},
-    "bpe with symbols": {"model_type": "bpe", "vocab_size": 600, **LLAMA_LIKE, **SPACE_RUNS, **SYMBOLS},
-    "bpe by default": {"model_type": "bpe", "vocab_size": 300, **SYMBOLS},
-    "unigram": {"model_type": "unigram", "vocab_size": 500, **LLAMA_LIKE},
-    "unigram by default": {"model_type": "unigram", "vocab_size": 250, **SYMBOLS},
-}
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    return train_sentencepiece(**MODELS["bpe, runs of spaces"])
 
 
-def entry(content: str, special: bool = True, **flags: bool) -> dict:
-    plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    return {"content": content, "special": special, **plain, **flags}
-
-
-def write_checkpoint(folder: Path, model: bytes, legacy: bool, add_prefix_space: bool = True) -> Path:
-    """A checkpoint with two special tokens and an ordinary one beyond the SentencePiece vocabulary."""
-    size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
-    added = [entry("<unk>"), entry("<s>"), entry("</s>")]
-    added += [entry("<pad>"), entry("<tool>", special=False), entry("<strip>", lstrip=True, rstrip=True)]
-    ids = [0, 1, 2, size, size + 1, size + 2]
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": legacy,
-        "add_prefix_space": add_prefix_space,
-        "pad_token": "<pad>",
-        "additional_special_tokens": ["<strip>"],
-        "added_tokens_decoder": dict(zip(map(str, ids), added, strict=True)),
-    }
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(model)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}))
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory) -> Path:
+    folder = sentencepiece_checkpoint(tmp_path_factory.mktemp("llama") / "checkpoint", model)
+    add_tokens(folder, sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size())
     return folder
 
 
+@pytest.fixture(scope="module")
+def llama(checkpoint) -> Tokenizer:
+    return load(checkpoint, checkpoint.parent / "out")
+
+
 def load(checkpoint: Path, out: Path) -> Tokenizer:
-    section = export_tokenizer(checkpoint, out)
-    return Tokenizer(out / "tokenizer.json", json.loads(json.dumps(section)))
-
-
-@pytest.fixture(scope="module")
-def trained() -> dict[str, bytes]:
-    return {name: train_sentencepiece(**options) for name, options in MODELS.items()}
-
-
-@pytest.fixture(scope="module")
-def llama(trained, tmp_path_factory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("llama")
-    return load(write_checkpoint(folder / "checkpoint", trained["bpe"], legacy=False), folder / "out")
+    return export_and_load(checkpoint, out)[1]
 
 
 @pytest.fixture
@@ -183,6 +92,20 @@ def test_numpy_ids_decode_like_ints(original, conformance):
     assert original.decode(arrays["generated_ids"].ravel()) == case["generated_text"]
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_like_slow_llama_tokenizer(conformance, tmp_path, number):
+    expected = json.loads((conformance / "tokenizer.json").read_text())[number]
+    model = (conformance / "checkpoint" / "tokenizer.model").read_bytes()
+    checkpoint = sentencepiece_checkpoint(tmp_path / "checkpoint", model, expected["legacy"])
+    add_tokens(checkpoint, sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size())
+    change(checkpoint / "tokenizer_config.json", add_prefix_space=expected["add_prefix_space"])
+    tokenizer = load(checkpoint, tmp_path / "out")
+    for text, ids in expected["encoded"]:
+        assert tokenizer.encode(text) == ids, text
+    for ids, text in expected["decoded"]:
+        assert "".join(streamed(tokenizer, ids)) == text, ids
+
+
 # Prompts
 
 
@@ -211,54 +134,18 @@ def test_lone_surrogate_is_the_callers_fault(llama):
         llama.encode("abc\udc80")
 
 
-@slow_tokenizer
-@pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("add_prefix_space", [True, False])
-def test_like_slow_llama_tokenizer(trained, tmp_path, model, legacy, add_prefix_space):
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", trained[model], legacy, add_prefix_space)
-    slow = transformers.LlamaTokenizer.from_pretrained(checkpoint)
-    tokenizer = load(checkpoint, tmp_path / "out")
-    rng = random.Random(1)
-
-    texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(1, 8))) for _ in range(300)]
-    assert {text: tokenizer.encode(text) for text in texts} == {text: slow(text).input_ids for text in texts}
-
-    byte_ids = [slow.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in BYTES]
-    spaces = [slow.convert_tokens_to_ids(piece) for piece in ("▁", "▁▁", "▁▁▁▁", "▁a", "<ctl>")]
-    added = [0, 1, 2, *slow.added_tokens_decoder]
-    sources = [byte_ids, spaces, added, range(slow.sp_model.get_piece_size())]
-    for _ in range(400):
-        ids = [rng.choice(rng.choice(sources)) for _ in range(rng.randint(0, 12))]
-        assert "".join(streamed(tokenizer, ids)) == slow.decode(ids, skip_special_tokens=True), ids
+@given(chunks=st.lists(texts(*SPECIAL_TOKENS), min_size=1, max_size=4))
+def test_text_between_images_is_tokenized_on_its_own(llama, chunks):
+    expected = llama.encode(chunks[0])
+    for number, chunk in enumerate(chunks[1:], 1):
+        expected += [-number, *llama.encode(chunk, bos=False)]
+    assert llama.encode_prompt("<image>".join(chunks), [1] * (len(chunks) - 1)) == expected
 
 
-@slow_tokenizer
-@pytest.mark.parametrize("legacy", [True, False])
-def test_prompt_like_llava_tokenizer_image_token(trained, tmp_path, legacy):
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", trained["bpe"], legacy)
-    slow = transformers.LlamaTokenizer.from_pretrained(checkpoint)
-    tokenizer = load(checkpoint, tmp_path / "out")
-    for text in ["<image>", "a<image>b", " <image>\n\n<image> ", "x <image></s><image><pad> y", "<s> <image><s>"]:
-        chunks = [slow(chunk).input_ids[1:] for chunk in text.split("<image>")]
-        expected = [slow.bos_token_id, *chunks[0]]
-        for number, chunk in enumerate(chunks[1:], 1):
-            expected += [-number, *chunk]
-        assert tokenizer.encode_prompt(text, [1] * (len(chunks) - 1)) == expected
-
-
-@slow_tokenizer
-@pytest.mark.parametrize("legacy", [True, False])
-def test_follow_up_turn_is_a_stretch_of_the_conversation(trained, tmp_path, legacy):
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", trained["bpe"], legacy)
-    slow = transformers.LlamaTokenizer.from_pretrained(checkpoint)
-    tokenizer = load(checkpoint, tmp_path / "out")
-    so_far = first_turn(VICUNA_V1, "What is this?", images=0) + " A cat."
-    for question in ["Describe it.", " spaces ", "\nline", "▁", "</s>"]:
-        more = next_turn(VICUNA_V1, question)
-        assert (
-            slow(so_far).input_ids + tokenizer.encode_prompt(more, [], continued=True) == slow(so_far + more).input_ids
-        )
+@given(question=texts(*SPECIAL_TOKENS))
+def test_follow_up_turn_is_a_stretch_of_the_conversation(llama, question):
+    so_far, more = first_turn(VICUNA_V1, "What is this?", images=0) + " A cat.", next_turn(VICUNA_V1, question)
+    assert llama.encode(so_far) + llama.encode_prompt(more, [], continued=True) == llama.encode(so_far + more)
 
 
 def test_follow_up_turn_may_bring_an_image(llama):
@@ -272,8 +159,8 @@ def test_follow_up_turn_may_bring_an_image(llama):
 # SentencePiece decoding
 
 
-def test_every_short_run_of_bytes_decodes_like_sentencepiece(trained, llama):
-    processor = sentencepiece.SentencePieceProcessor(model_proto=trained["bpe"])
+def test_every_short_run_of_bytes_decodes_like_sentencepiece(model, llama):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     first = processor.piece_to_id("<0x00>")
     letter = processor.piece_to_id("a")
     for run in itertools.product(BYTES, repeat=3):
@@ -331,14 +218,7 @@ def test_ids_outside_the_vocabulary_have_no_text(llama, byte_level):
 
 @pytest.fixture(scope="module")
 def byte_level_file(tmp_path_factory) -> Path:
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = train_byte_level()
     tokenizer.add_tokens([AddedToken("<tool call>", normalized=False), AddedToken("é", normalized=False)])
     file = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
     tokenizer.save(str(file))
@@ -351,22 +231,20 @@ def byte_level(byte_level_file, tmp_path_factory) -> Tokenizer:
     return load(byte_level_file.parent, tmp_path_factory.mktemp("out"))
 
 
-def test_byte_level_decodes_like_tokenizers(byte_level, byte_level_file):
+def test_byte_level_like_tokenizers(byte_level, byte_level_file):
     reference = tokenizers.Tokenizer.from_file(str(byte_level_file))
-    rng = random.Random(2)
     alphabet = [reference.token_to_id(char) for char in pre_tokenizers.ByteLevel.alphabet()]
     added = list(reference.get_added_tokens_decoder())
-    sources = [alphabet, alphabet, added, range(reference.get_vocab_size())]
-    for _ in range(4000):
-        ids = [rng.choice(rng.choice(sources)) for _ in range(rng.randint(0, 12))]
-        assert "".join(streamed(byte_level, ids)) == reference.decode(ids, skip_special_tokens=True), ids
+    one = st.sampled_from(alphabet) | st.sampled_from(added) | st.integers(0, reference.get_vocab_size() - 1)
 
-
-def test_byte_level_encodes_like_tokenizers(byte_level, byte_level_file):
-    reference = tokenizers.Tokenizer.from_file(str(byte_level_file))
-    for text in ["", " ", "a", "▁ literal", "<|im_start|>user\nhi<|im_end|>\n", "é 😀\x00", "a<tool call>b"]:
+    @settings(max_examples=500)
+    @given(text=st.text() | texts("<|im_start|>", "<|im_end|>", "<tool call>"), ids=st.lists(one, max_size=12))
+    def check(text: str, ids: list[int]):
         assert byte_level.encode(text) == reference.encode(text).ids
         assert byte_level.encode_prompt(text, [], continued=True) == reference.encode(text).ids
+        assert "".join(streamed(byte_level, ids)) == reference.decode(ids, skip_special_tokens=True)
+
+    check()
 
 
 def test_byte_level_character_comes_once_and_whole(byte_level):
@@ -399,32 +277,17 @@ def test_truncation_and_padding_of_the_training_are_off(byte_level_file, tmp_pat
 
 
 @pytest.fixture
-def exported(trained, tmp_path) -> tuple[Path, dict]:
-    section = export_tokenizer(
-        write_checkpoint(tmp_path / "checkpoint", trained["bpe"], legacy=False), tmp_path / "out"
-    )
-    return tmp_path / "out" / "tokenizer.json", section
+def exported(checkpoint, tmp_path) -> tuple[Path, dict]:
+    return tmp_path / "out" / "tokenizer.json", export_and_load(checkpoint, tmp_path / "out")[0]
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "family",
-        "bos_token_id",
-        "eos_token_ids",
-        "special_ids",
-        "prefix",
-        "strip_first_piece",
-        "strip_start",
-        "surfaces",
-    ],
-)
-def test_manifest_key_missing_or_wrong(exported, key):
+def test_manifest_key_missing_or_wrong(exported):
     file, section = exported
-    with pytest.raises(UserError, match=f"no '{key}'"):
-        Tokenizer(file, {name: value for name, value in section.items() if name != key})
-    with pytest.raises(UserError, match=f"'{key}' is 1.5"):
-        Tokenizer(file, {**section, key: 1.5})
+    for key in section.keys() - {"file"}:
+        with pytest.raises(UserError, match=f"no '{key}'"):
+            Tokenizer(file, {name: value for name, value in section.items() if name != key})
+        with pytest.raises(UserError, match=f"'{key}' is 1.5"):
+            Tokenizer(file, {**section, key: 1.5})
 
 
 @pytest.mark.parametrize("wrong", [[[2]], [{}], [True], ["2"]])
@@ -435,16 +298,14 @@ def test_ids_that_are_none(exported, key, wrong):
         Tokenizer(file, {**section, key: wrong})
 
 
-def test_surfaces_of_no_id(exported):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"surfaces": {"x": ""}}, "'surfaces' has 'x'"), ({"family": "wordpiece"}, "'wordpiece' is unknown")],
+)
+def test_manifest_with_a_value_that_is_unknown(exported, values, message):
     file, section = exported
-    with pytest.raises(UserError, match="'surfaces' has 'x'"):
-        Tokenizer(file, {**section, "surfaces": {"x": ""}})
-
-
-def test_unknown_family(exported):
-    file, section = exported
-    with pytest.raises(UserError, match="'wordpiece' is unknown"):
-        Tokenizer(file, {**section, "family": "wordpiece"})
+    with pytest.raises(UserError, match=message):
+        Tokenizer(file, {**section, **values})
 
 
 def test_unreadable_file(exported, tmp_path):
