@@ -34,13 +34,16 @@ import onnx
 
 from benchmarks import record
 from calib.activations import METHODS, Activations
-from calib.decoder import PROMPTS, prompts, quantise_decoder
+from calib.bundle import REPORT, SOURCE
+from calib.decoder import GPTQ_PROMPTS, prompts, quantize_decoder
+from calib.encoder import MEAN_IMAGES
 from calib.evaluation import Evaluation, Loss
-from calib.images import Page, calibration_pixels, find_pages, pixels_of, split, spread
+from calib.images import Page, calibration_pixels, fewer_pages, find_pages, pixels_of, split, spread
 from calib.qdq import Calibrated, measure_means
-from calib.quantize import MEAN_IMAGES, REPORT, SOURCE, for_search
-from calib.sensitivity import depthwise_of, groups_of
+from calib.sensitivity import depthwise_of, groups_of, nodes_of
 from export.cli import BUILD
+from export.graphs.block_formats import BLOCK
+from export.graphs.matmul_nbits import quantize_weights
 from export.graphs.variants import write_kernels
 from runtime import kernels
 from runtime.backends.openvino import OpenVinoEncoder
@@ -55,6 +58,7 @@ CHECKPOINT, BUNDLE = BUILD / "carried" / RUN, BUILD / "bundle" / f"{RUN}-{RES}"
 INT8 = BUILD / "bundle" / f"{BUNDLE.name}-int8.onnx"  # this project's encoder, for the parts after the first
 PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 320, 64, 128, 9, 1536
 SEARCHED, BUDGET = 64, 1  # of the bundle that a user would make
+PROMPTS = {"gptq": GPTQ_PROMPTS, "awq": 16}  # that decoders are calibrated on
 ORT, BY_KERNELS = "ONNX Runtime", ("int8-rtn", "int4-q4_1", "int4-gptq")  # decoders that run by the kernels too
 STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
 MODELOPT = """
@@ -100,7 +104,7 @@ def documents() -> Path:
 def quantisers(args: argparse.Namespace) -> None:
     bundle = open_demo()
     calibration, held_out = split(find_pages(documents()), SAMPLES, QUESTIONS)
-    evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS)
+    evaluation = Evaluation(bundle, fewer_pages(held_out, QUESTIONS), QUESTIONS)
     with tempfile.TemporaryDirectory() as folder:
         made = list(encoders(bundle, calibration, Path(folder), args.modelopt))
         shutil.copyfile(made[0][1], INT8)
@@ -134,7 +138,7 @@ def encoders(bundle: Bundle, calibration: list[Page], folder: Path, modelopt: Pa
     source = bundle.path(SOURCE)
     graph = onnx.load(source, load_external_data=False).graph
     groups = groups_of(graph)
-    depthwise = [node for group in groups if group.name in depthwise_of(graph, groups) for node in group.nodes]
+    depthwise = nodes_of(groups, depthwise_of(graph, groups))
     feeds = list(calibration_pixels(calibration, bundle.image))
 
     def timed(name: str, write: Callable[[Path], None], before: float = 0.0):
@@ -159,11 +163,12 @@ def encoders(bundle: Bundle, calibration: list[Page], folder: Path, modelopt: Pa
             corrected = before + time.perf_counter() - begin
             yield timed(
                 "this project: mse, biases corrected, depthwise float32",
-                partial(whole.write, spared=depthwise),
+                partial(whole.write, excluded=depthwise),
                 corrected,
             )
             yield timed("the same, depthwise INT8 too", whole.write, corrected)
-        yield timed(f"{method}, biases as they were, depthwise float32", partial(plain.write, spared=depthwise), before)
+        write = partial(plain.write, excluded=depthwise)
+        yield timed(f"{method}, biases as they were, depthwise float32", write, before)
     yield timed("NNCF", partial(nncf_encoder, source, feeds))
     if modelopt is not None:
         squares = np.stack([pixels_of(page, bundle.image) for page in spread(calibration, 16)])
@@ -216,8 +221,8 @@ def time_in_turn(encoders: dict) -> dict:
 def decoders(args: argparse.Namespace) -> None:
     bundle = open_demo()
     source, part = bundle.path(bundle.decoder.file), bundle.decoder
-    calibration, held_out = split(find_pages(documents()), max(PROMPTS.values()), QUESTIONS)
-    evaluation = Evaluation(bundle, for_search(held_out, QUESTIONS), QUESTIONS)
+    calibration, held_out = split(find_pages(documents()), GPTQ_PROMPTS, QUESTIONS)
+    evaluation = Evaluation(bundle, fewer_pages(held_out, QUESTIONS), QUESTIONS)
     tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
     text = np.array(english(lambda text: tokenizer.encode_prompt(text, []), WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
     rows, opened = [], []
@@ -241,7 +246,10 @@ def decoders(args: argparse.Namespace) -> None:
             feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS.get(method, 0))))
             file = Path(folder, f"{precision}-{method}.onnx")
             begin = time.perf_counter()
-            quantise_decoder(source, file, precision, method, feeds)
+            if method == "awq":
+                nncf_decoder(source, file, feeds)
+            else:
+                quantize_decoder(source, file, precision, method, feeds)
             seconds = round(time.perf_counter() - begin, 1)
             about = {"precision": precision, "method": method, "operators": ORT} | size(file) | {"seconds": seconds}
             measure(OnnxDecoder(file, part), about)
@@ -251,6 +259,33 @@ def decoders(args: argparse.Namespace) -> None:
         for row, rate in zip(rows, rates_in_turn(opened), strict=True):
             row["decode_tokens_per_s"] = rate
         record.write("decoder_weights", rows, more=asked(evaluation))
+
+
+def nncf_decoder(source: Path, target: Path, feeds: list[dict[str, np.ndarray]]) -> None:
+    """AWQ (arXiv 2306.00978) with scale estimation: symmetric 4-bit weights, scaled first by their activations."""
+    import nncf
+    from nncf.onnx.quantization.backend_parameters import BackendParameters
+
+    with tempfile.TemporaryDirectory() as folder:
+        head = Path(folder, "decoder.onnx")
+        quantize_weights(source, head, None)
+        model = nncf.compress_weights(
+            onnx.load(str(head), load_external_data=False),
+            mode=nncf.CompressWeightsMode.INT4_SYM,
+            group_size=BLOCK,
+            ratio=1.0,
+            all_layers=True,
+            ignored_scope=nncf.IgnoredScope(types=["Gather", "GatherBlockQuantized"], validate=False),
+            dataset=nncf.Dataset(feeds),
+            subset_size=len(feeds),
+            awq=True,
+            scale_estimation=True,
+            advanced_parameters=nncf.AdvancedCompressionParameters(
+                backend_params={BackendParameters.EXTERNAL_DATA_DIR: folder}
+            ),
+        )
+        onnx.load_external_data_for_model(model, folder)
+    onnx.save(model, str(target), save_as_external_data=True, location=f"{target.name}.data")
 
 
 def final(args: argparse.Namespace) -> None:

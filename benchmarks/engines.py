@@ -14,8 +14,9 @@ from pathlib import Path
 from benchmarks import record
 from benchmarks.export_encoder import RESOLUTION, random_checkpoint
 from export.cli import BUILD
-from export.engine import Source, build_engine, source_of, source_of_file
+from export.engine import build_engine
 from export.tensorrt.build import Options
+from export.tensorrt.source import Source, source_of, source_of_file
 from runtime.bundle.engines import read_report
 from runtime.bundle.manifest import open_bundle
 

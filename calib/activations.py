@@ -15,17 +15,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-from onnxruntime.quantization.calibrate import HistogramCollector
 
 from calib.probe import Probe
 from runtime.bundle.verify import file_sha256
 from runtime.errors import UserError
 
-METHODS = ("mse", "minmax", "entropy", "percentile")
-QUANTISED = ("Conv", "MatMul")
+METHODS = ("mse", "minmax", "percentile")
+QUANTIZED = ("Conv", "MatMul")
 BINS = 2048  # of a histogram; at least half of them hold something
-ENTROPY_BINS = 512  # the search for a threshold is slow in pure Python
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # fp8: E4M3
+REMOVED_METHODS = {"entropy": "mse loses less (ANLS 0.961 against 0.935 on the demo model); use --method mse"}
 KINDS = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 PERCENTILE = 99.99
 CANDIDATES = np.linspace(0.1, 1.0, 91)  # thresholds that are tried, of the largest magnitude
@@ -35,7 +34,7 @@ INPUT = "pixel_values"
 def activations_of(graph: onnx.GraphProto) -> list[str]:
     """What convolutions and products with weights take, in the order of the graph, each once."""
     weights = {tensor.name for tensor in graph.initializer}
-    taken = [node.input[0] for node in graph.node if node.op_type in QUANTISED and node.input[1] in weights]
+    taken = [node.input[0] for node in graph.node if node.op_type in QUANTIZED and node.input[1] in weights]
     return list(dict.fromkeys(taken))
 
 
@@ -70,7 +69,7 @@ class Histogram:
             return self.largest
         if method == "mse":
             return self._mse(precision)
-        return min(self._percentile() if method == "percentile" else self._entropy(), self.largest)
+        return min(self._percentile(), self.largest)
 
     def _mse(self, precision: str) -> float:
         """Least squared error of rounding and clipping together."""
@@ -85,18 +84,6 @@ class Histogram:
     def _percentile(self) -> float:
         share = np.cumsum(self.counts) / self.counts.sum()
         return self.width * float(np.searchsorted(share, PERCENTILE / 100) + 1)
-
-    def _entropy(self) -> float:
-        """Least Kullback-Leibler divergence of 255 even levels from the real distribution (Migacz, GTC 2017), as ONNX
-        Runtime searches it."""
-        counts = self.counts.reshape(ENTROPY_BINS, -1).sum(axis=1)
-        limit = self.width * BINS
-        both = np.concatenate([counts[::-1], counts])
-        edges = np.linspace(-limit, limit, len(both) + 1, dtype=np.float32)
-        levels = 2 * int(LARGEST["int8"]) + 1
-        collector = HistogramCollector("entropy", True, len(both), levels, None, None)
-        _, high = collector.get_entropy_threshold((both, edges, -limit, limit, limit), levels)
-        return float(high)
 
 
 class Activations:

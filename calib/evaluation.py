@@ -8,12 +8,14 @@
   float32 model gives them.
 """
 
+import copy
 import itertools
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -101,7 +103,7 @@ class Evaluation:
     def __init__(
         self, bundle: Bundle, pages: Sequence[Page], questions: int, scored: bool = True, model: Model | None = None
     ):
-        self._bundle = bundle
+        self.bundle = bundle
         self.model = model or Model(bundle, Backends(encoder="onnx", encoder_precision="fp32"), cache_bytes=0)
         self._pages: list[Page] = []
         self._embeds: list[np.ndarray] = []
@@ -113,11 +115,11 @@ class Evaluation:
                 self._pages.append(page)
                 self._embeds.append(rows)
                 self._cases.append(cases)
-                self._readings.append(self._read(cases, rows))
+                self._readings.append(_read(self.model.decoder, cases, rows))
         if not self._pages:
             raise UserError("no question about the images fits the model's context")
         known = scored and any(case.question.answer is not None for cases in self._cases for case in cases)
-        self.score = self._score() if known else None  # of float32
+        self.score = self._score(self.model, self._embeds) if known else None  # of float32
 
     @property
     def answers(self) -> bool:
@@ -138,6 +140,20 @@ class Evaluation:
         """Of the answers to the float32 model; None where they are empty."""
         return _perplexity(self._readings)
 
+    def warnings(self) -> list[str]:
+        if self.score is None or self.answers:
+            return []
+        return ["the float32 model does not give the known answers either; next tokens are compared instead"]
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of the questions, and of float32's answers to them."""
+        return {
+            "decoder_compared_with": self.bundle.decoder.precision,
+            "questions": self.questions,
+            "next_tokens": self.tokens,
+            "float32": {"perplexity": self.perplexity} | ({} if self.score is None else vars(self.score)),
+        }
+
     def sqnr_db(self, encoder: Path) -> float:
         """Of the image embeds that the encoder graph `encoder` gives."""
         return sqnr_db(self._encode(encoder), self._embeds)
@@ -145,29 +161,29 @@ class Evaluation:
     def loss(self, encoder: Path | None = None, decoder: OnnxDecoder | None = None) -> Loss:
         """With the encoder graph `encoder`, and `decoder`, in place of float32 and the bundle's; None keeps them."""
         embeds = self._embeds if encoder is None else self._encode(encoder)
-        kept, self.model.decoder = self.model.decoder, decoder or self.model.decoder
-        try:
-            pages = tqdm(self._cases, "asking", unit="page", leave=False, disable=None)
-            readings = [self._read(cases, rows) for cases, rows in zip(pages, embeds, strict=True)]
-            differing = sum(np.sum(a.next != b.next) for a, b in zip(readings, self._readings, strict=True))
-            score = self._score(embeds) if self.answers else None
-        finally:
-            self.model.decoder = kept
+        model = self.model
+        if decoder is not None:
+            model = copy.copy(self.model)
+            model.decoder = decoder
+        pages = tqdm(self._cases, "asking", unit="page", leave=False, disable=None)
+        readings = [_read(model.decoder, cases, rows) for cases, rows in zip(pages, embeds, strict=True)]
+        differing = sum(np.sum(a.next != b.next) for a, b in zip(readings, self._readings, strict=True))
+        score = self._score(model, embeds) if self.answers else None
         return Loss(
             None if encoder is None else sqnr_db(embeds, self._embeds),
             float(100 * differing / self.tokens),
             _perplexity(readings),
-            _points_lost(self.score.anls, score.anls) if score else None,
-            _points_lost(self.score.iou50, score.iou50) if score else None,
+            _points_lost(self.score.anls, score.anls) if self.score and score else None,
+            _points_lost(self.score.iou50, score.iou50) if self.score and score else None,
         )
 
     def _encode(self, file: Path) -> list[np.ndarray]:
-        encoder = OnnxEncoder(file, self._bundle.encoder.stride)
+        encoder = OnnxEncoder(file, self.bundle.encoder.stride)
         pages = tqdm(self._pages, "encoding", unit="page", leave=False, disable=None)
-        return [encoder([pixels_of(page, self._bundle.image)]) for page in pages]
+        return [np.asarray(encoder([pixels_of(page, self.bundle.image)])) for page in pages]
 
     def _cases_of(self, page: Page, embeds: np.ndarray) -> list[_Case]:
-        tokenizer, template = self.model.tokenizer, self._bundle.prompt
+        tokenizer, template = self.model.tokenizer, self.bundle.prompt
         cases = []
         for question in page.questions:
             prompt = first_turn(template, question.prompt, 1)
@@ -191,51 +207,55 @@ class Evaluation:
             token = sequence.forward_greedy([token])
         return answer
 
-    def _read(self, cases: list[_Case], embeds: np.ndarray) -> _Reading:
-        """What comes before the end of the image is the same in all cases and computed once; answers are fed AT_ONCE at
-        a time, a token of each in a step."""
-        image_end = max(i for i, token in enumerate(cases[0].ids) if token < 0) + 1
-        capacity = max(len(case.ids) + len(case.fed) for case in cases)
-        slots = Slots(self.model.decoder, min(AT_ONCE, len(cases)), capacity)
-        slots[0].forward(cases[0].ids[:image_end], embeds)
-        longest_first = sorted(range(len(cases)), key=lambda i: -len(cases[i].fed))
-        likeliest, log_probs = [[] for _ in cases], [[] for _ in cases]
-
-        def note(i: int, answered: int, logits: np.ndarray) -> None:
-            likeliest[i].append(int(logits.argmax()))
-            if answered < len(cases[i].fed):
-                most = logits.max()
-                exponents = np.sum(np.exp(logits - most), dtype=np.float64)
-                log_probs[i].append(logits[cases[i].fed[answered]] - most - np.log(exponents))
-
-        for start in range(0, len(cases), AT_ONCE):
-            taking = longest_first[start : start + AT_ONCE]  # those that end first are in the last slots
-            slots[0].rewind(image_end)
-            for slot in range(1, len(taking)):
-                slots.copy(0, slot)
-            for slot, i in enumerate(taking):
-                note(i, 0, slots[slot].forward(cases[i].ids[image_end:]))
-            for answered in range(len(cases[taking[0]].fed)):
-                taking = [i for i in taking if answered < len(cases[i].fed)]
-                slots.step([cases[i].fed[answered] for i in taking])
-                for i, logits in zip(taking, slots.logits(len(taking)), strict=True):
-                    note(i, answered + 1, logits)
-        return _Reading(*(np.array(list(itertools.chain(*lists))) for lists in (likeliest, log_probs)))
-
-    def _score(self, embeds: list[np.ndarray] | None = None) -> Score:
-        """Of the answers to the questions whose own is known. embeds: of each page; None takes float32's."""
+    def _score(self, model: Model, embeds: list[np.ndarray]) -> Score:
+        """Of the model's answers to the questions whose own is known. embeds: of each page."""
         texts, boxes = [], []
         pages = tqdm(self._pages, "answering", unit="page", leave=False, disable=None)
-        for _, cases, rows in zip(pages, self._cases, embeds or self._embeds, strict=True):
-            about = self.model.about([], Options(MAX_NEW_TOKENS), image_embeddings=[rows])
-            for question in (case.question for case in cases if case.question.answer is not None):
+        for _, cases, rows in zip(pages, self._cases, embeds, strict=True):
+            about = model.about([], Options(MAX_NEW_TOKENS), image_embeddings=[rows])
+            for question in (case.question for case in cases):
+                if question.answer is None:
+                    continue
                 *_, last = about.ask(question.prompt)
-                wanted, said = read_boxes(question.answer), read_boxes(last.result.text)
-                if wanted:
-                    boxes.append(bool(said) and iou(said[0], wanted[0]) >= 0.5)
+                assert last.result is not None
+                expected, found = read_boxes(question.answer), read_boxes(last.result.text)
+                if expected:
+                    boxes.append(bool(found) and iou(found[0], expected[0]) >= 0.5)
                 else:
                     texts.append(anls(last.result.text, question.answer))
         return Score(*(statistics.fmean(values) if values else None for values in (texts, boxes)))
+
+
+def _read(decoder: OnnxDecoder, cases: list[_Case], embeds: np.ndarray) -> _Reading:
+    """What comes before the end of the image is the same in all cases and computed once; answers are fed AT_ONCE at
+    a time, a token of each in a step."""
+    image_end = max(i for i, token in enumerate(cases[0].ids) if token < 0) + 1
+    capacity = max(len(case.ids) + len(case.fed) for case in cases)
+    slots = Slots(decoder, min(AT_ONCE, len(cases)), capacity)
+    slots[0].forward(cases[0].ids[:image_end], embeds)
+    longest_first = sorted(range(len(cases)), key=lambda i: -len(cases[i].fed))
+    likeliest, log_probs = [[] for _ in cases], [[] for _ in cases]
+
+    def note(i: int, answered: int, logits: np.ndarray) -> None:
+        likeliest[i].append(int(logits.argmax()))
+        if answered < len(cases[i].fed):
+            most = logits.max()
+            exponents = np.sum(np.exp(logits - most), dtype=np.float64)
+            log_probs[i].append(logits[cases[i].fed[answered]] - most - np.log(exponents))
+
+    for start in range(0, len(cases), AT_ONCE):
+        taking = longest_first[start : start + AT_ONCE]  # those that end first are in the last slots
+        slots[0].rewind(image_end)
+        for slot in range(1, len(taking)):
+            slots.copy(0, slot)
+        for slot, i in enumerate(taking):
+            note(i, 0, slots[slot].forward(cases[i].ids[image_end:]))
+        for answered in range(len(cases[taking[0]].fed)):
+            taking = [i for i in taking if answered < len(cases[i].fed)]
+            slots.step([cases[i].fed[answered] for i in taking])
+            for i, logits in zip(taking, slots.logits(len(taking)), strict=True):
+                note(i, answered + 1, logits)
+    return _Reading(*(np.array(list(itertools.chain(*lists))) for lists in (likeliest, log_probs)))
 
 
 def _perplexity(readings: list[_Reading]) -> float | None:
@@ -244,7 +264,7 @@ def _perplexity(readings: list[_Reading]) -> float | None:
 
 
 def _points_lost(before: float | None, after: float | None) -> float | None:
-    return None if before is None or before < LEAST_SCORE else 100 * (before - after)
+    return None if before is None or after is None or before < LEAST_SCORE else 100 * (before - after)
 
 
 def _dealt(pages: Sequence[Page], questions: int) -> list[Page]:

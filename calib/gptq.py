@@ -25,7 +25,7 @@ MEMORY = 12 << 30  # bytes, of the second moments that are kept at a time: two r
 
 
 class Compensated:
-    """Rounds the matrices of the fused float32 graph `source` to 4 bits: a `rounding` of `quantise_weights`.
+    """Rounds the matrices of the fused float32 graph `source` to 4 bits: a `rounding` of `quantize_weights`.
 
     feeds: of the graph, gone over once for as many matrices as `MEMORY` has room for.
     """

@@ -17,6 +17,7 @@ from train.data.llava_json import MalformedError, images_of, read_records, turns
 
 LEAST = 16  # fewer say too little of the ranges that activations take
 HELD_OUT = 12  # at least so many to evaluate on
+QUESTIONS_PER_PAGE = 8
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SCALES = (1, 2 / 3, 1 / 2)  # of the bundle's resolution: 1536, 1024, 768
 
@@ -95,6 +96,13 @@ def split(pages: list[Page], samples: int, questions: int) -> tuple[list[Page], 
     others = [page for page in pages if page.file not in taken]
     per_page = max(sum(len(page.questions) for page in others) / len(others), 1)
     return calibration, [p for p in spread(others, max(math.ceil(questions / per_page), HELD_OUT)) if _opens(p)]
+
+
+def fewer_pages(pages: list[Page], questions: int) -> list[Page]:
+    """Pages for so many questions: QUESTIONS_PER_PAGE about each image where it has them, since encoding an image costs
+    far more than a question about it."""
+    mean = sum(len(page.questions) for page in pages) / len(pages)
+    return spread(pages, math.ceil(questions / min(QUESTIONS_PER_PAGE, mean)))
 
 
 def spread(items: list, count: int) -> list:

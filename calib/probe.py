@@ -34,5 +34,5 @@ class Probe:
 
     def __call__(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """feed: the graph's inputs."""
-        found = dict(zip(self._inner, self._session.run(self._inner, feed), strict=True))
+        found = dict(zip(self._inner, map(np.asarray, self._session.run(self._inner, feed)), strict=True))
         return {name: found[name] if name in found else feed[name] for name in self._names}

@@ -6,11 +6,13 @@ LayerNorm and GELU, stay in higher precision, so that the Q/DQ pairs are where T
 convolution or product alone. Biases take up the mean error of what was rounded.
 """
 
+import contextlib
 import logging
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +20,7 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
-from calib.activations import INPUT, KINDS, LARGEST, QUANTISED
+from calib.activations import INPUT, KINDS, LARGEST, QUANTIZED
 from runtime.backends.ort_session import open_session
 
 
@@ -32,46 +34,50 @@ class Mean:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A float32 graph and what its Q/DQ graph is made with: see `quantise`."""
+    """A float32 graph and what its Q/DQ graph is made with: see `quantize`."""
 
     source: Path
     precision: str
     ranges: dict[str, float]
     means: dict[str, Mean] | None = None
 
-    def write(self, target: Path, spared: Collection[str] = ()) -> None:
-        """The Q/DQ graph, but for the convolutions and products named in `spared`."""
-        quantise(self.source, target, self.ranges, self.precision, spared, self.means)
+    def write(self, target: Path, excluded: Collection[str] = ()) -> None:
+        """The Q/DQ graph, but for the convolutions and products named in `excluded`."""
+        quantize(self.source, target, self.ranges, self.precision, excluded, self.means)
 
 
-def quantise(
+def quantize(
     source: Path,
     target: Path,
     ranges: dict[str, float],
     precision: str,
-    spared: Collection[str] = (),
+    excluded: Collection[str] = (),
     means: dict[str, Mean] | None = None,
 ) -> None:
     """Write the Q/DQ graph of the float32 graph `source` to `target` (weights of a large one to `target`.data).
 
-    ranges: the largest magnitude of each tensor that convolutions and products take. spared: names of convolutions and
-    products that are left as they are. means: of the same tensors, to correct biases by; None leaves these alone.
+    Args:
+        ranges: the largest magnitude of each input of a convolution or matmul.
+        excluded: names of convolutions and matmuls to keep in higher precision.
+        means: of the same tensors, to correct biases by; None keeps the biases.
     """
-    logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime's quantiser advises at every call
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _only_errors_logged():
         cache = Path(folder, "ranges.json")  # how quantize_static takes ranges that are known
-        data = {name: TensorData(lowest=np.float32(-most), highest=np.float32(most)) for name, most in ranges.items()}
+        data: dict[str, TensorData | tuple] = {
+            name: TensorData(lowest=np.float32(-largest), highest=np.float32(largest))
+            for name, largest in ranges.items()
+        }
         save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache)
         quantize_static(
             onnx.load(str(source)),  # of a path it writes a second file beside it
             str(target),
             None,
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTISED),
+            op_types_to_quantize=list(QUANTIZED),
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(spared),
+            nodes_to_exclude=list(excluded),
             use_external_data_format=_is_large(source),
             calibrate_method=CalibrationMethod.MinMax,
             calibration_cache_path=cache,
@@ -79,18 +85,30 @@ def quantise(
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "MatMulConstBOnly": True,
-                "OpTypesToExcludeOutputQuantization": list(QUANTISED),
+                "OpTypesToExcludeOutputQuantization": list(QUANTIZED),
                 "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
                 "QuantizeBias": False,
             },
         )
     model, original = onnx.load(str(target)), onnx.load(str(source))
-    _spare_the_others(model.graph)
+    _restore_other_readers(model.graph)
     if precision == "fp8":
         _to_fp8(model, original)
     if means is not None:
         _correct_biases(model.graph, original.graph, means)
     _save(model, target, _is_large(source))
+
+
+@contextlib.contextmanager
+def _only_errors_logged() -> Iterator[None]:
+    """ONNX Runtime's quantizer gives advice on the root logger at every call."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def measure_means(
@@ -102,7 +120,7 @@ def measure_means(
     maps = {node.input[0] for node in graph.node if node.op_type == "Conv"}  # [1, C, H, W]; products take [1, ..., C]
     outputs = []
 
-    def add_node(kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def add_node(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         graph.node.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
@@ -127,7 +145,7 @@ def measure_means(
         _save(model, file, _is_large(source))
         session = open_session(file, None)
         found = [session.run(outputs, {INPUT: pixels}) for _, pixels in images]
-    means = [np.mean(values, axis=0, dtype=np.float64) for values in zip(*found, strict=True)]
+    means = [np.asarray(values, np.float64).mean(0) for values in zip(*found, strict=True)]
     return {name: Mean(*pair) for name, pair in zip(ranges, zip(means[::2], means[1::2], strict=True), strict=True)}
 
 
@@ -142,9 +160,9 @@ def _correct_biases(graph: onnx.GraphProto, original: onnx.GraphProto, means: di
     values = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
     readers = {name: node for node in graph.node for name in node.input}
-    weights_of = {node.name: node.input[1] for node in original.node if node.op_type in QUANTISED}
+    weights_of = {node.name: node.input[1] for node in original.node if node.op_type in QUANTIZED}
     for node in graph.node:
-        weights = makers.get(node.input[1]) if node.op_type in QUANTISED else None
+        weights = makers.get(node.input[1]) if node.op_type in QUANTIZED else None
         if weights is None or weights.op_type != "DequantizeLinear":
             continue
         adds = node if node.op_type == "Conv" else readers.get(node.output[0], node)
@@ -195,14 +213,14 @@ def _is_large(source: Path) -> bool:
     return source.with_name(f"{source.name}.data").is_file()
 
 
-def _spare_the_others(graph: onnx.GraphProto) -> None:
+def _restore_other_readers(graph: onnx.GraphProto) -> None:
     """Let what has no quantised weights read the value before it was rounded, in place.
 
     ONNX Runtime's quantiser gives every reader of a tensor the rounded one, and so would round the residual stream.
     """
     makers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
-        weights = makers.get(node.input[1]) if node.op_type in QUANTISED else None
+        weights = makers.get(node.input[1]) if node.op_type in QUANTIZED else None
         quantised = weights is not None and weights.op_type == "DequantizeLinear"
         if quantised or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -216,12 +234,13 @@ def _spare_the_others(graph: onnx.GraphProto) -> None:
 def _drop_unused(graph: onnx.GraphProto) -> None:
     """Q/DQ nodes that nothing reads any longer, and initializers of nobody, in place."""
     outputs = {value.name for value in graph.output}
-    size = -1
-    while len(graph.node) != size:
-        size, used = len(graph.node), outputs | {name for node in graph.node for name in node.input}
-        for i in reversed(range(size)):
-            if used.isdisjoint(graph.node[i].output):
-                del graph.node[i]
+    while True:
+        used = outputs | {name for node in graph.node for name in node.input}
+        unused = [i for i, node in enumerate(graph.node) if used.isdisjoint(node.output)]
+        if not unused:
+            break
+        for i in reversed(unused):
+            del graph.node[i]
     for i in reversed(range(len(graph.initializer))):
         if graph.initializer[i].name not in used:
             del graph.initializer[i]
@@ -253,13 +272,11 @@ def _to_fp8(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
             original = numpy_helper.to_array(originals[weights.name.removesuffix("_quantized")])
             scaled = original / _along(numpy_helper.to_array(scale), _axis(node), original.ndim)
             weights.CopyFrom(numpy_helper.from_array(scaled.astype(KINDS["fp8"]), weights.name))
-        if scale_is_vector := bool(values[node.input[1]].dims):
-            name = f"{node.input[1]}/zero"
-            if name not in values:
-                zeros = np.zeros(tuple(values[node.input[1]].dims), KINDS["fp8"])
-                values[name] = numpy_helper.from_array(zeros, name)
-                graph.initializer.append(values[name])
-        node.input[2] = name if scale_is_vector else zero.name
+        name = f"{scale.name}/zero" if scale.dims else zero.name
+        if scale.dims and name not in values:
+            values[name] = numpy_helper.from_array(np.zeros(tuple(scale.dims), KINDS["fp8"]), name)
+            graph.initializer.append(values[name])
+        node.input[2] = name
     graph.initializer.append(zero)
     _drop_unused(graph)
     del graph.value_info[:]

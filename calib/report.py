@@ -1,4 +1,4 @@
-"""What a quantised part costs, for programs, for people and as a picture: calib/ in its bundle."""
+"""The report of a quantized part in its bundle: JSON, Markdown and a chart of the sensitivities."""
 
 import json
 import math
@@ -20,30 +20,34 @@ COLUMNS = {
 def write_encoder_report(
     folder: Path, about: dict, alone: dict[str, Loss], sets: list[Step], rounds: list[Step]
 ) -> None:
-    """encoder-PRECISION.json and .md; .png where there are sensitivities.
+    """Write encoder-PRECISION.json and .md; .png where there are sensitivities.
 
-    about: how it was made. alone: the loss by group, each quantised alone; empty where none was asked for. sets:
-    that there were to choose from, by SQNR. rounds: those whose loss was measured, the last of which is the encoder's.
+    Args:
+        about: how the encoder was made.
+        alone: the loss by group, each quantized alone; empty where it was not measured.
+        sets: candidates, by SQNR.
+        rounds: sets whose loss was measured; the last is the encoder's.
     """
     taken = rounds[-1]
     content = about | {
         "alone": [{"group": name, **rounded(loss)} for name, loss in alone.items()],
-        "sets": [{"left": list(step.left), "sqnr_db": _number(step.sqnr_db)} for step in sets],
-        "rounds": [{"left": list(step.left), **rounded(step.loss)} for step in rounds],
-        "left_in_higher_precision": list(taken.left),
+        "sets": [{"left": list(step.excluded), "sqnr_db": _number(step.sqnr_db)} for step in sets],
+        "rounds": [{"left": list(step.excluded), **rounded(step.loss)} for step in rounds],
+        "left_in_higher_precision": list(taken.excluded),
         "loss": rounded(taken.loss),
     }
     name = f"encoder-{content['precision']}"
     _write(folder, name, content, _markdown(content))
     if alone:
-        _plot(alone, taken.left, folder / f"{name}.png")
+        _plot(alone, taken.excluded, folder / f"{name}.png")
 
 
 def write_decoder_report(folder: Path, about: dict, rows: dict[str, Loss]) -> None:
-    """decoder.json and decoder.md. rows: what was measured -> its loss."""
-    content = about | {"losses": [{"measured": name, **rounded(loss)} for name, loss in rows.items()]}
-    float32 = content["float32"]["perplexity"]
-    size = f"{content['bytes'] / 1e6:.1f} MB"
+    """Write decoder.json and decoder.md. rows: what was measured -> its loss."""
+    losses = [{"measured": name, **rounded(loss)} for name, loss in rows.items()]
+    content = about | {"losses": losses}
+    float32 = about["float32"]["perplexity"]
+    size = f"{about['bytes'] / 1e6:.1f} MB"
     lines = [
         f"# {content['precision']} decoder",
         "",
@@ -51,7 +55,7 @@ def write_decoder_report(folder: Path, about: dict, rows: dict[str, Loss]) -> No
         f"{content['questions']} questions, {content['next_tokens']} next tokens in all; the perplexity of the "
         f"answers to float32 is {'unknown' if float32 is None else round(float32, 2)}.",
         "",
-        *_table("", [(row["measured"], row) for row in content["losses"]]),
+        *_table("", [(row["measured"], row) for row in losses]),
     ]
     _write(folder, "decoder", content, "\n".join(lines) + "\n")
 
@@ -62,7 +66,8 @@ def _write(folder: Path, name: str, content: dict, markdown: str) -> None:
     (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
 
 
-def rounded(loss: Loss) -> dict[str, float | None]:
+def rounded(loss: Loss | None) -> dict[str, float | None]:
+    assert loss is not None
     return {name: _number(value) for name, value in asdict(loss).items()}
 
 

@@ -1,4 +1,4 @@
-"""What quantisation costs, layer group by layer group, and the smallest set of groups to leave in higher precision."""
+"""Per-group sensitivity to quantization, and the smallest set of groups to keep in higher precision."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from typing import TypeVar
 import onnx
 from tqdm import tqdm
 
-from calib.activations import QUANTISED
+from calib.activations import QUANTIZED
 from calib.evaluation import Evaluation, Loss
 from calib.qdq import Calibrated, is_depthwise
 
@@ -37,7 +37,7 @@ def groups_of(graph: onnx.GraphProto) -> list[Group]:
     found: dict[str, list[str]] = {}
     block, products = "", 0
     for node in graph.node:
-        if node.op_type not in QUANTISED:
+        if node.op_type not in QUANTIZED:
             continue
         if node.op_type == "Conv":
             name, block, products = _group_of_convolution(node.input[1], block)
@@ -75,65 +75,84 @@ def sensitivities(calibrated: Calibrated, groups: list[Group], evaluation: Evalu
 
 @dataclass(frozen=True)
 class Step:
-    """A set of groups left in higher precision. sqnr_db: of the image embeds with the rest quantised. loss: None where
-    it was not asked for."""
+    """A set of groups kept in higher precision.
 
-    left: tuple[str, ...]
+    Args:
+        sqnr_db: of the image embeddings with the other groups quantized.
+        loss: None where it was not measured.
+    """
+
+    excluded: tuple[str, ...]
     sqnr_db: float
     loss: Loss | None = None
 
 
-def measure(calibrated: Calibrated, groups: list[Group], left: Collection[str], what: Callable[[Path], T]) -> T:
-    """What `what` says of the graph with the groups named in `left` in higher precision."""
+def nodes_of(groups: list[Group], names: Collection[str]) -> list[str]:
+    """The nodes of the groups named."""
+    return [node for group in groups if group.name in names for node in group.nodes]
+
+
+def measure(calibrated: Calibrated, groups: list[Group], excluded: Collection[str], metric: Callable[[Path], T]) -> T:
+    """`metric` of the graph with the groups named in `excluded` in higher precision."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tried.onnx")
-        calibrated.write(file, [node for group in groups if group.name in left for node in group.nodes])
-        return what(file)
+        calibrated.write(file, nodes_of(groups, excluded))
+        return metric(file)
 
 
-def nested(
+def candidate_sets(
     calibrated: Calibrated, groups: list[Group], always: Collection[str], alone: dict[str, Loss], evaluation: Evaluation
 ) -> list[Step]:
-    """Sets of groups to leave in higher precision, each with one group more than the one before: `always` at first,
-    then the others, those of lowest SQNR alone before the rest, until every group is left. Errors of groups add up,
-    within 1 dB on the demo model, so that no other set of as many groups does better.
+    """Sets of groups to exclude, each with one group more than the one before: `always` first, then the others from the
+    lowest SQNR alone to the highest, until every group is excluded. Errors of groups add up, within 1 dB on the demo
+    model, so no other set of as many groups does better.
 
-    alone: as `sensitivities` gives it.
+    Args:
+        alone: as `sensitivities` gives it.
     """
     others = [group.name for group in groups if group.name not in always]
-    worst_first = sorted(others, key=lambda name: alone[name].sqnr_db)
+    worst_first = sorted(others, key=lambda name: _sqnr_db(alone[name]))
     steps = []
-    for count in tqdm(range(len(others) + 1), "worst groups left", unit="set", disable=None):
-        left = tuple(group.name for group in groups if group.name in {*always, *worst_first[:count]})
-        steps.append(Step(left, measure(calibrated, groups, left, evaluation.sqnr_db)))
+    for count in tqdm(range(len(others) + 1), "worst groups excluded", unit="set", disable=None):
+        excluded = tuple(group.name for group in groups if group.name in {*always, *worst_first[:count]})
+        steps.append(Step(excluded, measure(calibrated, groups, excluded, evaluation.sqnr_db)))
     return steps
 
 
-def settle(sets: list[Step], loss_of: Callable[[tuple[str, ...]], Loss], first: Loss, budget: float) -> list[Step]:
+def _sqnr_db(loss: Loss) -> float:
+    assert loss.sqnr_db is not None  # measured with an encoder
+    return loss.sqnr_db
+
+
+def search(sets: list[Step], loss_of: Callable[[tuple[str, ...]], Loss], first: Loss, budget: float) -> list[Step]:
     """The smallest of the sets with which `Loss.budgeted` is at most `budget`, by its loss on all questions.
 
-    A loss is dear to measure and, on few questions, noisy; SQNR is neither. So the next set to measure is the one that
-    has as many dB more, or less, as the loss before says: it is taken to be proportional to the error's magnitude, so
-    that a loss of twice the budget wants 6 dB more. Once one set holds and another does not, those between them are
-    halved; ROUNDS sets in all.
+    A loss is expensive to measure and, on few questions, noisy; SQNR is neither. So the next set is chosen by SQNR: the
+    loss is assumed proportional to the error's magnitude, so that a loss of twice the budget needs 6 dB more. Once one
+    set holds and another does not, the sets between them are bisected; ROUNDS sets in all.
 
-    sets: as `nested`. loss_of: what it costs, on all questions, to leave these groups alone in higher precision. first:
-    the loss of the first set on a few questions. Returns the sets whose loss was measured, the last of which is the one
-    to take: the smallest that holds, or else the one that lost least.
+    Args:
+        sets: as `candidate_sets` gives them.
+        loss_of: the loss on all questions with these groups excluded.
+        first: the loss of the first set on a few questions.
+
+    Returns:
+        The sets whose loss was measured; the last is the one to take: the smallest that holds, or else the one that
+        lost least.
     """
     rounds: list[Step] = []
     missed, held = -1, len(sets)  # the largest set that is known to lose too much, the smallest that does not
     index = _reaching(sets, sets[0].sqnr_db + _excess_db(first.budgeted, budget))
     while missed < index < held and len(rounds) < ROUNDS:
-        step = replace(sets[index], loss=loss_of(sets[index].left))
+        step = replace(sets[index], loss=(loss := loss_of(sets[index].excluded)))
         rounds.append(step)
-        missed, held = (missed, index) if step.loss.budgeted <= budget else (index, held)
+        missed, held = (missed, index) if loss.budgeted <= budget else (index, held)
         if math.isinf(step.sqnr_db) or (missed >= 0 and held < len(sets)):
             index = (missed + held) // 2
         else:
-            index = _reaching(sets, step.sqnr_db + _excess_db(step.loss.budgeted, budget))
+            index = _reaching(sets, step.sqnr_db + _excess_db(loss.budgeted, budget))
             index = min(max(index, missed + 1), held - 1)
-    best = min(rounds, key=lambda one: (max(one.loss.budgeted, budget), len(one.left)))
+    best = min(rounds, key=lambda one: (max(one.loss.budgeted, budget) if one.loss else math.inf, len(one.excluded)))
     return [*(one for one in rounds if one is not best), best]
 
 

@@ -9,21 +9,21 @@ import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 
-from export import encoder as encoder_export
-from export.bundle_writer import write_bundle
-from export.cli import choose_resolution, installed_versions, name_of, open_checkpoint, run
+from export.bundle_writer import new_bundle, write_manifest
+from export.cli import choose_resolution, installed_versions, name_of, open_checkpoint
 from export.decoder.check import check_decoder
 from export.decoder.export import BLOCKS, CAPACITY_HELP, check_options, decoder_part, export_decoder
 from export.decoder.sampler import sampler_graph
+from export.encoder import check_precision, export_checked
 from export.graphs.variants import write_variants
+from export.parity import ParityError, report
 from export.tokenizer.convert import export_tokenizer
-from export.tolerances import ParityError, report
 from runtime import kernels
 from runtime.bundle.manifest import EncoderPart
+from runtime.command import run
 from runtime.demo import DEMO_BUNDLE
 from runtime.errors import UserError
 from runtime.image.preprocess import ImageRule
@@ -47,12 +47,17 @@ def export_bundle(
     capacity: int | None = None,
     template: str | None = None,
 ) -> None:
-    """Write the bundle, every part compared with PyTorch on the way.
+    """Write a bundle, comparing every part with PyTorch on the way.
 
-    resolution: default side of the images, pixels. portable: also the decoder of standard operators, for an engine.
-    capacity: positions of its KV cache; None: the context.
-    template: a name in `runtime.text.template.TEMPLATES`; None: see `prompt_template`.
-    Raises UserError for an option that cannot be, ParityError where a graph does not compute what the model does.
+    Args:
+        resolution: default side of the images, pixels.
+        portable: add the decoder of standard operators, for an engine.
+        capacity: positions of the portable decoder's KV cache; None takes the model's context.
+        template: a name in `runtime.text.template.TEMPLATES`; None takes the checkpoint's, see `prompt_template`.
+
+    Raises:
+        UserError: an option that cannot be.
+        ParityError: a graph does not compute what the model does.
     """
     prompt, image = prompt_template(checkpoint, template), image_rule(checkpoint, resolution)
     tokens, context = (resolution // image.multiple) ** 2, checkpoint.llama_config.max_position_embeddings
@@ -61,51 +66,61 @@ def export_bundle(
     if tokens >= context:
         raise UserError(f"resolution {resolution} makes {tokens} visual tokens, the decoder's context is {context}")
 
-    def fill(folder: Path) -> dict[str, Any]:
-        tokenizer = export_tokenizer(checkpoint.folder, folder / "tokenizer")
-        (folder / "encoder").mkdir()
-        encoder_file = folder / "encoder" / f"{precision}.onnx"
-        model = load_image_encoder(checkpoint)
-        _require(encoder_export.export_checked(model, encoder_file, precision, resolution), "encoder")
-        decoder_file = export_decoder(checkpoint, folder / "decoder", decoder_precision)
-        hint = CALIBRATE if decoder_precision == "int4" else ""
-        _require(report(check_decoder(checkpoint, decoder_file, decoder_precision)), "decoder", hint)
-        variants = write_variants(decoder_file) if decoder_precision in BLOCKS else {}
-        if "prefill_file" in variants:
-            rows = check_decoder(checkpoint, variants["prefill_file"], decoder_precision, "prefill")
-            _require(report(rows), "decoder for prompts")
-        if "kernels_file" in variants and (missing := kernels.unavailable()):
-            print(f"warning: decoder/kernels.onnx is not compared with PyTorch: {missing}", file=sys.stderr)
-        elif "kernels_file" in variants:
-            rows = check_decoder(checkpoint, variants["kernels_file"], decoder_precision, "kernels")
-            _require(report(rows), "decoder with kernels")
-        if portable:
-            kind = portable_precision(decoder_precision)
-            portable_file = export_decoder(checkpoint, folder / "decoder", kind, "portable", capacity)
-            rows = check_decoder(checkpoint, portable_file, kind, "portable")
-            _require(report(rows), "portable decoder")
-        part = decoder_part(
-            checkpoint,
-            decoder_precision,
-            "decoder/model.onnx",
-            portable_file="decoder/portable.onnx" if portable else None,
-            sampler_file="decoder/sampler.onnx",
-            **{key: f"decoder/{file.name}" for key, file in variants.items()},
-        )
-        onnx.save(sampler_graph(part.vocab_size, part.kv_dtype), str(folder / part.sampler_file))
-        return {
+    with new_bundle(out) as folder:
+        sections = {
             "image": image.to_dict(),
             "prompt": prompt.to_dict(),
-            "tokenizer": tokenizer,
-            "encoder": asdict(_encoder_part(checkpoint, precision)),
-            "decoder": {key: value for key, value in asdict(part).items() if value is not None},
+            "tokenizer": export_tokenizer(checkpoint.folder, folder / "tokenizer"),
+            "encoder": asdict(_add_encoder(checkpoint, folder, precision, resolution)),
         }
+        files = _add_decoder(checkpoint, folder, decoder_precision)
+        if portable:
+            files["portable_file"] = _add_portable_decoder(checkpoint, folder, decoder_precision, capacity)
+        decoder = decoder_part(checkpoint, decoder_precision, **files, sampler_file="decoder/sampler.onnx")
+        onnx.save(sampler_graph(decoder.vocab_size, decoder.kv_dtype), str(folder / "decoder" / "sampler.onnx"))
+        sections["decoder"] = {key: value for key, value in asdict(decoder).items() if value is not None}
+        write_manifest(folder, name_of(checkpoint), installed_versions(PRODUCERS), sections)
 
-    write_bundle(out, fill, name_of(checkpoint), installed_versions(PRODUCERS))
+
+def _add_encoder(checkpoint: Checkpoint, folder: Path, precision: str, resolution: int) -> EncoderPart:
+    file = f"encoder/{precision}.onnx"
+    (folder / "encoder").mkdir()
+    model = load_image_encoder(checkpoint)
+    _require(export_checked(model, folder / file, precision, resolution), "encoder")
+    return EncoderPart(
+        file=file,
+        precision=precision,
+        hidden_size=checkpoint.llama_config.hidden_size,
+        stride=checkpoint.encoder_config.stride,
+    )
+
+
+def _add_decoder(checkpoint: Checkpoint, folder: Path, precision: str) -> dict[str, str]:
+    """The fused graph and its variants; returns their paths in the bundle by their keys in the manifest."""
+    file = export_decoder(checkpoint, folder / "decoder", precision)
+    hint = CALIBRATE if precision == "int4" else ""
+    _require(report(check_decoder(checkpoint, file, precision)), "decoder", hint)
+    variants = write_variants(file) if precision in BLOCKS else {}
+    if "prefill_file" in variants:
+        rows = check_decoder(checkpoint, variants["prefill_file"], precision, "prefill")
+        _require(report(rows), "decoder for prompts")
+    if "kernels_file" in variants and (missing := kernels.unavailable()):
+        print(f"warning: decoder/kernels.onnx is not compared with PyTorch: {missing}", file=sys.stderr)
+    elif "kernels_file" in variants:
+        rows = check_decoder(checkpoint, variants["kernels_file"], precision, "kernels")
+        _require(report(rows), "decoder with kernels")
+    return {key: f"decoder/{path.name}" for key, path in {"file": file, **variants}.items()}
+
+
+def _add_portable_decoder(checkpoint: Checkpoint, folder: Path, decoder_precision: str, capacity: int | None) -> str:
+    precision = portable_precision(decoder_precision)
+    file = export_decoder(checkpoint, folder / "decoder", precision, "portable", capacity)
+    _require(report(check_decoder(checkpoint, file, precision, "portable")), "portable decoder")
+    return f"decoder/{file.name}"
 
 
 def portable_precision(decoder_precision: str) -> str:
-    """Of the graph for an engine, beside a decoder of another kind."""
+    """Precision of the portable decoder beside a fused one."""
     return decoder_precision if decoder_precision in ("fp32", "fp16") else "fp16"
 
 
@@ -114,11 +129,11 @@ def image_rule(checkpoint: Checkpoint, resolution: int) -> ImageRule:
 
     `image_aspect_ratio` other than `pad` is a centre crop in the original; `any` is what `train/` writes for its own.
     """
-    mean, std = checkpoint.pixel_statistics
+    (r, g, b), (r_std, g_std, b_std) = checkpoint.pixel_statistics
     aspect = checkpoint.config.get("image_aspect_ratio")
     return ImageRule(
-        mean=mean,
-        std=std,
+        mean=(r, g, b),
+        std=(r_std, g_std, b_std),
         aspect=aspect if aspect in ("pad", "any") else "crop",
         resolution=resolution,
         multiple=checkpoint.encoder_config.stride,
@@ -144,22 +159,15 @@ def prompt_template(checkpoint: Checkpoint, name: str | None) -> PromptTemplate:
     return template
 
 
-def _encoder_part(checkpoint: Checkpoint, precision: str) -> EncoderPart:
-    return EncoderPart(
-        file=f"encoder/{precision}.onnx",
-        precision=precision,
-        hidden_size=checkpoint.llama_config.hidden_size,
-        stride=checkpoint.encoder_config.stride,
-    )
-
-
 def _require(good: bool, part: str, hint: str = "") -> None:
     if not good:
         raise ParityError(f"the exported {part} does not compute what the checkpoint does; no bundle was written{hint}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m export.bundle", description=__doc__.split("\n")[0])
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.bundle", description="Make a bundle of a checkpoint: encoder, decoder and tokenizer."
+    )
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--res", type=int, help="default side of the images, pixels; default: the checkpoint's")
     parser.add_argument("--out", type=Path, help="the bundle's folder; default: build/bundle/<checkpoint>")
@@ -168,8 +176,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--portable-decoder", action="store_true", help="add the decoder of standard operators")
     parser.add_argument("--capacity", type=int, metavar="N", help=CAPACITY_HELP)
     parser.add_argument("--template", help=f"one of {', '.join(TEMPLATES)}; default: the checkpoint's, or vicuna_v1")
-    args = parser.parse_args(argv)
-    encoder_export.check_precision(args.precision)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    check_precision(args.precision)
     check_options(args.decoder_precision, capacity=None if args.portable_decoder else args.capacity)
     if args.portable_decoder:
         check_options(portable_precision(args.decoder_precision), "portable", args.capacity)

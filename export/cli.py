@@ -1,18 +1,12 @@
-"""What the commands of this folder share: the demo model as default, errors as one line, parity tables."""
+"""What the commands of this package share: the checkpoint they work on, its name and resolution, package versions."""
 
 import contextlib
 import importlib.metadata
-import signal
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from export.tolerances import ParityError
 from runtime.errors import UserError
 from runtime.image.preprocess import MAX_RESOLUTION
-from train.errors import CheckpointError, TokenizerError
 from train.model import Checkpoint
 
 BUILD = Path(__file__).parents[1] / "build"
@@ -35,10 +29,13 @@ def name_of(checkpoint: Checkpoint) -> str:
     return folder.name
 
 
-def choose_resolution(asked: int | None, checkpoint: Checkpoint) -> int:
-    """`asked`, or the checkpoint's own. Raises UserError unless it is a positive multiple of the stride, MAX_RESOLUTION
-    at most."""
-    resolution = checkpoint.resolution if asked is None else asked
+def choose_resolution(requested: int | None, checkpoint: Checkpoint) -> int:
+    """`requested` in pixels, or the checkpoint's own.
+
+    Raises:
+        UserError: it is no positive multiple of the encoder's stride, or above MAX_RESOLUTION.
+    """
+    resolution = checkpoint.resolution if requested is None else requested
     stride = checkpoint.encoder_config.stride
     if resolution < stride or resolution % stride:
         below = max(resolution // stride, 1) * stride
@@ -58,21 +55,3 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def run(main: Callable[[], int]) -> None:
-    """Exit with main's status; with one line and 2 where the user can put it right, 1 where an export went wrong."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that partial folders are cleared away
-    try:
-        sys.exit(main())
-    except (UserError, CheckpointError, TokenizerError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, SafetensorError) as error:  # a full disk is either
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ParityError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -1,4 +1,4 @@
-"""Encoder and projector -> ONNX, with batch, height and width left open, and the proof that nothing was lost.
+"""Encoder and projector -> ONNX with open batch, height and width, compared with PyTorch.
 
     python -m export.encoder --res 1536 [--checkpoint DIR] [--precision fp32|fp16] [--out DIR]
 
@@ -19,15 +19,15 @@ import onnx_ir
 import onnxruntime
 import torch
 
-from export.cli import BUILD, choose_resolution, name_of, open_checkpoint, run
-from export.tolerances import Difference, ParityError, compare, report
+from export.cli import BUILD, choose_resolution, name_of, open_checkpoint
+from export.parity import TOLERANCES, Difference, ParityError, compare, report
+from runtime.command import run
 from runtime.errors import UserError
 from runtime.image.preprocess import MAX_RESOLUTION
 from train.model import ImageEncoder, load_image_encoder
 
 OPSET = 20  # the first with Gelu as one operator
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-BOUNDS = {"fp32": 1e-4, "fp16": 5e-3}
 INLINE_BYTES = 1_500_000_000  # larger weights go to a file beside the graph: one protobuf holds 2 GB
 
 
@@ -55,6 +55,7 @@ def export_encoder(model: ImageEncoder, file: Path, precision: str) -> None:
             opset_version=OPSET,
             verbose=False,
         )
+    assert program is not None  # so with dynamo
     _tidy(program.model.graph)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     program.save(str(file), external_data=size > INLINE_BYTES)
@@ -63,7 +64,9 @@ def export_encoder(model: ImageEncoder, file: Path, precision: str) -> None:
 
 def _tidy(graph: onnx_ir.Graph) -> None:
     """Name the axes for people, and drop the trace's notes: they hold paths of the exporting machine."""
-    channels, hidden = graph.inputs[0].shape[1], graph.outputs[0].shape[2]
+    inputs, outputs = graph.inputs[0].shape, graph.outputs[0].shape
+    assert inputs is not None and outputs is not None
+    channels, hidden = inputs[1], outputs[2]
     graph.inputs[0].shape = onnx_ir.Shape(["batch", channels, "height", "width"])
     graph.outputs[0].shape = onnx_ir.Shape(["batch", "visual_tokens", hidden])
     for node in graph:
@@ -109,15 +112,15 @@ def check_encoder(
     dtype = np.float16 if precision == "fp16" else np.float32
     rows = []
     for pixels, reference in zip(inputs, references, strict=True):
-        (found,) = session.run(None, {"pixel_values": pixels.astype(dtype)})
+        found = np.asarray(session.run(None, {"pixel_values": pixels.astype(dtype)})[0])  # [batch, tokens, hidden]
         batch, _, height, width = pixels.shape
         what = f"image_embeds {batch} x {height}x{width} {precision}: {found.shape[1]} tokens"
-        rows.append(compare(what, found, reference, BOUNDS[precision]))
+        rows.append(compare(what, found, reference, TOLERANCES["encoder", precision]))
     return rows
 
 
 def export_checked(model: ImageEncoder, file: Path, precision: str, resolution: int) -> bool:
-    """Export and compare; prints the table. Returns whether every size is within its bound.
+    """Export and compare; prints the table. Returns whether every size is within its tolerance.
 
     References are computed first and the model is given up before the session opens: a large encoder is held once.
     """
@@ -128,13 +131,19 @@ def export_checked(model: ImageEncoder, file: Path, precision: str, resolution: 
     return report(check_encoder(file, inputs, references, precision))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m export.encoder", description=__doc__.split("\n")[0])
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.encoder", description="Export the encoder and projector to ONNX."
+    )
     parser.add_argument("--res", type=int, help="side of the square that must work, pixels; default: the checkpoint's")
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--precision", default="fp32", help="fp32 or fp16; default: fp32")
     parser.add_argument("--out", type=Path, help="folder for the graph; default: build/encoder/<checkpoint>")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
     check_precision(args.precision)
     checkpoint = open_checkpoint(args.checkpoint)
     stride = checkpoint.encoder_config.stride

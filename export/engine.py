@@ -14,135 +14,23 @@ import argparse
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import onnx
 
-from export.cli import run
-from export.graphs.mixed_precision import Kept, cast_embeds, half_graph, is_half
 from export.tensorrt import trtexec
 from export.tensorrt.build import CURRENT, Options, build, capability, import_flavour
+from export.tensorrt.source import Source, engine_graph, fp32_by_standard, source_of, source_of_file
 from export.tensorrt.validate import describe_run, validate
-from runtime.bundle.engines import FLAVOURS, FORMAT, engine_folder, engine_name, read_report, report_file, write_report
+from runtime.bundle.engines import FLAVOURS, FORMAT, engine_name, read_report, report_file, write_report
 from runtime.bundle.manifest import Bundle, open_bundle
 from runtime.bundle.verify import file_sha256
+from runtime.command import run
 from runtime.device.cuda import present_gpu
 from runtime.errors import UserError
 
 SIDES = ("min_res", "opt_res", "max_res", "max_batch")  # of images
-
-
-@dataclass(frozen=True)
-class Source:
-    """The ONNX file that an engine comes from.
-
-    sha256: of the file and of its weights beside it, by the names that the report gives them; name: the file's.
-    folder: where the engine goes. embeds_dtype: numpy name of what image embeds pass from encoder to decoder in,
-    whatever the engines compute in; None: as the graph has them.
-    """
-
-    file: Path
-    name: str
-    sha256: dict[str, str]
-    folder: Path
-    embeds_dtype: str | None = None
-
-
-def source_of(bundle: Bundle, options: Options) -> Source:
-    """The bundle's graph for `options`. Raises UserError as `source_graph`."""
-    name = source_graph(bundle, options)
-    names = [file for file in (name, f"{name}.data") if file in bundle.files]
-    return Source(
-        bundle.path(name),
-        name,
-        {file: bundle.sha256(file) for file in names},
-        engine_folder(bundle.folder, options.part),
-        bundle.decoder.kv_dtype,
-    )
-
-
-def source_of_file(file: Path) -> Source:
-    """An ONNX file of no bundle; the engine goes to `engines/` beside it. Raises UserError where it cannot be one."""
-    if not file.is_file():
-        raise UserError(f"--onnx {file}: no such file")
-    names = [path for path in (file, file.with_name(f"{file.name}.data")) if path.is_file()]
-    hashes = {path.name: file_sha256(path) for path in names}
-    return Source(file, file.name, hashes, file.parent / "engines")
-
-
-def source_graph(bundle: Bundle, options: Options) -> str:
-    """The ONNX file inside the bundle that an engine of `options` comes from.
-
-    Raises UserError where the bundle has none.
-    """
-    if options.part == "decoder":
-        if options.precision != "fp16":
-            raise UserError(f"--part decoder builds fp16 engines, not {options.precision}")
-        if bundle.decoder.portable_file is None:
-            raise UserError(
-                f"{bundle.folder} has no decoder of standard operators, and TensorRT cannot parse the fused one; "
-                "export it with python -m export.bundle --portable-decoder"
-            )
-        return bundle.decoder.portable_file
-    if options.precision == "fp16":
-        return bundle.encoder_file("fp32") or bundle.encoder.file
-    file = bundle.encoder_file(options.precision)
-    if file is None:
-        raise UserError(
-            f"{bundle.folder} has no quantised encoder: encoder/{options.precision}.onnx, a Q/DQ graph, is not among "
-            "its files"
-        )
-    return file
-
-
-def engine_graph(source: Source, options: Options) -> tuple[onnx.ModelProto, list[Kept]]:
-    """(the graph that the engine is built from, the nodes that stay in FP32).
-
-    Raises UserError where a quantised engine is asked of a graph without Q/DQ nodes, or a graph is no ONNX or takes
-    images of one size.
-    """
-    try:
-        model = onnx.load(str(source.file))
-    except Exception as error:  # protobuf's
-        raise UserError(f"{source.file}: cannot be read as ONNX: {error}") from error
-    names = {value.name for value in (*model.graph.input, *model.graph.output)}
-    if "image_embeds" not in names or (options.part == "encoder") != ("pixel_values" in names):
-        raise UserError(f"{source.file}: no {options.part} of this project, it has {', '.join(sorted(names)[:6])}")
-    for value in model.graph.input:
-        size = [dim.dim_value for dim in value.type.tensor_type.shape.dim[2:]]
-        if value.name == "pixel_values" and any(size):
-            raise UserError(f"{source.file} takes images of one size, {size}; python -m export.encoder makes others")
-    quantised = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
-    if quantised != (options.precision != "fp16"):
-        found = "has Q/DQ nodes" if quantised else "has no Q/DQ nodes"
-        raise UserError(f"{source.file} {found}, so it is no source of a {options.precision} engine")
-    if is_half(model):
-        print(f"warning: {source.file} is in float16, so that no node was looked for that overflows", file=sys.stderr)
-    model, kept = half_graph(model, options.part)
-    if options.part == "decoder":
-        _one_sequence(model.graph)
-    if source.embeds_dtype:
-        cast_embeds(model, source.embeds_dtype)
-    return model, kept
-
-
-def _one_sequence(graph: onnx.GraphProto) -> None:
-    """Fix a decoder's batch at 1, all that the runtime asks of it: what has a fixed shape costs the builder nothing."""
-    for value in (*graph.input, *graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in ("batch", "batch_size"):
-                dim.dim_value = 1
-
-
-def fp32_by_standard(model: onnx.ModelProto) -> list[str]:
-    """Nodes with FP16 inputs that ONNX lets compute in FP32 inside (`stash_type`), whatever surrounds them."""
-    return [
-        node.name
-        for node in model.graph.node
-        if node.op_type in ("LayerNormalization", "RMSNormalization")
-        and all(a.i == onnx.TensorProto.FLOAT for a in node.attribute if a.name == "stash_type")
-    ]
 
 
 def build_engine(source: Source, options: Options) -> Path:
@@ -271,7 +159,9 @@ def describe(engine: Path, report: dict) -> str:
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export.engine", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m export.engine", description="Build TensorRT engines from a bundle or an ONNX file."
+    )
     parser.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="a graph of no bundle instead")
     parser.add_argument("--part", default="encoder", help="encoder (default) or decoder")

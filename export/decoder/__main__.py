@@ -1,18 +1,23 @@
-"""Checkpoint -> decoder graph, compared with PyTorch."""
+"""Checkpoint -> decoder graph, compared with PyTorch.
+
+python -m export.decoder [--checkpoint DIR] [--precision fp32|fp16|int8|int4|w4a16] [--graph fused|portable]
+                         [--capacity N] [--out DIR]
+"""
 
 import argparse
 import shutil
 import tempfile
 from pathlib import Path
 
-from export.cli import BUILD, name_of, open_checkpoint, run
+from export.cli import BUILD, name_of, open_checkpoint
 from export.decoder.check import check_decoder
 from export.decoder.export import CAPACITY_HELP, PRECISIONS, check_options, export_decoder
-from export.tolerances import ParityError, report
+from export.parity import ParityError, report
+from runtime.command import run
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m export.decoder", description=__doc__.split("\n")[0])
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m export.decoder", description="Export the decoder to ONNX.")
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--precision", default="fp32", help=f"one of {', '.join(PRECISIONS)}; default: fp32")
     parser.add_argument("--graph", default="fused", help="fused (ONNX Runtime) or portable (standard operators)")
@@ -20,7 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="folder for the graph; default: build/decoder/<checkpoint>-<precision>"
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
     check_options(args.precision, args.graph, args.capacity)
     checkpoint = open_checkpoint(args.checkpoint)
     out = args.out or BUILD / "decoder" / f"{name_of(checkpoint)}-{args.precision}"

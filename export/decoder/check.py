@@ -7,15 +7,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from export.decoder.export import decoder_part
-from export.tolerances import Difference, compare
+from export.parity import TOLERANCES, Difference, compare
 from runtime import kernels
 from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_portable import PortableSequence
 from train.model import Checkpoint, load_language_state
-
-# Relative error of the logits against PyTorch in float32. Weight-only quantisation has no fixed error: these bounds
-# catch a broken graph, and accuracy is for a task's questions to tell.
-BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1, "int4": 0.8, "w4a16": 0.8}
 
 
 def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str = "fused") -> list[Difference]:
@@ -23,14 +19,14 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
 
     graph: fused, portable or kernels (a fused one with the operators of `runtime.kernels`).
 
-    PyTorch computes in float32 for a float32 graph, else in the checkpoint's own type, which the bounds leave room for:
-    a 7B stored in float16 then needs 14 GB here instead of 27.
+    PyTorch computes in float32 for a float32 graph, else in the checkpoint's own type, which the tolerances leave room
+    for: a 7B stored in float16 then needs 14 GB here instead of 27.
     """
     random = np.random.default_rng(0)
     state = load_language_state(checkpoint, torch.float32 if precision == "fp32" else None)
     dtype = state["model.embed_tokens.weight"].dtype
     llama = LlamaForCausalLM.from_pretrained(None, config=checkpoint.llama_config, state_dict=state, dtype=dtype)
-    table = llama.get_input_embeddings().weight.detach().float().numpy()
+    table = state["model.embed_tokens.weight"].float().numpy()  # [vocab, hidden]
     images = (random.standard_normal((9, table.shape[1])) * table.std()).astype(np.float32)
     tokens = random.integers(3, len(table), 16).tolist()
     calls = {
@@ -40,6 +36,7 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
         "step 2": [tokens[14]],
         "step 3": [tokens[15]],
     }
+    tolerance = TOLERANCES["decoder", precision]
     part = decoder_part(checkpoint, precision, file.name)
     if graph == "portable":
         forward = PortableSequence(file).forward
@@ -54,7 +51,6 @@ def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str
             )
         past = reference.past_key_values
         found = forward(ids, images if min(ids) < 0 else None)
-        rows.append(
-            compare(f"{graph} {precision} logits, {what}", found, reference.logits[0, -1].float(), BOUNDS[precision])
-        )
+        expected = reference.logits[0, -1].float()
+        rows.append(compare(f"{graph} {precision} logits, {what}", found, expected, tolerance))
     return rows

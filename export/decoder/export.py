@@ -1,8 +1,5 @@
 """Llama -> one ONNX graph with a KV cache that takes token ids and image embeds alike.
 
-    python -m export.decoder [--checkpoint DIR] [--precision fp32|fp16|int8|int4|w4a16] [--graph fused|portable]
-                             [--out DIR]
-
 fused: ONNX Runtime GenAI's model builder (GroupQueryAttention with the rotary embedding inside, MatMulNBits), for ONNX
 Runtime; the cache is updated in place and only the last position gets logits.
 portable: our own graph of ONNX's standard operators (`export.decoder.llama`), which TensorRT can parse; fp32 and fp16,
@@ -20,10 +17,10 @@ from pathlib import Path
 
 import onnx
 
-from export.decoder.genai import BUILDER, build_fused, position_scale, quietly, write_llama
+from export.decoder.genai import BUILDER, position_scale, quietly, run_builder, write_llama
 from export.decoder.llama import SMALL, llama_graph
 from export.decoder.surgery import add_next_token, merge_image_embeds
-from export.graphs.matmul_nbits import quantise_weights
+from export.graphs.matmul_nbits import quantize_weights
 from export.graphs.mixed_precision import half_graph
 from runtime.bundle.manifest import DecoderPart
 from runtime.errors import UserError
@@ -52,21 +49,11 @@ def export_decoder(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ("model.onnx" if graph == "fused" else "portable.onnx")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-        built = Path(scratch, file.name)
         if graph == "fused":
-            source = Path(scratch, "llama")
-            write_llama(checkpoint, source)
-            quietly(build_fused, source, built.parent, "fp32" if precision in BLOCKS else precision)
-            model = onnx.load(str(built), load_external_data=False)
-            merge_image_embeds(model)
-            add_next_token(model)
-            onnx.save(model, str(built))
-            if precision in BLOCKS:
-                whole, built = built, Path(scratch, "blocks", built.name)
-                quantise_weights(whole, built, *BLOCKS[precision])
+            built = _build_fused(checkpoint, Path(scratch), precision)
         else:
             capacity = checkpoint.llama_config.max_position_embeddings if capacity is None else capacity
-            _build_portable(checkpoint, built, precision, capacity)
+            built = _build_portable(checkpoint, Path(scratch), precision, capacity)
         for written in (Path(f"{built}.data"), built):  # weights before the graph that names them
             os.replace(written, folder / written.name)
     return file
@@ -86,14 +73,13 @@ def check_options(precision: str, graph: str = "fused", capacity: int | None = N
         raise UserError(f"a KV cache of {capacity} positions, expected {LEAST_CAPACITY} or more")
 
 
-def decoder_part(
-    checkpoint: Checkpoint,
-    precision: str,
-    file: str,
-    **others: str | None,
-) -> DecoderPart:
-    """What the manifest says of a fused graph at `file`, a path inside the bundle. others: `DecoderPart`'s other files,
-    by name."""
+def decoder_part(checkpoint: Checkpoint, precision: str, file: str, **others: str | None) -> DecoderPart:
+    """The manifest's section of a fused graph.
+
+    Args:
+        file: path of the graph in the bundle.
+        others: paths of `DecoderPart`'s other graphs, by field.
+    """
     llama = checkpoint.llama_config
     return DecoderPart(
         file=file,
@@ -108,9 +94,24 @@ def decoder_part(
     )
 
 
-def _build_portable(checkpoint: Checkpoint, file: Path, precision: str, capacity: int) -> None:
-    position_scale(checkpoint)  # refuses what has no fixed table of angles
-    data = Path(f"{file}.data")
+def _build_fused(checkpoint: Checkpoint, folder: Path, precision: str) -> Path:
+    source, file = folder / "llama", folder / "model.onnx"
+    write_llama(checkpoint, source)
+    quietly(run_builder, source, folder, "fp32" if precision in BLOCKS else precision)
+    model = onnx.load(str(file), load_external_data=False)
+    merge_image_embeds(model)
+    add_next_token(model)
+    onnx.save(model, str(file))
+    if precision not in BLOCKS:
+        return file
+    quantized = folder / "blocks" / file.name
+    quantize_weights(file, quantized, *BLOCKS[precision])
+    return quantized
+
+
+def _build_portable(checkpoint: Checkpoint, folder: Path, precision: str, capacity: int) -> Path:
+    position_scale(checkpoint)  # refuses rotary scaling without a fixed table of angles
+    file, data = folder / "portable.onnx", folder / "portable.onnx.data"
     model = llama_graph(checkpoint.llama_config, load_language_state(checkpoint), data, capacity)
     merge_image_embeds(model)
     add_next_token(model)
@@ -119,3 +120,4 @@ def _build_portable(checkpoint: Checkpoint, file: Path, precision: str, capacity
         model, _ = half_graph(onnx.load(str(file)), "decoder")
         data.unlink()  # onnx appends to a file that is there
         onnx.save(model, str(file), save_as_external_data=True, location=data.name, size_threshold=SMALL)
+    return file

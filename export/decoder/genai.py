@@ -31,7 +31,7 @@ def write_llama(checkpoint: Checkpoint, folder: Path) -> None:
     config.dtype = next(iter(state.values())).dtype
     config.save_pretrained(folder)
     save_tensors(state, folder / "model.safetensors")
-    # The exporters insist on some tokenizer; the real one reaches the bundle by another way
+    # The builder needs some tokenizer; the real one is exported by export.tokenizer
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(folder)
 
 
@@ -52,7 +52,7 @@ def position_scale(checkpoint: Checkpoint) -> float | None:
     return None
 
 
-def build_fused(source: Path, out: Path, precision: str) -> None:
+def run_builder(source: Path, out: Path, precision: str) -> None:
     try:
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
     except ImportError as error:

@@ -30,7 +30,7 @@ ALIGNMENT = 64  # bytes, of a tensor in the file of weights
 SMALL = 1024  # bytes of a tensor that stays in the graph's own file
 
 
-def quantise_weights(
+def quantize_weights(
     source: Path,
     target: Path,
     bits: int | None,
@@ -50,7 +50,7 @@ def quantise_weights(
     products = _products(graph)
     plans = {node.input[1]: (bits, method) for node in products if bits is not None} | {head.input[1]: (8, "rtn")}
     check_whole_blocks(graph, {name for name, (_, how) in plans.items() if how == "q4_1"})
-    shapes = {name: tuple(tensors[name].dims) for name in plans}
+    shapes = {name: (tensors[name].dims[0], tensors[name].dims[1]) for name in plans}
     _share_embeddings(graph, head, shapes[head.input[1]])
     _take_blocks(graph, plans, shapes)
     used = {name for node in graph.node for name in node.input}
@@ -81,7 +81,7 @@ def check_whole_blocks(graph: onnx.GraphProto, names: Collection[str] | None = N
     for tensor in graph.initializer:
         if tensor.name in names and tensor.dims[0] % BLOCK:
             raise UserError(
-                f"{tensor.name} has {tensor.dims[0]} inputs, which blocks with offsets (q4_1, gptq) and awq want to be "
+                f"{tensor.name} has {tensor.dims[0]} inputs, which asymmetric blocks (q4_1, gptq) want to be "
                 f"a multiple of {BLOCK}; take int8, or --method rtn of calib.quantize"
             )
 

@@ -77,7 +77,7 @@ def largest_magnitudes(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray
     found = []
     with _session(probe) as session:
         for feed in inputs:
-            *outputs, maximum = session.run(None, feed)
+            *outputs, maximum = map(np.asarray, session.run(None, feed))
             found.append(maximum)
             if not all(np.isfinite(value).all() for value in outputs):
                 raise ValueError(f"{_first_not_finite(model, feed)} is not finite in FP32 already")
@@ -107,7 +107,7 @@ def _first_not_finite(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> st
     probe.graph.output.extend(types[name] for name in names)
     with _session(probe) as session:
         for name, value in zip(names, session.run(names, feed), strict=True):
-            if not np.isfinite(value).all():
+            if not np.isfinite(np.asarray(value)).all():
                 return name
     return model.graph.output[0].name
 

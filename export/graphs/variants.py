@@ -69,9 +69,10 @@ def _block_matmul(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> on
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     inputs, size, *weights = node.input[0], attributes["K"], *node.input[1:]
     extended = makers.get(inputs)
-    means = makers.get(extended.input[-1]) if extended is not None and extended.op_type == "Concat" else None
-    if means is not None and means.op_type == "AveragePool":
-        inputs, size = extended.input[0], size * BLOCK // (BLOCK + 1)
+    if extended is not None and extended.op_type == "Concat":
+        means = makers.get(extended.input[-1])
+        if means is not None and means.op_type == "AveragePool":
+            inputs, size = extended.input[0], size * BLOCK // (BLOCK + 1)
     if size % BLOCK or attributes["block_size"] != BLOCK:
         return node
     return helper.make_node(

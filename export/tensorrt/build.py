@@ -136,7 +136,7 @@ def build(file: Path, options: Options) -> tuple[bytes, dict]:
         if config.add_optimization_profile(profile) < 0:
             raise UserError(f"the profile {profile_shapes} does not fit the graph")
     if options.timing_cache:
-        _set_timing_cache(config, options)
+        _set_timing_cache(config, options.timing_cache, options.flavour)
     serialised = builder.build_serialized_network(network, config)
     if serialised is None:
         raise UserError(f"the builder failed{_hint(options)}: {' / '.join(log.errors) or 'it gave no reason'}")
@@ -183,9 +183,8 @@ def _parser_error(error: Any) -> str:
     return f"node {error.node_name() or error.node()} ({error.node_operator()}): {error.desc()}"
 
 
-def _set_timing_cache(config: Any, options: Options) -> None:
-    file = options.timing_cache
-    if options.flavour == "rtx":
+def _set_timing_cache(config: Any, file: Path, flavour: str) -> None:
+    if flavour == "rtx":
         print(f"--timing-cache {file}: left alone, TensorRT for RTX times nothing while it builds", file=sys.stderr)
         return
     content = file.read_bytes() if file.is_file() else b""

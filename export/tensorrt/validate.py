@@ -1,13 +1,14 @@
-"""An engine, run where its GPU is: compared with ONNX Runtime, and by trtexec for its latency.
+"""Validation of an engine on its GPU: outputs compared with ONNX Runtime, latency measured by trtexec.
 
-trtexec tells no right output from a wrong one, so that the comparison runs whether it is there or not. The report says
-which of them ran, at which shapes, and what came of it. Where neither can run it says `executed: false`, and nothing
-else is claimed.
+trtexec does not check outputs, so the comparison runs whether trtexec is there or not. The engine's report says which
+of the two ran, at which shapes, and their figures. Where neither can run, it says `executed: false`.
 """
 
+import contextlib
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from export.parity import TOLERANCES, ParityError, compare
 from export.tensorrt import trtexec
-from export.tolerances import ParityError
+from runtime.backends.ort_portable import PortableSequence
 from runtime.backends.ort_session import open_session
 from runtime.backends.tensorrt import DTYPES, EngineDecoder
 from runtime.bundle.engines import Engine, read_report, write_report
@@ -24,9 +26,7 @@ from runtime.device.cuda import Cuda, present_gpu
 from runtime.errors import UserError
 
 DECODER_PROMPT, DECODER_STEPS = 64, 8
-# Relative error against the graph in the bundle on ONNX Runtime. FP16 has 11 bits; a quantised graph rounds the same
-# values to the same few steps, but those that lie between two of them fall either way.
-BOUNDS = {"fp16": 2e-2, "int8": 0.1, "fp8": 0.1}
+POLYGRAPHY_FLAVOUR = "POLYGRAPHY_USE_TENSORRT_RTX"  # read when polygraphy is imported
 
 
 def validate(engine: Path, source_file: Path) -> dict | None:
@@ -95,21 +95,38 @@ def _with_polygraphy(engine: Path, report: dict, source_file: Path) -> dict:
     with found_runner as found, reference_runner as reference:
         for shapes in corners(profile):
             feeds = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-            error = _relative_error(*_outputs(found, reference, feeds, report, types))
-            runs.append({"profile": 0, "shapes": shapes, "error": _within_bound(engine, shapes, error, report)})
+            outputs = _outputs(found, reference, feeds, report, types)
+            runs.append({"profile": 0, "shapes": shapes, "error": _checked_error(engine, shapes, report, *outputs)})
     return {"tool": "polygraphy", "runs": runs}
 
 
 def polygraphy_runners(engine: Path, report: dict, source_file: Path) -> tuple[Any, Any]:
     """polygraphy's runners of the engine, and of its ONNX file on ONNX Runtime's CPU provider."""
-    if report["flavour"] == "rtx":
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read once, when polygraphy is imported
-    from polygraphy.backend.common import BytesFromPath
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+    with _polygraphy_for(report["flavour"]):
+        from polygraphy.backend.common import BytesFromPath
+        from polygraphy.backend.onnxrt import OnnxrtRunner
+        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    found = TrtRunner(EngineFromBytes(BytesFromPath(str(engine))))
-    return found, OnnxrtRunner(lambda: open_session(source_file, None))
+        found = TrtRunner(EngineFromBytes(BytesFromPath(str(engine))))
+        return found, OnnxrtRunner(lambda: open_session(source_file, None))
+
+
+@contextlib.contextmanager
+def _polygraphy_for(flavour: str) -> Iterator[None]:
+    """Lets polygraphy be imported for one flavor of TensorRT, anew where it was imported for the other."""
+    before = os.environ.get(POLYGRAPHY_FLAVOUR)
+    config = sys.modules.get("polygraphy.config")
+    if config is not None and (flavour == "rtx") != config.USE_TENSORRT_RTX:
+        for name in [name for name in sys.modules if name.split(".")[0] == "polygraphy"]:
+            del sys.modules[name]
+    os.environ[POLYGRAPHY_FLAVOUR] = str(int(flavour == "rtx"))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[POLYGRAPHY_FLAVOUR]
+        else:
+            os.environ[POLYGRAPHY_FLAVOUR] = before
 
 
 def _outputs(
@@ -126,8 +143,6 @@ def _outputs(
 def _with_runtime(engine: Path, report: dict, source_file: Path) -> dict:
     """A decoder, whose past and present must be the same memory, which polygraphy cannot do: by the runtime's own loop,
     a prompt with images and single steps after it."""
-    from runtime.backends.ort_portable import PortableSequence
-
     random = np.random.default_rng(0)
     decoder = EngineDecoder(Engine(engine, report), Cuda())
     length = min(DECODER_PROMPT, decoder.capacity - DECODER_STEPS)
@@ -140,21 +155,19 @@ def _with_runtime(engine: Path, report: dict, source_file: Path) -> dict:
     runs = []
     for step in range(DECODER_STEPS + 1):
         ids, images = (prompt, embeds) if step == 0 else (tokens[step - 1 : step], None)
-        error = _relative_error(found.forward(ids, images), reference.forward(ids, images))
-        shapes = {"input_ids": [1, len(ids)]}
-        runs.append({"profile": int(step > 0), "shapes": shapes, "error": _within_bound(engine, shapes, error, report)})
+        shapes, outputs = {"input_ids": [1, len(ids)]}, (found.forward(ids, images), reference.forward(ids, images))
+        error = _checked_error(engine, shapes, report, *outputs)
+        runs.append({"profile": int(step > 0), "shapes": shapes, "error": error})
     return {"tool": "runtime", "runs": runs}
 
 
-def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    expected = np.asarray(expected, np.float64)
-    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
-
-
-def _within_bound(engine: Path, shapes: dict, error: float, report: dict) -> float:
-    if not error <= BOUNDS[report["precision"]]:  # NaN is not
-        raise ParityError(f"{engine} at {shapes}: relative error {error:.2e} to ONNX Runtime")
-    return error
+def _checked_error(engine: Path, shapes: dict, report: dict, found: np.ndarray, expected: np.ndarray) -> float:
+    """The relative error of an engine's output. Raises ParityError above the tolerance of the engine's precision."""
+    what = f"{engine} at {shapes}"
+    difference = compare(what, found, expected, TOLERANCES["engine", report["precision"]])
+    if not difference.ok:
+        raise ParityError(f"{what}: relative error {difference.error:.2e} to ONNX Runtime")
+    return difference.error
 
 
 def describe_run(run: dict) -> str:

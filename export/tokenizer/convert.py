@@ -130,7 +130,7 @@ def _eos_token_ids(files: CheckpointFiles, tokenizer: tokenizers.Tokenizer) -> l
     trained = tokenizer.token_to_id(files.role("eos_token") or "</s>")
     settings = [files.generation.get("eos_token_id"), files.config.get("eos_token_id"), trained]
     setting = next((setting for setting in settings if setting is not None), None)
-    ids = setting if isinstance(setting, list) else [setting]
+    ids: list[Any] = setting if isinstance(setting, list) else [setting]
     turn_end = tokenizer.token_to_id(CHATML_TURN_END)
     ids = list(dict.fromkeys(ids if turn_end is None else [*ids, turn_end]))
     for token_id in ids:

@@ -9,7 +9,7 @@ import random
 import re
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec  # pyright: ignore
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from runtime.text.detokenize import SPACE
@@ -62,7 +62,7 @@ def _bpe(original: OriginalTokenizer) -> models.BPE:
     )
 
 
-def _symbols_apart(model: sentencepiece_model_pb2.ModelProto, symbols: list[str]) -> pre_tokenizers.PreTokenizer:
+def _symbols_apart(model: ModelProto, symbols: list[str]) -> pre_tokenizers.PreTokenizer:
     """Cuts user-defined symbols out of the text, which `ignore_merges` then looks up whole.
 
     An added token would not do: it is cut out before the prefix space gets in front of it. The second cut keeps
@@ -100,7 +100,7 @@ def _unigram(original: OriginalTokenizer) -> models.Unigram:
     return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=model.trainer_spec.byte_fallback)
 
 
-def _normalizers(spec: sentencepiece_model_pb2.NormalizerSpec, legacy: bool) -> list[normalizers.Normalizer]:
+def _normalizers(spec: NormalizerSpec, legacy: bool) -> list[normalizers.Normalizer]:
     """SentencePiece's Normalizer::Normalize, applied to each stretch of text between added tokens."""
     charsmap = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     prefix = [normalizers.Prepend(SPACE)] if legacy and spec.add_dummy_prefix else []

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from export.bundle_writer import write_bundle
+from export.bundle_writer import new_bundle, write_manifest
 from runtime.bundle.engines import FORMAT, engine_folder, write_report
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.verify import file_sha256
@@ -24,14 +24,12 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def write_fake_bundle(folder: Path) -> Path:
-    def fill(out: Path) -> dict:
-        for name in FILES:
-            (out / name).parent.mkdir(exist_ok=True)
-            (out / name).write_bytes(name.encode() * 10)
-        return SECTIONS
-
-    write_bundle(folder, fill, "fake", {})
+def write_fake_bundle(folder: Path, name: str = "fake") -> Path:
+    with new_bundle(folder) as out:
+        for file in FILES:
+            (out / file).parent.mkdir(exist_ok=True)
+            (out / file).write_bytes(file.encode() * 10)
+        write_manifest(out, name, {}, SECTIONS)
     return folder
 
 

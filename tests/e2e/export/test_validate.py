@@ -3,16 +3,17 @@
 import json
 import os
 import stat
+import sys
 
 import numpy as np
 import onnxruntime
 import pytest
 
 from calib.activations import Activations
-from calib.qdq import quantise
+from calib.qdq import quantize
 from export.encoder import export_encoder
+from export.parity import ParityError
 from export.tensorrt import trtexec, validate
-from export.tolerances import ParityError
 from runtime.bundle.engines import FORMAT, read_report, write_report
 from tests.integration.export.test_encoder import tiny
 from tests.support.commands import run_module
@@ -164,13 +165,14 @@ def test_a_graph_in_float16_is_given_what_it_takes(engine, tmp_path, monkeypatch
     assert {run["error"] for run in validate.validate(engine, half)["runs"]} == {0.0}
 
 
-def test_polygraphy_s_runners_are_those_of_the_flavour(engine, graph):
-    """They are made, not run: a GPU is what running takes."""
-    found, reference = validate.polygraphy_runners(engine, read_report(engine), graph)
-    assert type(found).__name__ == "TrtRunner"
-    from polygraphy import config
-
-    assert config.USE_TENSORRT_RTX
+def test_polygraphy_s_runners_are_those_of_the_flavour(engine, graph, monkeypatch):
+    """One flavor after the other in one process. They are made, not run: a GPU is what running takes."""
+    monkeypatch.delenv(validate.POLYGRAPHY_FLAVOUR, raising=False)
+    for flavour in ("rtx", "tensorrt", "rtx"):
+        found, reference = validate.polygraphy_runners(engine, read_report(engine) | {"flavour": flavour}, graph)
+        runner = sys.modules[type(found).__module__]
+        assert (type(found).__name__, runner.config.USE_TENSORRT_RTX) == ("TrtRunner", flavour == "rtx")
+        assert validate.POLYGRAPHY_FLAVOUR not in os.environ
     pixels = np.random.default_rng(0).standard_normal((1, 3, 128, 64), dtype=np.float32)
     with reference as session:
         assert session.infer({"pixel_values": pixels})["image_embeds"].shape == (1, 2, 48)
@@ -180,7 +182,7 @@ def test_an_fp8_engine_is_compared_with_the_fp8_graph(engine, graph, tmp_path):
     pixels = [np.random.default_rng(i).standard_normal((1, 3, 128, 64), dtype=np.float32) for i in range(16)]
     activations = Activations(graph)
     activations.collect((str(i), image) for i, image in enumerate(pixels))
-    quantise(graph, tmp_path / "fp8.onnx", activations.ranges("minmax")[0], "fp8")
+    quantize(graph, tmp_path / "fp8.onnx", activations.ranges("minmax")[0], "fp8")
     _, reference = validate.polygraphy_runners(engine, read_report(engine), tmp_path / "fp8.onnx")
     with reference as session:
         found = session.infer({"pixel_values": pixels[0]})["image_embeds"]

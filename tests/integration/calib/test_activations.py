@@ -104,16 +104,6 @@ def test_percentile_leaves_that_share_outside():
     assert histogram.threshold("percentile") == pytest.approx(np.percentile(np.abs(values), 99.99), rel=0.02)
 
 
-def test_entropy_cuts_a_lonely_outlier_and_no_more():
-    values = np.random.default_rng(3).normal(0, 1, 100_000).astype(np.float32)
-    histogram = Histogram()
-    histogram.add(np.append(values, np.float32(60)))
-    assert 2 < histogram.threshold("entropy") < 30
-    flat = Histogram()
-    flat.add(np.linspace(-1, 1, 100_001, dtype=np.float32))
-    assert flat.threshold("entropy") > 0.9, "of a uniform distribution nothing is to be cut"
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_constant_activations_are_warned_of(tiny_encoder, method):
     images = [(name, np.zeros_like(x)) for name, x in feeds()]

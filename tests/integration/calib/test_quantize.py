@@ -13,9 +13,9 @@ from PIL import Image
 
 import runtime
 from calib.activations import METHODS, Activations, activations_of
+from calib.encoder import EncoderOptions, quantize_encoder_bundle, ranges_file
 from calib.images import Page, calibration_pixels, find_pages
-from calib.qdq import is_depthwise, measure_means, quantise
-from calib.quantize import Options, kept_ranges, quantise_bundle
+from calib.qdq import is_depthwise, measure_means, quantize
 from export.encoder import export_encoder
 from runtime.backends import select as backends
 from runtime.backends.ort_session import open_session
@@ -25,13 +25,14 @@ from runtime.bundle.verify import file_sha256
 from runtime.device.cpuinfo import int8_sums_saturate
 from runtime.errors import UserError
 from tests.integration.export.test_encoder import tiny
-from tests.support.commands import assert_one_line_error, run_module
+from tests.support.bundles import exported
+from tests.support.commands import assert_one_line_error, run_main
 
 
 @pytest.fixture(scope="module")
 def int8(conformance_bundle, pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "int8"
-    run_module(
+    run_main(
         "calib.quantize", "--bundle", conformance_bundle, "--data", pictures, "--precision", "int8", "--out", out
     ).check_returncode()
     return out
@@ -80,7 +81,7 @@ def test_convolutions_and_products_take_quantised_inputs_and_nothing_else_does(
     assert list(ranges) == activations_of(original)
     spared = depthwise(original) if precision == "fp8" else []
     assert depthwise(original)
-    quantise(source, target, ranges, precision, spared)
+    quantize(source, target, ranges, precision, spared)
     graph = onnx.load(target).graph
     weights, values = values_of(original), values_of(graph)
     makers = {name: node for node in graph.node for name in node.output}
@@ -121,7 +122,7 @@ def test_scales_are_the_largest_magnitudes_of_the_images(conformance_bundle, pic
     bundle = open_bundle(conformance_bundle)
     feeds = feeds_of(bundle, pictures)
     source = bundle.path("encoder/fp32.onnx")
-    quantise(source, tmp_path / "q.onnx", ranges_of(source, feeds), "int8")
+    quantize(source, tmp_path / "q.onnx", ranges_of(source, feeds), "int8")
     graph = onnx.load(tmp_path / "q.onnx").graph
     (first,) = (n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "pixel_values")
     expected = max(np.abs(feed).max() for _, feed in feeds) / 127
@@ -132,12 +133,12 @@ def test_scales_are_the_largest_magnitudes_of_the_images(conformance_bundle, pic
 def test_every_method_stays_near_float32(conformance_bundle, pictures, tmp_path, method):
     bundle = open_bundle(conformance_bundle)
     source = bundle.path("encoder/fp32.onnx")
-    quantise(source, tmp_path / "int8.onnx", ranges_of(source, feeds_of(bundle, pictures), method), "int8")
+    quantize(source, tmp_path / "int8.onnx", ranges_of(source, feeds_of(bundle, pictures), method), "int8")
     pixels, _ = held_out(bundle.image, tmp_path)
     (found,), (expected,) = (
         open_session(file, None).run(None, {"pixel_values": pixels}) for file in (tmp_path / "int8.onnx", source)
     )
-    assert 15 < sqnr(found, expected) < 60
+    assert 25 < sqnr(found, expected) < 40, "ranges three times too large give 21.8 dB at most, too small 6"
 
 
 def conv_and_product(tmp_path):
@@ -176,7 +177,7 @@ def test_biases_take_up_the_mean_error(tmp_path, precision):
     session = onnxruntime.InferenceSession(source)
     outputs = {}
     for name, corrected in (("plain", None), ("corrected", means)):
-        quantise(source, tmp_path / f"{name}-q.onnx", ranges, precision, means=corrected)
+        quantize(source, tmp_path / f"{name}-q.onnx", ranges, precision, means=corrected)
         outputs[name] = open_session(tmp_path / f"{name}-q.onnx", None)
     errors = {}
     for name, quantised in outputs.items():
@@ -218,7 +219,7 @@ def test_the_bundle_answers_and_keeps_the_rest(conformance_bundle, int8, picture
     for encoder in ("onnx",) if int8_sums_saturate() else ("onnx", "openvino"):
         model = runtime.load(int8, backends=Backends(encoder=encoder))
         assert model.encoder_backend.precision == "int8"
-        assert 20 < sqnr(model.encoder(images), expected.encoder(images)) < 60
+        assert 25 < sqnr(model.encoder(images), expected.encoder(images)) < 40
     *_, last = model.generate([pictures / "00.png"], "What?", runtime.Options(max_new_tokens=3))
     assert len(last.result.token_ids) == 3
     monkeypatch.setattr(backends, "int8_sums_saturate", lambda: True)
@@ -229,7 +230,7 @@ def test_the_bundle_answers_and_keeps_the_rest(conformance_bundle, int8, picture
 
 
 def test_fp8_is_for_engines_and_float32_stays(conformance_bundle, pictures, tmp_path):
-    done = run_module(
+    done = run_main(
         "calib.quantize",
         "--bundle",
         conformance_bundle,
@@ -255,7 +256,7 @@ def test_fp8_values_are_near_float32(tiny_encoder, conformance_bundle, pictures,
     feeds = feeds_of(bundle, pictures)
     ranges = ranges_of(tiny_encoder, feeds)
     means = measure_means(tiny_encoder, ranges, "fp8", feeds[:4])
-    quantise(tiny_encoder, tmp_path / "fp8.onnx", ranges, "fp8", depthwise(onnx.load(tiny_encoder).graph), means)
+    quantize(tiny_encoder, tmp_path / "fp8.onnx", ranges, "fp8", depthwise(onnx.load(tiny_encoder).graph), means)
     from onnx.reference import ReferenceEvaluator
 
     pixels = held_out(bundle.image, tmp_path)[1][:, :, :64, :64]
@@ -272,7 +273,7 @@ def test_large_weights_lie_beside_the_graph(pictures, conformance_bundle, tmp_pa
     feeds = feeds_of(open_bundle(conformance_bundle), pictures)
     ranges = ranges_of(tmp_path / "fp32.onnx", feeds)
     means = measure_means(tmp_path / "fp32.onnx", ranges, "int8", feeds[:2])
-    quantise(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", ranges, "int8", (), means)
+    quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", ranges, "int8", (), means)
     assert (tmp_path / "int8.onnx.data").stat().st_size > 1000
     open_session(tmp_path / "int8.onnx", None)
 
@@ -291,42 +292,46 @@ def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
         (few, "15 images, at least 16"),
         (broken, "0 of 16 images can be opened"),
         (tmp_path / "nowhere", "no such folder"),
-        (few / "00.png", "LLaVA's JSON"),
+        (few / "00.png", "neither a list of records"),
     ):
         with pytest.raises(UserError, match=said):
-            quantise_bundle(bundle, tmp_path / "out", data, Options())
+            quantize_encoder_bundle(bundle, tmp_path / "out", data, EncoderOptions())
     with pytest.raises(UserError, match="is no bundle"):
-        quantise_bundle(bundle, few, pictures, Options())
+        quantize_encoder_bundle(bundle, few, pictures, EncoderOptions())
     with pytest.raises(UserError, match="the bundle itself"):
-        quantise_bundle(bundle, bundle.folder, pictures, Options())
+        quantize_encoder_bundle(bundle, bundle.folder, pictures, EncoderOptions())
     arguments = ("--bundle", conformance_bundle, "--data", pictures, "--out", tmp_path / "out")
-    assert_one_line_error(run_module("calib.quantize", *arguments, "--precision", "int4"), "int4", "int8 or fp8")
+    assert_one_line_error(run_main("calib.quantize", *arguments, "--precision", "int4"), "int4", "int8 or fp8")
     decoder = (*arguments, "--part", "decoder")
-    assert_one_line_error(run_module("calib.quantize", *decoder, "--precision", "fp8"), "fp8", "int4 or int8")
+    assert_one_line_error(run_main("calib.quantize", *decoder, "--precision", "fp8"), "fp8", "int4 or int8")
     for budget in ("1", "0"):
-        done = run_module("calib.quantize", *decoder, "--budget", budget)
+        done = run_main("calib.quantize", *decoder, "--budget", budget)
         assert_one_line_error(done, "--budget is for --part encoder")
-    assert_one_line_error(run_module("calib.quantize", *decoder, "--samples", "16"), "--samples is for gptq and awq")
+    assert_one_line_error(run_main("calib.quantize", *decoder, "--samples", "16"), "--samples is for gptq: q4_1")
     for options, said in (
         ({"samples": 15}, "--samples is 15, expected 16"),
         ({"questions": 0}, "--questions"),
-        ({"method": "guess"}, "mse, minmax, entropy, percentile"),
+        ({"method": "guess"}, "mse, minmax, percentile"),
+        ({"method": "entropy"}, "entropy was removed: mse loses less"),
         ({"budget": -1}, "--budget"),
         ({"depthwise": True, "precision": "fp8"}, "no depthwise convolution in FP8"),
     ):
         with pytest.raises(UserError, match=said):
-            Options(**options)
+            EncoderOptions(**options)
     assert not (tmp_path / "out").exists()
 
 
 def test_ranges_lie_beside_the_folder_that_out_names(tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     monkeypatch.chdir(tmp_path / "new")
-    assert kept_ranges(Path(), Options()) == kept_ranges(tmp_path / "new", Options()) == tmp_path / "new.ranges.npz"
+    assert (
+        ranges_file(Path(), EncoderOptions())
+        == ranges_file(tmp_path / "new", EncoderOptions())
+        == tmp_path / "new.ranges.npz"
+    )
 
 
-def test_a_bundle_without_a_float32_encoder(conformance, pictures, tmp_path):
-    arguments = ("--checkpoint", conformance / "checkpoint", "--res", 256, "--precision", "fp16")
-    run_module("export.bundle", *arguments, "--out", tmp_path / "fp16").check_returncode()
+def test_a_bundle_without_a_float32_encoder(pictures, tmp_path):
+    fp16 = exported("--res", 256, "--precision", "fp16")
     with pytest.raises(UserError, match=r"no encoder/fp32\.onnx"):
-        quantise_bundle(open_bundle(tmp_path / "fp16"), tmp_path / "out", pictures, Options())
+        quantize_encoder_bundle(open_bundle(fp16), tmp_path / "out", pictures, EncoderOptions())

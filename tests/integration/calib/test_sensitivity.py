@@ -7,12 +7,12 @@ import onnx
 import pytest
 from PIL import Image
 
-from calib.activations import QUANTISED
+from calib.activations import QUANTIZED
+from calib.encoder import EncoderOptions, quantize_encoder_bundle
 from calib.evaluation import Evaluation, Loss
 from calib.images import find_pages
 from calib.qdq import Calibrated
-from calib.quantize import Options, quantise_bundle
-from calib.sensitivity import Step, depthwise_of, groups_of, nested, sensitivities, settle
+from calib.sensitivity import Step, candidate_sets, depthwise_of, groups_of, nodes_of, search, sensitivities
 from export.encoder import export_encoder
 from runtime.backends.ort_session import open_session
 from runtime.bundle.manifest import open_bundle
@@ -34,7 +34,7 @@ def test_every_layer_is_in_the_group_that_its_place_in_the_model_says(tmp_path):
     expected |= {f"stage {i} downsample": 1 for i in range(1, 5)}
     assert {group.name: len(group.nodes) for group in groups} == expected
     nodes = {node.name: node for node in graph.node}
-    assert sorted(n for g in groups for n in g.nodes) == sorted(n for n, x in nodes.items() if x.op_type in QUANTISED)
+    assert sorted(n for g in groups for n in g.nodes) == sorted(n for n, x in nodes.items() if x.op_type in QUANTIZED)
     weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for group in groups:
         for name in group.nodes:
@@ -67,7 +67,7 @@ def test_one_group_alone_is_quantised(conformance_bundle, pictures, tmp_path):
     calibrated.write(tmp_path / "one.onnx", [node for group in groups if group != chosen for node in group.nodes])
     graph = onnx.load(tmp_path / "one.onnx").graph
     makers = {name: node.op_type for node in graph.node for name in node.output}
-    rounded = {n.name for n in graph.node if n.op_type in QUANTISED and makers.get(n.input[1]) == "DequantizeLinear"}
+    rounded = {n.name for n in graph.node if n.op_type in QUANTIZED and makers.get(n.input[1]) == "DequantizeLinear"}
     assert rounded == set(chosen.nodes)
     for node in graph.node:  # and nothing else reads a rounded value
         if node.name not in rounded and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
@@ -94,12 +94,12 @@ def test_sets_grow_by_the_group_that_is_worst_alone(conformance_bundle, pictures
     worst_first = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
     alone = {name: Loss(float(i), 0.0, None) for i, name in enumerate(worst_first)}
     evaluation = Evaluation(bundle, find_pages(pictures)[16:], 4)
-    sets = nested(calibrated, groups, always, alone, evaluation)
+    sets = candidate_sets(calibrated, groups, always, alone, evaluation)
     others = [name for name in worst_first if name not in always]
-    assert [set(step.left) for step in sets] == [{*always, *others[:count]} for count in range(len(others) + 1)]
-    assert all(list(step.left) == [name for name in names if name in step.left] for step in sets)
+    assert [set(step.excluded) for step in sets] == [{*always, *others[:count]} for count in range(len(others) + 1)]
+    assert all(list(step.excluded) == [name for name in names if name in step.excluded] for step in sets)
     assert sets[-1].sqnr_db == np.inf, "with every group left nothing is rounded"
-    calibrated.write(tmp_path / "two.onnx", [n for group in groups if group.name in sets[2].left for n in group.nodes])
+    calibrated.write(tmp_path / "two.onnx", nodes_of(groups, sets[2].excluded))
     assert evaluation.loss(tmp_path / "two.onnx").sqnr_db == pytest.approx(sets[2].sqnr_db)
 
 
@@ -134,21 +134,21 @@ def test_the_smallest_set_that_holds_on_all_questions_is_taken(first, whole, bud
         calls.append(len(left))
         return percent(whole[len(left)])
 
-    rounds = settle(sets, loss_of, percent(first), budget)
+    rounds = search(sets, loss_of, percent(first), budget)
     assert calls == asked
-    assert sorted(len(step.left) for step in rounds) == sorted(asked)
-    assert all(step.loss.anls == whole[len(step.left)] for step in rounds)
-    assert rounds[-1].left == sets[min(i for i in asked if whole[i] <= budget)].left
+    assert sorted(len(step.excluded) for step in rounds) == sorted(asked)
+    assert all(step.loss.anls == whole[len(step.excluded)] for step in rounds)
+    assert rounds[-1].excluded == sets[min(i for i in asked if whole[i] <= budget)].excluded
 
 
 def test_a_budget_that_nothing_meets_takes_what_loses_least():
     sets = sets_of([20.0, 26.0, 32.0, np.inf])
-    rounds = settle(sets, lambda left: percent(7 - len(left)), percent(7), 1)
-    assert [len(step.left) for step in rounds] == [3]
+    rounds = search(sets, lambda left: percent(7 - len(left)), percent(7), 1)
+    assert [len(step.excluded) for step in rounds] == [3]
     assert rounds[-1].loss.budgeted == 4
     sets = sets_of([20 + 0.5 * count for count in range(12)])
-    rounds = settle(sets, lambda left: percent(1.05 - 0.001 * len(left)), percent(1), 1)
-    assert [len(step.left) for step in rounds] == [0, 1, 2, 3], "and there is an end to it"
+    rounds = search(sets, lambda left: percent(1.05 - 0.001 * len(left)), percent(1), 1)
+    assert [len(step.excluded) for step in rounds] == [0, 1, 2, 3], "and there is an end to it"
 
 
 def test_the_report_says_what_was_measured(conformance_bundle, pictures, tmp_path):
@@ -159,22 +159,24 @@ def test_the_report_says_what_was_measured(conformance_bundle, pictures, tmp_pat
         pixels = np.kron(random.integers(0, 256, (4, 4, 3)), np.ones((40, 50, 1))).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02}.png")
     out = tmp_path / "int8"
-    outcome = quantise_bundle(open_bundle(conformance_bundle), out, folder, Options(budget=0.5, questions=8))
+    outcome = quantize_encoder_bundle(
+        open_bundle(conformance_bundle), out, folder, EncoderOptions(budget=0.5, questions=8)
+    )
     report = json.loads((out / "calib" / "encoder-int8.json").read_text())
     assert report["held_out"] is True
     assert report["budget_of"] == "% of next tokens that differ"
     assert (report["calibration_images"], report["questions"]) == (18, 24)
-    assert report["left_in_higher_precision"] == list(outcome.left)
+    assert report["left_in_higher_precision"] == list(outcome.excluded)
     assert report["loss"]["differing"] == round(outcome.loss.differing, 2)
     assert report["loss"]["anls"] is None
     bundle = open_bundle(out)
     graph = onnx.load(bundle.path("encoder/fp32.onnx")).graph
     groups = {group.name: group.nodes for group in groups_of(graph)}
     assert [row["group"] for row in report["alone"]] == list(groups)
-    assert set(depthwise_of(graph, groups_of(graph))) <= set(outcome.left)
+    assert set(depthwise_of(graph, groups_of(graph))) <= set(outcome.excluded)
     within = [step for step in report["rounds"] if step["differing"] <= 0.5]
     assert within, "leaving every group loses nothing"
-    assert len(outcome.left) == min(len(step["left"]) for step in within)
+    assert len(outcome.excluded) == min(len(step["left"]) for step in within)
     assert set(map(tuple, (step["left"] for step in report["rounds"]))) <= {tuple(s["left"]) for s in report["sets"]}
     assert report["sets"][-1] == {"left": list(groups), "sqnr_db": None}
     markdown = (out / "calib" / "encoder-int8.md").read_text()
@@ -182,5 +184,5 @@ def test_the_report_says_what_was_measured(conformance_bundle, pictures, tmp_pat
     assert Image.open(out / "calib" / "encoder-int8.png").size[0] > 500
     quantised = onnx.load(bundle.path("encoder/int8.onnx")).graph
     makers = {name: node.op_type for node in quantised.node for name in node.output}
-    spared = {n.name for n in quantised.node if n.op_type in QUANTISED and makers.get(n.input[1]) != "DequantizeLinear"}
-    assert spared == {node for name in outcome.left for node in groups[name]}
+    spared = {n.name for n in quantised.node if n.op_type in QUANTIZED and makers.get(n.input[1]) != "DequantizeLinear"}
+    assert spared == {node for name in outcome.excluded for node in groups[name]}

@@ -73,10 +73,6 @@ def test_other_precisions_stay_close(conformance, reference, tmp_path, precision
     assert last.result.token_ids[0] == expected["generated_ids"][0]  # its margin over the next token is wide
 
 
-def test_wide_margin_makes_the_first_token_a_fair_check(reference):
-    assert reference["cases"][1]["top1_margin"] > 1
-
-
 def test_parity_command_agrees(conformance, conformance_bundle):
     arguments = ["--checkpoint", conformance / "checkpoint", "--bundle", conformance_bundle, "--image"]
     done = run_main("export.parity", *arguments, *(conformance / f"case{number}.png" for number in CASES))

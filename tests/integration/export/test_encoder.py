@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from export import encoder as encoder_export
-from export.cli import run
-from export.encoder import OPSET, check_encoder, export_encoder, parity_inputs, pytorch_outputs
-from export.tolerances import ParityError
-from tests.support.commands import run_module
+from export.encoder import OPSET, check_encoder, export_encoder, main, parity_inputs, pytorch_outputs
+from export.parity import TOLERANCES, ParityError
+from tests.support.commands import assert_one_line_error, run_main
 from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
 
 
@@ -115,7 +114,7 @@ def test_not_a_number_is_an_error_too(graph):
 
 def test_command_prints_the_table_and_writes_the_graph(conformance, tmp_path):
     arguments = ["--checkpoint", conformance / "checkpoint", "--res", 256, "--out", tmp_path]
-    done = run_module("export.encoder", *arguments)
+    done = run_main("export.encoder", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" ok") >= 3
     assert "256x256 -> 16 visual tokens" in done.stdout
@@ -133,23 +132,15 @@ def test_command_prints_the_table_and_writes_the_graph(conformance, tmp_path):
 )
 def test_command_refuses_in_one_line(conformance, tmp_path, arguments, mentions):
     checkpoint = [] if "--checkpoint" in arguments else ["--checkpoint", conformance / "checkpoint"]
-    done = run_module("export.encoder", *checkpoint, *arguments, "--out", tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert all(mention in done.stderr for mention in mentions)
+    done = run_main("export.encoder", *checkpoint, *arguments, "--out", tmp_path)
+    assert_one_line_error(done, *mentions)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_command_fails_where_the_error_exceeds_its_bound(conformance, tmp_path, monkeypatch, capsys):
-    arguments = ["encoder", "--checkpoint", conformance / "checkpoint", "--res", "128", "--out", tmp_path]
-    monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
-    monkeypatch.setitem(encoder_export.BOUNDS, "fp32", 1e-9)
-    with pytest.raises(ParityError):
-        encoder_export.main()
-    with pytest.raises(SystemExit) as left:
-        run(encoder_export.main)
-    assert left.value.code == 1
-    printed = capsys.readouterr()
-    assert "TOO LARGE" in printed.out
-    assert len(printed.err.strip().splitlines()) == 1
+    monkeypatch.setitem(TOLERANCES, ("encoder", "fp32"), 1e-9)
+    with pytest.raises(ParityError, match="nothing was written") as error:
+        main(["--checkpoint", str(conformance / "checkpoint"), "--res", "128", "--out", str(tmp_path)])
+    assert error.value.exit_code == 1
+    assert "TOO LARGE" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

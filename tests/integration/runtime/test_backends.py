@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import runtime
-from export.engine import engine_graph, source_of
 from export.graphs.mixed_precision import to_half
 from export.tensorrt.build import Options
+from export.tensorrt.source import engine_graph, source_of
 from export.tensorrt.validate import validate
 from runtime.backends.ort_encoder import OnnxEncoder
 from runtime.backends.select import Backends

@@ -1,4 +1,4 @@
-"""The bundle's format: what is refused, with which words, and what a killed or failing writer leaves."""
+"""The bundle's format: what is refused, and with which words."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from export.bundle_writer import write_bundle
 from runtime.bundle import verify as bundles
 from runtime.bundle.manifest import open_bundle
 from runtime.bundle.verify import MANIFEST, PARTIAL
@@ -234,24 +233,3 @@ def test_unfinished_folders_are_refused(bundle):
     left_over = bundle.rename(bundle.with_name(f"bundle{PARTIAL}abc"))
     with pytest.raises(UserError, match="not a finished bundle"):
         open_bundle(left_over)
-
-
-def test_a_failing_writer_leaves_nothing_and_keeps_the_old_bundle(bundle):
-    before = (bundle / MANIFEST).read_bytes()
-
-    def fail(folder):
-        (folder / "half").write_text("x")
-        raise RuntimeError("on purpose")
-
-    with pytest.raises(RuntimeError, match="on purpose"):
-        write_bundle(bundle, fail, "name", {})
-    assert (bundle / MANIFEST).read_bytes() == before
-    assert os.listdir(bundle.parent) == [bundle.name]
-
-
-def test_something_that_is_no_bundle_is_not_replaced(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="no bundle"):
-        write_bundle(tmp_path / "mine", lambda folder: {}, "name", {})
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
