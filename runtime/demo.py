@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runtime.command import run
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]

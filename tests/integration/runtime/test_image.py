@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessor
+
+try:  # transformers 5: the reference's arithmetic, beside another one on PyTorch
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
+except ImportError:
+    from transformers import CLIPImageProcessor
 
 from runtime.image.preprocess import preprocess
 from tests.unit.runtime.test_image import MEAN, RULE, STD, noise, padded_square
