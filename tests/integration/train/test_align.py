@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.integration.train.test_local import page_with
-from tests.support.commands import run_module
+from tests.support.commands import run_main
 from train.align import NO_TOKEN, SPREAD, UNTOLD, AlignTask, cells, tell_apart
 from train.distributed import World
 from train.model import load_model
@@ -94,7 +94,7 @@ def test_batches_count_what_they_hold():
 
 
 def test_a_run_fits_and_changes_projector_and_fifth_stage_alone(recipe, conformance, tmp_path):
-    done = run_module("train", recipe)
+    done = run_main("train", recipe)
     assert done.returncode == 0, done.stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
@@ -105,7 +105,7 @@ def test_a_run_fits_and_changes_projector_and_fifth_stage_alone(recipe, conforma
 
 
 def test_other_parts_are_refused(recipe):
-    done = run_module("train", recipe, "train=[projector, language_model]")
+    done = run_main("train", recipe, "train=[projector, language_model]")
     assert done.returncode == 2
     assert "not language_model" in done.stderr
     assert "Traceback" not in done.stderr
@@ -186,7 +186,7 @@ PHASE = "local.phases=[{side: 128, min_px: 24, max_px: 32, dense: 1.0, steps: 2}
 
 
 def test_the_whole_encoder_can_be_trained(recipe, conformance, tmp_path):
-    done = run_module("train", recipe, "train=[projector, encoder]", "steps=2", PHASE)
+    done = run_main("train", recipe, "train=[projector, encoder]", "steps=2", PHASE)
     assert done.returncode == 0, done.stderr
     before, after = (load_model(path).state_dict() for path in (conformance / "checkpoint", tmp_path / "run" / "final"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -240,7 +240,7 @@ def test_processes_keep_different_pages(recipe):
 
 
 def test_a_run_that_keeps_outputs_trains_the_same_parts(recipe, conformance, tmp_path):
-    done = run_module("train", recipe, *KEPT)
+    done = run_main("train", recipe, *KEPT)
     assert done.returncode == 0, done.stderr
     before, after = (load_model(path).state_dict() for path in (conformance / "checkpoint", tmp_path / "run" / "final"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -260,7 +260,7 @@ def test_a_run_that_keeps_outputs_trains_the_same_parts(recipe, conformance, tmp
     ],
 )
 def test_what_cannot_be_kept_is_an_error(recipe, overrides, mentions):
-    done = run_module("train", recipe, *overrides)
+    done = run_main("train", recipe, *overrides)
     assert done.returncode == 2
     assert mentions in done.stderr
     assert "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from tests.integration.conformance.test_model import CASES, EOS, assert_close
-from tests.support.commands import ROOT, run_module
+from tests.support.commands import ROOT, run_main
 from tests.support.training import ALL, assert_near, assert_same, losses, recipe, records, train, trained, weights
 from train import conversations, loop
 from train.conversations import AnswerLoss, ConversationTask, is_cheaper_joined
@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(keys: dict, message:
 
 
 def test_too_little_tolerance_for_malformed_records(recipe):
-    result = run_module("train", recipe(malformed_limit=0))
+    result = run_main("train", recipe(malformed_limit=0))
     assert result.returncode == 2
     assert "error: 1 malformed records, more than malformed_limit (0)" in result.stderr
     assert "Traceback" not in result.stderr
@@ -401,7 +401,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(recipe):
     killed("save", 1, file)
     assert (stopped / "step-000006.partial").is_dir()
     (stopped / "step-000001.partial").mkdir()
-    result = run_module("train", file)
+    result = run_main("train", file)
     assert result.returncode == 0, result.stderr
     assert f"resuming from {stopped / 'step-000004'}" in result.stdout
     assert losses(stopped) == losses(whole)

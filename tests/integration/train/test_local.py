@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.commands import run_module
+from tests.support.commands import run_main
 from train.distributed import World
 from train.local import (
     BLANK,
@@ -187,13 +187,13 @@ def recipe(conformance, tmp_path):
 
 
 def test_a_run_changes_the_encoder_alone_and_goes_on_bit_equal(recipe, conformance, tmp_path):
-    assert run_module("train", recipe("whole")).returncode == 0
+    assert run_main("train", recipe("whole")).returncode == 0
     whole = tmp_path / "whole"
     shutil.copytree(whole, tmp_path / "cut")
     cut = recipe("cut")
     shutil.rmtree(tmp_path / "cut" / "final")
     shutil.rmtree(tmp_path / "cut" / "step-000004")
-    done = run_module("train", cut)
+    done = run_main("train", cut)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     for part in ("model.safetensors", "vision_tower/model.safetensors"):
@@ -222,7 +222,7 @@ def test_a_run_changes_the_encoder_alone_and_goes_on_bit_equal(recipe, conforman
     ],
 )
 def test_a_wrong_recipe_is_one_line(recipe, override, mentions):
-    done = run_module("train", recipe("wrong"), override)
+    done = run_main("train", recipe("wrong"), override)
     assert done.returncode == 2, done.stderr
     assert mentions in done.stderr
     assert "Traceback" not in done.stderr

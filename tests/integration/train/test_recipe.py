@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.commands import ROOT, run_module
+from tests.support.commands import ROOT, assert_one_line_error, run_main, run_module
 from train.align import Alignment
 from train.errors import RecipeError
 from train.local import Local
@@ -146,7 +146,7 @@ def test_the_batch_must_divide(file: Path):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str, file: Path):
-    result = run_module("train", file, *arguments)
+    result = run_main("train", file, *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith(message)
     assert len(result.stderr.splitlines()) == 1
@@ -249,3 +249,7 @@ def test_released_recipes_follow_one_another():
     assert {(r.resolution, r.aspect, r.template, r.precision) for r in (first, second, third)} == {
         (768, "pad", "vicuna_v1", "bf16")
     }
+
+
+def test_the_command_in_a_process_of_its_own(tmp_path):
+    assert_one_line_error(run_module("train", tmp_path / "none.yaml"), "none.yaml")
