@@ -5,6 +5,13 @@ costs nothing.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.backends.select import Backends
+    from runtime.errors import UserError
+    from runtime.model import Conversation, Model, load
+    from runtime.types import Options, Piece, Result, Sampling, Trace
 
 _HOMES = {
     "Backends": "runtime.backends.select",
@@ -18,7 +25,7 @@ _HOMES = {
     "UserError": "runtime.errors",
     "load": "runtime.model",
 }
-__all__ = list(_HOMES)
+__all__ = ["Backends", "Conversation", "Model", "Options", "Piece", "Result", "Sampling", "Trace", "UserError", "load"]
 
 
 def __getattr__(name: str):

@@ -51,9 +51,9 @@ def run(main: Callable[[list[str] | None], int], extras: Mapping[str, str] = EXT
     except (OSError, MemoryError) as error:
         status = _report(str(error) or "out of memory", 2)
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        if (code := getattr(error, "exit_code", None)) is None:
             raise
-        status = _report(str(error), error.exit_code)
+        status = _report(str(error), code)
     finally:
         logger.removeHandler(messages)
     sys.exit(status)

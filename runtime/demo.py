@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from runtime.command import run
 from runtime.errors import UserError
@@ -64,7 +65,7 @@ def _export(*options: str | Path) -> None:
     _module("export.bundle", *options, stdout=sys.stderr)
 
 
-def _module(module: str, *options: str | Path, stdout=None) -> None:
+def _module(module: str, *options: str | Path, stdout: TextIO | None = None) -> None:
     """Run `python -m module` from the project's folder, in a process of its own: the runtime imports no export."""
     arguments = [str(o.relative_to(ROOT)) if isinstance(o, Path) else o for o in options]
     print(shlex.join(["python", "-m", module, *arguments]), file=sys.stderr, flush=True)

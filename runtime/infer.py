@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 if __name__ == "__main__":  # as a file, its own folder is on the path instead of the project's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,9 +23,13 @@ if __name__ == "__main__":  # as a file, its own folder is on the path instead o
 from runtime.command import run
 from runtime.errors import UserError
 
+if TYPE_CHECKING:
+    from runtime.model import Model
+    from runtime.types import Options, Piece, Result, Trace
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
     parser.add_argument(
         "--image", nargs="+", action="extend", default=[], metavar="FILE", help="pictures, in the prompt's order"
@@ -94,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def answer(model, args: argparse.Namespace, options) -> None:
+def answer(model: "Model", args: argparse.Namespace, options: "Options") -> None:
     """One question: the answer streamed and a table, or one JSON object."""
     from runtime.types import Trace
 
@@ -102,7 +107,7 @@ def answer(model, args: argparse.Namespace, options) -> None:
     pieces = model.generate(args.image, args.prompt, options, trace)
     if args.json:
         *_, last = pieces
-        result = last.result
+        result = cast("Result", last.result)
         print(json.dumps(_as_json(model, result)))
     else:
         result = _stream(pieces)
@@ -113,7 +118,7 @@ def answer(model, args: argparse.Namespace, options) -> None:
         _dump(args.dump, trace)
 
 
-def chat(model, images: list[str], options) -> None:
+def chat(model: "Model", images: list[str], options: "Options") -> None:
     """Questions from standard input until it ends; the pictures come with the first one and are encoded once."""
     from runtime.image.decode import open_image
 
@@ -146,15 +151,17 @@ def _read_question() -> str:
         return ""
 
 
-def _stream(pieces: Iterator):
+def _stream(pieces: "Iterator[Piece]") -> "Result":
     """Print the text as it comes; returns the result."""
+    result = None
     for piece in pieces:
         print(piece.text, end="", flush=True)
+        result = piece.result
     print()
-    return piece.result
+    return cast("Result", result)  # which the last piece has
 
 
-def table(model, result) -> str:
+def table(model: "Model", result: "Result") -> str:
     timings = result.timings
     rate = timings.decode_tokens_per_s
     rows = [
@@ -175,7 +182,7 @@ def table(model, result) -> str:
     return "\n".join(f"{name:<20} {value:>20}" for name, value in rows)
 
 
-def _as_json(model, result) -> dict:
+def _as_json(model: "Model", result: "Result") -> dict[str, Any]:
     return {
         "text": result.text,
         "token_ids": result.token_ids,
@@ -212,7 +219,7 @@ def _draw(file: Path, image: str, answer: str) -> None:
         print(f"no box in the answer, so {file} is not written", file=sys.stderr)
 
 
-def _dump(folder: Path, trace) -> None:
+def _dump(folder: Path, trace: "Trace") -> None:
     """pixel_values.npy [3, H, W] (several images: pixel_values-0.npy, ...), image_embeds.npy, first_logits.npy."""
     import numpy as np
 
@@ -224,7 +231,8 @@ def _dump(folder: Path, trace) -> None:
         np.save(folder / f"pixel_values{suffix}.npy", pixel_values)
     if trace.image_embeds is not None:
         np.save(folder / "image_embeds.npy", trace.image_embeds)
-    np.save(folder / "first_logits.npy", trace.first_logits)
+    if trace.first_logits is not None:
+        np.save(folder / "first_logits.npy", trace.first_logits)
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ class _Answers:
         preprocess_ms = _ms_since(begin)
         begin = time.perf_counter()
         for key, pixels in zip(missing, pixel_values, strict=True):
-            known[key] = self._model.encoder([pixels])
-            cache.put(key, known[key])
+            known[key] = rows = self._model.encoder([pixels])
+            cache.put(key, rows)
         encoded = [(key, rows) for key in keys if (rows := known[key]) is not None]
         return _Encoded(encoded, pixel_values, preprocess_ms, _ms_since(begin))
 
@@ -259,7 +259,7 @@ class Questions(_Answers):
         An answer that is under way ends there; going on with it raises UserError.
         """
         begin = time.perf_counter()
-        opened = None if self._encoded else self._model.open_images(self._images, self._options)
+        opened = [] if self._encoded else self._model.open_images(self._images, self._options)
         tokens = [len(rows) for _, rows in self._encoded.images] if self._encoded else [one.tokens for one in opened]
         text = first_turn(self._model.bundle.prompt, prompt, len(tokens), self._options.system)
         token_ids = self._model.tokenizer.encode_prompt(text, tokens)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from runtime.errors import UserError
 
-ImageSource = str | PathLike | bytes | Image.Image
+ImageSource = str | PathLike[str] | bytes | Image.Image
 
 
 @dataclass(frozen=True)

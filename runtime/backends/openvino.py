@@ -1,6 +1,7 @@
 """The encoder on OpenVINO's CPU plugin."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class OpenVinoEncoder:
             import openvino
         except ImportError as error:
             raise UserError(f"--encoder openvino: {error}; pip install '.[openvino]'") from error
-        hints = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        hint = OPENVINO_PRECISIONS[precision]
+        hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
         if threads:
             hints["INFERENCE_NUM_THREADS"] = threads
         try:

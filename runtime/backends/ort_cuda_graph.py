@@ -44,6 +44,7 @@ class CudaGraphDecoder(OnnxDecoder):
         super().__init__(file, part, provider="cuda", device=device, cuda_graph=True)
         if not self.has_argmax:
             raise UserError(f"{file} has no output {NEXT_TOKEN}, which decoders have if they are exported anew")
+        self.gpu = device
         self.sampler: InferenceSession | None = None
         self._idle: dict[int, list[_Captured]] = {}
         self._numbers = itertools.count(1)
@@ -76,7 +77,7 @@ class _Captured:
     Runtime knows it."""
 
     def __init__(self, decoder: CudaGraphDecoder, capacity: int, number: int):
-        device, part = decoder.device, decoder.part
+        device, part = decoder.gpu, decoder.part
         shape = (1, part.kv_heads, capacity, part.head_dim)
         self.cache = KVCache(allocate(part.layers, shape, part.kv_dtype, device))
         self.logits = device.zeros((1, 1, part.vocab_size), part.kv_dtype)
@@ -100,14 +101,14 @@ class _Captured:
 class _SamplerGraph:
     """What the graph that draws a token reads and writes, for one sequence."""
 
-    def __init__(self, decoder: CudaGraphDecoder, captured: _Captured):
-        device, self._vocab_size = decoder.device, decoder.part.vocab_size
-        self._device, self._session, self._options = device, decoder.sampler, captured.options
+    def __init__(self, decoder: CudaGraphDecoder, captured: _Captured, session: InferenceSession):
+        device, self._vocab_size = decoder.gpu, decoder.part.vocab_size
+        self._device, self._session, self._options = device, session, captured.options
         self.token = device.zeros((1, 1, 1), np.int64)
         types = {"temperature": np.float64, "top_k": np.int64, "top_p": np.float64, "random": np.float64}
         self._settings = {name: device.zeros((1,), dtype) for name, dtype in types.items()}
         self._numbers = [device.pinned((1,), np.float64) for _ in range(2)]
-        self._binding = decoder.sampler.io_binding()
+        self._binding = session.io_binding()
         for name, array in ({LOGITS: captured.logits} | self._settings).items():
             bind_input(self._binding, name, array, device)
         bind_output(self._binding, NEXT_TOKEN, self.token, device)
@@ -131,9 +132,9 @@ class CudaGraphSequence(GraphSequence):
 
     def __init__(self, decoder: CudaGraphDecoder, captured: _Captured):
         super().__init__(captured.cache, captured.logits, captured.argmax)
-        self._decoder, self._device, self._session, self._captured = decoder, decoder.device, decoder.session, captured
+        self._decoder, self._device, self._session, self._captured = decoder, decoder.gpu, decoder.session, captured
         self._vocab_size = decoder.part.vocab_size  # what is drawn where that cannot be
-        self._prompts = OnnxSequence(decoder, captured.cache, captured.logits, captured.argmax)
+        self._prompts: GraphSequence = OnnxSequence(decoder, captured.cache, captured.logits, captured.argmax)
         self._shown = -1  # positions that are 1 in the mask; -1: unknown
         self._expected: int | None = None  # the token that was returned last, while it is what the next step is fed
         # After which its successor can be read, if that step is in the stream already
@@ -152,9 +153,9 @@ class CudaGraphSequence(GraphSequence):
     ) -> int:
         """As `GraphSequence.forward_sampled`; as `forward_greedy` but for a random number that goes to the
         GPU. `random` is one number ahead of the tokens that were returned."""
-        if self._decoder.sampler is None:
+        if (sampler := self._decoder.sampler) is None:
             return super().forward_sampled(token_ids, image_embeddings, sampling, random)
-        self._captured.draws = self._captured.draws or _SamplerGraph(self._decoder, self._captured)
+        self._captured.draws = self._captured.draws or _SamplerGraph(self._decoder, self._captured, sampler)
         return self._forward(token_ids, image_embeddings, sampling, random)
 
     def rewind(self, length: int) -> None:
@@ -173,7 +174,7 @@ class CudaGraphSequence(GraphSequence):
         if sampling != self._sampling or random is not self._random:
             self._forget()
             self._sampling, self._random = sampling, random
-            if sampling:
+            if sampling and self._captured.draws:
                 self._captured.draws.begin(sampling)
         if image_embeddings is not None or self._expected is None or token_ids != [self._expected]:
             self._run(token_ids, image_embeddings)
@@ -213,12 +214,13 @@ class CudaGraphSequence(GraphSequence):
 
     def _chosen(self) -> CudaArray:
         """Where the token that was chosen last lies."""
-        return self._captured.draws.token if self._sampling else self._captured.argmax
+        captured = self._captured
+        return captured.draws.token if self._sampling and captured.draws else captured.argmax
 
     def _choose(self) -> CudaEvent:
         """Choose the next token and begin to copy it to the host."""
         self._turn = 1 - self._turn
-        if self._sampling:
+        if self._random and self._captured.draws:
             self._captured.draws.draw(self._random, self._turn)
         return self._device.begin_download(self._captured.tokens_read[self._turn], self._chosen())
 

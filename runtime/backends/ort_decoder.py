@@ -1,5 +1,6 @@
 """The bundle's decoder on ONNX Runtime."""
 
+from runtime.backends.graph_sequence import GraphSequence
 from runtime.backends.ort_sequence import DecoderGraph, OnnxSequence
 from runtime.backends.ort_slots import Slots
 from runtime.generate.kv_cache import KVCache, allocate
@@ -8,7 +9,7 @@ from runtime.generate.kv_cache import KVCache, allocate
 class OnnxDecoder(DecoderGraph):
     """Starts sequences on a fused graph, see `runtime.backends.base.Decoder`."""
 
-    def start(self, capacity: int) -> OnnxSequence:
+    def start(self, capacity: int) -> GraphSequence:
         part = self.part
         shape = (1, part.kv_heads, capacity, part.head_dim)
         return OnnxSequence(self, KVCache(allocate(part.layers, shape, part.kv_dtype, self.device)))

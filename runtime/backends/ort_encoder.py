@@ -46,7 +46,7 @@ class OnnxEncoder:
     def __call__(self, images: list[np.ndarray]) -> Array:
         """On a GPU images of one size that follow one another are a batch; on a CPU that takes as long and needs more
         memory."""
-        tokens = [visual_tokens(*image.shape[1:], self._stride) for image in images]
+        tokens = [visual_tokens(*image.shape[1:], stride=self._stride) for image in images]
         embeds, begin = self.device.zeros((sum(tokens), self._hidden), self.dtype), 0
         for _, group in itertools.groupby(zip(images, tokens, strict=True), lambda pair: pair[0].shape):
             same_size = list(group)

@@ -6,7 +6,7 @@ import numpy as np
 
 from runtime.backends.graph_sequence import GraphSequence
 from runtime.backends.ort_session import bind_input, bind_output, input_dtype, open_session
-from runtime.device.memory import Cpu
+from runtime.device.memory import Array, Cpu
 from runtime.generate.kv_cache import KVCache, allocate
 from runtime.graph_io import IMAGE_EMBEDS, INPUT_IDS, LOGITS, NEXT_TOKEN, PAST, PRESENT, WRITE_INDICES, cache_name
 
@@ -22,12 +22,13 @@ class PortableSequence(GraphSequence):
         shape = (1, *shapes[cache_name(PAST, 0, "key")][1:])
         cache = KVCache(allocate(layers, shape, self._dtype, self._device))
         logits = self._device.zeros((1, 1, shapes[LOGITS][2]), self._dtype)
-        super().__init__(cache, logits, self._device.zeros((1, 1, 1), np.int64))
+        argmax = self._device.zeros((1, 1, 1), np.int64)
+        super().__init__(cache, logits, argmax)
         self._no_images = np.empty((0, shapes[IMAGE_EMBEDS][1]), self._dtype)
         self._binding = self._session.io_binding()
         for name, array in cache.tensors(PAST).items():
             bind_input(self._binding, name, array, self._device)
-        for name, array in (cache.tensors(PRESENT) | {LOGITS: logits, NEXT_TOKEN: self._argmax}).items():
+        for name, array in (cache.tensors(PRESENT) | {LOGITS: logits, NEXT_TOKEN: argmax}).items():
             bind_output(self._binding, name, array, self._device)
 
     def restart(self) -> "PortableSequence":
@@ -35,7 +36,7 @@ class PortableSequence(GraphSequence):
         self.rewind(0)
         return self
 
-    def _run(self, token_ids: list[int], image_embeddings: np.ndarray | None) -> None:
+    def _run(self, token_ids: list[int], image_embeddings: Array | None) -> None:
         total = self.cache.room_for(len(token_ids))
         inputs = {
             INPUT_IDS: np.array([token_ids], np.int64),

@@ -90,7 +90,7 @@ class OnnxSequence(GraphSequence):
         self._mask = device.take(np.ones((cache.capacity,)), np.int64)
         self._options = run_options(device)
         self._step = self._bind(graph.session)
-        self._prefill = graph.prefill_session and self._bind(graph.prefill_session)
+        self._prefill = self._bind(graph.prefill_session) if graph.prefill_session else None
 
     def _bind(self, session: InferenceSession) -> tuple[InferenceSession, IOBinding]:
         """A session with what stays the same from call to call bound to it."""
@@ -107,8 +107,8 @@ class OnnxSequence(GraphSequence):
     def _run(self, token_ids: list[int], image_embeddings: Array | None) -> None:
         total = self.cache.room_for(len(token_ids))
         graph, device = self._graph, self._graph.device
-        long = self._prefill is not None and len(token_ids) >= MIN_DEQUANTIZED_PREFILL
-        session, binding = self._prefill if long else self._step
+        long = len(token_ids) >= MIN_DEQUANTIZED_PREFILL
+        session, binding = self._prefill if self._prefill and long else self._step
         input_ids = device.take(np.array([token_ids]), np.int64)
         embeds = graph.no_images if image_embeddings is None else device.take(image_embeddings, graph.embeds_dtype)
         bind_input(binding, INPUT_IDS, input_ids, device)

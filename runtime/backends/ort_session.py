@@ -1,6 +1,7 @@
 """ONNX Runtime sessions, opened and bound one way, on any provider."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -54,17 +55,18 @@ def open_session(
     # INT8 sums that cannot saturate, where `int8_sums_saturate`; elsewhere it changes nothing
     options.add_session_config_entry("session.x64quantprecision", "1")
     name = PROVIDERS[provider][0]
+    stream = device.stream if isinstance(device, Cuda) else None
     try:
         if operators is not None:
             options.add_session_config_entry(kernels.ACTIVATION_BITS, str(activation_bits))
             options.register_custom_ops_library(str(operators))
         if provider == "nv_tensorrt_rtx":
-            stream = {"has_user_compute_stream": "1", "user_compute_stream": str(device.stream)}
-            options.add_provider_for_devices(_rtx_devices(), stream)
+            own_stream = {"has_user_compute_stream": "1", "user_compute_stream": str(stream)}
+            options.add_provider_for_devices(_rtx_devices(), own_stream)
             session = onnxruntime.InferenceSession(str(file), options)
         else:
             session = onnxruntime.InferenceSession(
-                str(file), options, providers=_providers(provider, device, cuda_graph, channels_last)
+                str(file), options, providers=_providers(provider, stream, cuda_graph, channels_last)
             )
     except UserError:
         raise
@@ -75,16 +77,16 @@ def open_session(
     return session
 
 
-def _providers(provider: str, device: Device | None, cuda_graph: bool, channels_last: bool) -> list:
+def _providers(provider: str, stream: int | None, cuda_graph: bool, channels_last: bool) -> list[Any]:
     """The provider, and those that take what it leaves."""
     if provider == "cpu":
         return ["CPUExecutionProvider"]
-    stream = {"user_compute_stream": str(device.stream)}
+    own_stream = {"user_compute_stream": str(stream)}
     # TF32 would round float32 graphs to 10 bits unasked
     switches = {"use_tf32": False, "enable_cuda_graph": cuda_graph, "prefer_nhwc": channels_last}
-    cuda = stream | {name: str(int(on)) for name, on in switches.items()}
+    cuda = own_stream | {name: str(int(on)) for name, on in switches.items()}
     providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
-    return [("TensorrtExecutionProvider", stream), *providers] if provider == "tensorrt" else providers
+    return [("TensorrtExecutionProvider", own_stream), *providers] if provider == "tensorrt" else providers
 
 
 def _require_provider(provider: str) -> None:
@@ -103,7 +105,7 @@ def _require_provider(provider: str) -> None:
         )
 
 
-def _rtx_devices() -> list:
+def _rtx_devices() -> list[Any]:
     """ONNX Runtime's devices of the plugin provider for TensorRT for RTX, which is registered on the first call."""
     name, package = PROVIDERS["nv_tensorrt_rtx"]
     try:
@@ -123,8 +125,8 @@ _rtx_registered: list[str] = []  # a library may be registered once a process
 NOT_RECORDED = -1  # as ONNX Runtime numbers CUDA graphs
 
 
-def run_options(device: Device, graph: int = NOT_RECORDED) -> onnxruntime.RunOptions:
-    """On a GPU the call returns before the work is done; whoever reads the result waits.
+def run_options(device: Device, graph: int = NOT_RECORDED) -> Any:
+    """Of ONNX Runtime. On a GPU the call returns before the work is done; whoever reads the result waits.
 
     graph: under which number the first run is recorded; runs with this number replay it. They have to have the same
     addresses and shapes.

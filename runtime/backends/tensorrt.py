@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -122,10 +123,10 @@ class EngineEncoder:
         """
         for image in images:
             self._check_size(image)
-        total = sum(visual_tokens(*image.shape[1:], self._stride) for image in images)
+        total = sum(visual_tokens(*image.shape[1:], stride=self._stride) for image in images)
         embeds, begin = self.device.zeros((total, self._hidden), self._embeds_dtype), 0
         for image in images:
-            end = begin + visual_tokens(*image.shape[1:], self._stride)
+            end = begin + visual_tokens(*image.shape[1:], stride=self._stride)
             captured = self._captured.get(image.shape) or self._capture(image.shape, end - begin)
             if captured.used:
                 self.device.synchronize()
@@ -207,13 +208,14 @@ class EngineSequence(GraphSequence):
     def __init__(self, decoder: EngineDecoder, cache: KVCache):
         device = decoder.device
         logits = device.zeros(decoder.logits_shape, decoder.logits_dtype)
-        super().__init__(cache, logits, device.zeros((1, 1, 1), np.int64))
+        argmax = device.zeros((1, 1, 1), np.int64)
+        super().__init__(cache, logits, argmax)
         self._decoder = decoder
         self._staging = device.pinned((2,), np.int64)  # one new id and the length of the cache, [1] each
         self._numbers = device.zeros((2,), np.int64)
         # TensorRT writes the new positions in place: past and present are the same memory
-        caches = cache.tensors(PAST) | cache.tensors(PRESENT)
-        self._tensors = {**caches, LOGITS: logits, NEXT_TOKEN: self._argmax, WRITE_INDICES: self._numbers[1:2]}
+        caches = cast(dict[str, CudaArray], cache.tensors(PAST) | cache.tensors(PRESENT))
+        self._tensors = {**caches, LOGITS: logits, NEXT_TOKEN: argmax, WRITE_INDICES: self._numbers[1:2]}
         self._graph, self._stepped = None, False
 
     def _run(self, token_ids: list[int], image_embeddings: Array | None) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.verify import file_sha256
@@ -25,7 +26,7 @@ class Engine:
     """An engine file and its report, the JSON as written by `export.engine`."""
 
     file: Path
-    report: dict
+    report: dict[str, Any]
 
     def __str__(self) -> str:
         return f"{self.file.name} (version {self.report['version']})"
@@ -45,7 +46,7 @@ def report_file(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
-def write_report(engine: Path, report: dict) -> None:
+def write_report(engine: Path, report: dict[str, Any]) -> None:
     """Put an engine's report beside it, whole or not at all."""
     file = report_file(engine)
     partial = file.with_name(f".partial-{file.name}")
@@ -149,7 +150,7 @@ def verify_engine(bundle: Bundle, engine: Engine) -> None:
         )
 
 
-def read_report(engine: Path) -> dict:
+def read_report(engine: Path) -> dict[str, Any]:
     """An engine's report. Raises UserError where it cannot be read or is of another format."""
     file = report_file(engine)
     try:

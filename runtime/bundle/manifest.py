@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -74,10 +74,10 @@ class Bundle:
     name: str
     image: ImageRule
     prompt: PromptTemplate
-    tokenizer: dict
+    tokenizer: dict[str, Any]
     encoder: EncoderPart
     decoder: DecoderPart
-    files: dict[str, dict]  # of the manifest: path inside the bundle -> its sha256 and size
+    files: dict[str, Any]  # of the manifest: path inside the bundle -> its sha256 and size
 
     def path(self, file: str) -> Path:
         return self.folder / file
@@ -103,7 +103,7 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
 
 
 @contextlib.contextmanager
-def opening(folder: str | os.PathLike[str]) -> Iterator[Bundle]:
+def opening(folder: str | os.PathLike[str]) -> Generator[Bundle]:
     """`open_bundle` for whoever has work of its own meanwhile: files whose sha256 is not known are read beside it, and
     one that was altered is an error at its end, in the place of whatever that has led to."""
     folder = Path(folder)
@@ -149,7 +149,7 @@ def opening(folder: str | os.PathLike[str]) -> Iterator[Bundle]:
         checked.result()
 
 
-def _read_manifest(folder: Path) -> dict:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not folder.is_dir():
         raise UserError(f"{folder}: no such bundle; python -m export.bundle --checkpoint DIR --out {folder} makes one")
@@ -169,12 +169,12 @@ def _read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _part(kind: type, section: dict, folder: Path) -> Any:
+def _part(kind: type, section: dict[str, Any], folder: Path) -> Any:
     known = {field.name for field in fields(kind)}
     if unknown := section.keys() - known:
         raise UserError(f"{folder / MANIFEST}: unknown key {sorted(unknown)[0]!r} in {kind.__name__}")
     for name, expected in get_type_hints(kind).items():
-        value = section.get(name)
+        value: Any = section.get(name)
         # every number of a manifest counts something
         if not isinstance(value, expected) or (expected is int and (isinstance(value, bool) or value < 1)):
             wanted = "a number above 0" if expected is int else getattr(expected, "__name__", expected)

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import UserError
 
@@ -13,7 +14,7 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
 
 
-def check_files(folder: Path, files: dict[str, dict]) -> None:
+def check_files(folder: Path, files: dict[str, Any]) -> None:
     for name, expected in files.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:  # a link is no matter: the hash is of the content
@@ -31,7 +32,7 @@ def check_files(folder: Path, files: dict[str, dict]) -> None:
             )
 
 
-def check_hashes(folder: Path, files: dict[str, dict], given_up: threading.Event) -> None:
+def check_hashes(folder: Path, files: dict[str, Any], given_up: threading.Event) -> None:
     memory = _HashMemory()
     for name, expected in files.items():
         file = folder / name
@@ -49,7 +50,7 @@ class _HashMemory:
     def __init__(self):
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self._file = Path(cache) / "convllava-deploy" / "sha256.json"
-        self._known: dict[str, list] = {}
+        self._known: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, TypeError):
             self._known = dict(json.loads(self._file.read_text(encoding="utf-8")))
         self._changed = False

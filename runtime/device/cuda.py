@@ -6,6 +6,7 @@ host unless `to_numpy` asks for it. The CUDA side uses NVIDIA's cuda-bindings; n
 """
 
 import ctypes
+import importlib
 import math
 import weakref
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Cuda:
         """A host array that the GPU reads while the host goes on; the caller keeps it until then."""
         size = max(math.prod(shape) * np.dtype(dtype).itemsize, 1)
         pointer = int(self._call("cudaHostAlloc", size, 0))
-        memory = (ctypes.c_byte * size).from_address(pointer)
+        memory: Any = (ctypes.c_byte * size).from_address(pointer)
         weakref.finalize(memory, self._cudart.cudaFreeHost, pointer)
         return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
@@ -155,7 +156,6 @@ def present_gpu() -> str:
 
 def _cudart() -> Any:
     try:
-        from cuda.bindings import runtime
+        return importlib.import_module("cuda.bindings.runtime")
     except ImportError:
         raise UserError("no NVIDIA GPU can be used here: Python module cuda.bindings is not installed") from None
-    return runtime

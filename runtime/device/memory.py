@@ -25,8 +25,8 @@ class Device(Protocol):
         """`values`, an array of any device, here and in `dtype`; copied only where it must be."""
         ...
 
-    def copy(self, target: "Array", source: "Array") -> None:
-        """Write `source` into `target`, an array of the same shape and dtype."""
+    def copy(self, target: Any, source: Any) -> None:
+        """Write `source` into `target`, both arrays of this device and of the same shape and dtype."""
         ...
 
 
@@ -101,7 +101,7 @@ def concatenate(arrays: list[Array]) -> Array:
     if len(arrays) == 1:
         return first
     if not isinstance(first, CudaArray):
-        return np.concatenate(arrays)
+        return np.concatenate([to_numpy(array) for array in arrays])
     device = first.device
     whole = device.zeros((sum(len(array) for array in arrays), *first.shape[1:]), first.dtype)
     begin = 0

@@ -36,7 +36,7 @@ class Prompt:
         """A prompt of token IDs and of (key, embeddings [T, D]) for each image, in the order of their rows."""
         images = list(images)
         rows = [(key, row) for key, embeddings in images for row in range(len(embeddings))]
-        keys = [token if token >= 0 else rows[-1 - token] for token in token_ids]
+        keys: list[Hashable] = [token if token >= 0 else rows[-1 - token] for token in token_ids]
         return cls(token_ids, concatenate([rows for _, rows in images]) if images else None, keys)
 
     def followed_by(self, answer: list[int], prompt: "Prompt") -> "Prompt":

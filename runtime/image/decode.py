@@ -7,10 +7,10 @@ orientation, transparency, deep greyscale, files that are broken or too large.
 import os
 import stat
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -46,7 +46,7 @@ _TIFF_WHITE_IS_ZERO, _TIFF_UNSIGNED = 0, 1  # values of the last two
 
 
 def open_image(
-    source: str | os.PathLike | bytes | Image.Image,
+    source: str | os.PathLike[str] | bytes | Image.Image,
     max_pixels: int = MAX_PIXELS,
     formats: Collection[str] | None = None,
 ) -> Image.Image:
@@ -103,7 +103,7 @@ def _open_stream(
 
 
 @contextmanager
-def _damage_as_user_error(name: str) -> Iterator[None]:
+def _damage_as_user_error(name: str) -> Generator[None]:
     """Pillow's plugins raise nearly every type of exception on broken files; only UserError and MemoryError leave."""
     try:
         yield
@@ -184,7 +184,7 @@ def _reserve_tiff(image: Image.Image) -> None:
     """Give a TIFF its memory before it is loaded; else the plugin holds its size against Pillow's limit, and warns."""
     if image.format == "TIFF" and getattr(image, "tile", None):
         # As stored: `image.size` is already that of the image turned upright.
-        image.im = Image.new(image.mode, (image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT])).im
+        image.im = Image.new(image.mode, (_tiff_tag(image, _TIFF_WIDTH), _tiff_tag(image, _TIFF_HEIGHT))).im
 
 
 def _png_transparent_colour(image: Image.Image) -> int | tuple[int, int, int] | None:
@@ -193,9 +193,10 @@ def _png_transparent_colour(image: Image.Image) -> int | tuple[int, int, int] | 
     Of 16-bit colours Pillow keeps the high bytes, so neighbours that differ in the low bytes turn transparent too.
     """
     colour = image.info.get("transparency")
-    if image.format != "PNG" or colour is None or not getattr(image, "tile", None):
+    tile = getattr(image, "tile", None)
+    if image.format != "PNG" or colour is None or not tile:
         return None
-    to_8_bits = _PNG_SAMPLE_TO_8_BITS.get(image.tile[0].args)
+    to_8_bits = _PNG_SAMPLE_TO_8_BITS.get(tile[0].args)
     return to_8_bits and to_8_bits(colour)
 
 
@@ -245,7 +246,7 @@ def _grey_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
     return least, least + (greatest - least or abs(least))  # all one value: black
 
 
-def _tiff_tag(image: Image.Image, tag: int, default: int | None = None) -> int | None:
+def _tiff_tag(image: Image.Image, tag: int, default: int | None = None) -> Any:
     value = getattr(image, "tag_v2", {}).get(tag, default)
     return value[0] if isinstance(value, tuple) else value
 
@@ -256,7 +257,7 @@ def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
     Not Pillow's `exif_transpose`: that writes the remaining metadata anew and fails on tags it cannot write.
     """
     try:
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken metadata raise as many types as broken pixels, and no viewer minds them
         return rgb
     return rgb if turn is None else rgb.transpose(turn)

@@ -48,5 +48,5 @@ class EmbeddingCache:
 def digest(picture: Image.Image) -> bytes:
     """Of an RGB image's size and pixels: the same picture from a file, from bytes or from Pillow has the same."""
     hashed = hashlib.blake2b(repr(picture.size).encode(), digest_size=16)
-    hashed.update(np.asarray(picture))
+    hashed.update(np.asarray(picture).data)
     return hashed.digest()

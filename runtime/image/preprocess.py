@@ -9,7 +9,9 @@ Sources:
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,12 +71,12 @@ class ImageRule:
         """Visual tokens of a preprocessed image, height x width pixels."""
         return visual_tokens(height, width, self.multiple)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The rule as plain JSON types."""
         return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
-    def from_dict(cls, data: dict) -> "ImageRule":
+    def from_dict(cls, data: Any) -> "ImageRule":
         """The rule that `to_dict` wrote. Raises UserError naming the key that is missing, unknown or wrong."""
         if not isinstance(data, dict):
             raise UserError(f"image rule: expected an object, found {type(data).__name__}")
@@ -106,7 +108,7 @@ def _read_text(key: str, value: object) -> str:
     return value
 
 
-_FIELD_READERS = {
+_FIELD_READERS: dict[str, Callable[[str, object], Any]] = {
     "mean": _read_triple,
     "std": _read_triple,
     "aspect": _read_text,
@@ -206,7 +208,7 @@ def preprocess(
     return _normalise(np.asarray(resized), rule)
 
 
-def _pad(image: Image.Image, side: int, fill: tuple[int, int, int]) -> Image.Image:
+def _pad(image: Image.Image, side: int, fill: tuple[int, ...]) -> Image.Image:
     """Pad to a centred square and resize that to side x side, without ever holding the square.
 
     Pillow resizes rows first, rounds to 8 bits, then resizes columns. Rows of nothing but fill stay fill, so only the

@@ -13,16 +13,23 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from runtime.command import run
 from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from runtime.bundle.manifest import Bundle
+    from runtime.model import Model
+    from runtime.serve.settings import Settings
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     from runtime.backends.ort_session import PROVIDERS
     from runtime.backends.select import DECODERS, ENCODERS, PRECISIONS
 
-    parser = argparse.ArgumentParser(prog="python -m runtime.serve", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m runtime.serve", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s; others want --api-key-file")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key-file", type=Path, metavar="F", help="a key a line, one of which clients must send")
@@ -77,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     address = None if check else bound(host, port)  # a port in use is told before the model is loaded
     model = settings.load()
     print(described(model, settings.max_batch), file=sys.stdout if check else sys.stderr)
-    if check:
+    if address is None:
         for row in engine_rows(model.bundle):
             print(row)
     else:
@@ -97,7 +104,9 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(settings, model, keys: tuple[str, ...], address: socket.socket, stop_seconds: float) -> None:
+def serve(
+    settings: "Settings", model: "Model", keys: tuple[str, ...], address: socket.socket, stop_seconds: float
+) -> None:
     import uvicorn
 
     logging.getLogger("convllava").setLevel(logging.INFO)
@@ -112,7 +121,7 @@ def serve(settings, model, keys: tuple[str, ...], address: socket.socket, stop_s
     class Server(uvicorn.Server):
         """Told to stop, it lets the scheduler finish or fail what runs while the connections are still there."""
 
-        def handle_exit(self, sig, frame):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             threading.Thread(target=service.scheduler.stop, args=(stop_seconds,), daemon=True).start()
             super().handle_exit(sig, frame)
 
@@ -123,9 +132,9 @@ def serve(settings, model, keys: tuple[str, ...], address: socket.socket, stop_s
     Server(config).run(sockets=[address])
 
 
-def described(model, slots: int) -> str:
+def described(model: "Model", slots: int) -> str:
     """What is served, and what each slot may take."""
-    part = model.decoder.part
+    part = model.bundle.decoder
     per_position = 2 * part.layers * part.kv_heads * part.head_dim * (2 if part.kv_dtype == "float16" else 4)
     rows = [
         ("model", model.bundle.name),
@@ -139,7 +148,7 @@ def described(model, slots: int) -> str:
     return _aligned(rows)
 
 
-def engine_rows(bundle) -> list[str]:
+def engine_rows(bundle: "Bundle") -> list[str]:
     """Every engine of the bundle, and whether it is whole."""
     from runtime.bundle.engines import find_engines, verify_engine
 

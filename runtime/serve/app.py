@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def create_app(
     metrics.watch(scheduler)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
         await asyncio.to_thread(scheduler.stop, stop_seconds)
 
@@ -61,11 +61,11 @@ def create_app(
         return JSONResponse(await _whole(request, completion))
 
     @app.get("/v1/models")
-    async def models() -> dict:
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_card(name)]}
 
     @app.get("/v1/models/{model:path}")
-    async def one_model(model: str) -> dict:
+    async def one_model(model: str) -> dict[str, Any]:
         check_model(model, name)
         return model_card(name)
 
@@ -82,7 +82,7 @@ def create_app(
     return app
 
 
-def model_card(name: str) -> dict:
+def model_card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": STARTED, "owned_by": "convllava-deploy"}
 
 
@@ -114,7 +114,7 @@ def new_app(api_keys: tuple[str, ...], **options: Any) -> FastAPI:
         return error_response(ApiError(500, f"{type(error).__name__} in the server", "server_error"))
 
     @app.get("/health")
-    async def health() -> dict:
+    async def health() -> dict[str, Any]:
         return {"status": "ok"}
 
     return app
@@ -135,7 +135,7 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _whole(request: Request, completion: CompletionStream) -> dict:
+async def _whole(request: Request, completion: CompletionStream) -> dict[str, Any]:
     """The answer, unless the client leaves before it is there."""
     gone, whole = asyncio.create_task(_until_gone(request)), asyncio.create_task(completion.whole())
     try:

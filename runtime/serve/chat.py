@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -113,10 +113,12 @@ class ChatService:
     async def _fetched(self, urls: list[str]) -> dict[str, bytes]:
         """The contents of those that are remote."""
         remote = list(dict.fromkeys(url for url in urls if not url.startswith("data:")))
-        if remote and self._fetch is None:
+        if not remote:
+            return {}
+        if (fetch := self._fetch) is None:
             raise ApiError(400, "remote images are refused; send a data URL", param="messages")
         loop = asyncio.get_running_loop()
-        found = await asyncio.gather(*(loop.run_in_executor(self._fetch_pool, self._fetch, url) for url in remote))
+        found = await asyncio.gather(*(loop.run_in_executor(self._fetch_pool, fetch, url) for url in remote))
         return dict(zip(remote, found, strict=True))
 
     def _prepare(self, chat: ChatRequest, prompt: str, urls: list[str], fetched: dict[str, bytes]) -> _Prepared:
@@ -187,7 +189,7 @@ def _parsed(body: bytes) -> ChatRequest:
 
 
 @contextmanager
-def _as_api_errors(scheduler: Scheduler) -> Iterator[None]:
+def _as_api_errors(scheduler: Scheduler) -> Generator[None]:
     """What a scheduler says that takes no request."""
     try:
         yield

@@ -1,7 +1,7 @@
 """What a request may ask for, and reading request bodies within the memory and the time that there is for them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class Bodies:
         self._held = 0
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
+    async def read(self, request: Request) -> AsyncGenerator[bytes]:
         """The body, which counts until the block is left.
 
         Raises ApiError for one that is too large, once so many bytes have come, or too slow, and where there is no room

@@ -1,10 +1,13 @@
 """What the server measures of itself, for Prometheus."""
 
+from typing import Any, TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from runtime.serve.scheduler import Scheduler
 from runtime.serve.types import Callbacks
 
+M = TypeVar("M", Counter, Gauge, Histogram)
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 60)
 
 
@@ -14,7 +17,7 @@ class Metrics(Callbacks):
     def __init__(self):
         self.registry = CollectorRegistry()
 
-        def make(kind, name: str, what: str, labels: tuple[str, ...] = (), **options):
+        def make(kind: type[M], name: str, what: str, labels: tuple[str, ...] = (), **options: Any) -> M:
             return kind(f"convllava_{name}", what, labels, registry=self.registry, **options)
 
         self._first = make(

@@ -7,6 +7,7 @@ answer and is not offered here (tools, penalties, biases, audio) is refused unle
 import base64
 import binascii
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
@@ -28,7 +29,7 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.kind, self.param, self.code, self.headers = status, kind, param, code, headers
@@ -107,7 +108,7 @@ class ResponseFormat(_Part):
         """What an answer must follow; None: nothing."""
         if self.type == "text":
             return None
-        return self.json_schema.schema_ if self.type == "json_schema" else {"type": "object"}
+        return self.json_schema.schema_ if self.json_schema and self.type == "json_schema" else {"type": "object"}
 
 
 class ChatRequest(_Part):

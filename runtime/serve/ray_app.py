@@ -61,7 +61,7 @@ class Replica:
         """{"status", "stream", ...}, then texts. Nothing is said before the first token is there, so that until then
         another replica can begin anew."""
         if key := serve.get_multiplexed_model_id():
-            await self._has_images(key)
+            await self._has_images(key)  # pyright: ignore[reportCallIssue]  # Ray types methods as functions
         completion = None
         try:
             completion = await self._service.begin(body)
@@ -122,18 +122,19 @@ def _ingress(keys: tuple[str, ...], limits: Limits) -> serve.Deployment:
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=limits.seconds + SCHEDULER_GRACE_S,
     )
-    @serve.ingress(app)
+    @serve.ingress(app)  # pyright: ignore[reportUntypedClassDecorator]  # Ray does not say what it returns
     class Ingress:
         """HTTP in front of the replicas."""
 
-        def __init__(self, replicas: DeploymentHandle):
-            self._replicas = replicas
+        def __init__(self, replicas: DeploymentHandle[Any]):
+            self._replicas: Any = replicas  # its methods are those of `Replica`
             self._bodies = Bodies(limits.body_bytes, limits.seconds)
             self._name: str | None = None  # of the model, once a replica has said it
 
         async def _model(self) -> str:
-            self._name = self._name or await self._replicas.name.remote()
-            return self._name
+            name: str = self._name or await self._replicas.name.remote()
+            self._name = name
+            return name
 
         @app.post("/v1/chat/completions")
         async def chat_completions(self, request: Request) -> Response:
@@ -168,11 +169,11 @@ def _ingress(keys: tuple[str, ...], limits: Limits) -> serve.Deployment:
             raise ApiError(503, "no replica answers", "server_error", code="unavailable", headers={"Retry-After": "5"})
 
         @app.get("/v1/models")
-        async def models(self) -> dict:
+        async def models(self) -> dict[str, Any]:
             return {"object": "list", "data": [model_card(await self._model())]}
 
         @app.get("/v1/models/{model:path}")
-        async def one_model(self, model: str) -> dict:
+        async def one_model(self, model: str) -> dict[str, Any]:
             check_model(model, await self._model())
             return model_card(model)
 

@@ -80,9 +80,9 @@ class Fetcher:
 
     def _get(self, parts: SplitResult, end: float) -> bytes | str:
         """The content, or where it redirects to."""
-        host, port = parts.hostname, parts.port or PORTS[parts.scheme]
+        host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
         sock = self._connect(host, port, end)
-        if tls := parts.scheme == "https":
+        if parts.scheme == "https":
             context = ssl.create_default_context()
             sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
         watch = threading.Timer(_left(end), _cut, [sock])  # a timeout of the socket is for each piece alone
@@ -92,7 +92,7 @@ class Fetcher:
         connection.default_port = PORTS[parts.scheme]  # which the header Host does not name
         connection.sock = sock
         try:
-            if tls:
+            if isinstance(sock, ssl.SSLSocket):
                 sock.do_handshake()
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "convllava-deploy"})
@@ -113,7 +113,7 @@ class Fetcher:
 
     def _connect(self, host: str, port: int, end: float) -> socket.socket:
         """To the first of its addresses that answers."""
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         if not all(self._allowed(address) for address in found):
             raise _refused(f"host {host} has an address that is not public")
         for address in found[:-1]:

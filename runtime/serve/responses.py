@@ -82,7 +82,7 @@ class CompletionStream:
         """
         head = self._head | {"object": "chat.completion.chunk"} | ({"usage": None} if self._with_usage else {})
 
-        def chunk(index: int, delta: dict, logprobs: dict | None = None, reason: str | None = None) -> str:
+        def chunk(index: int, delta: dict[str, str], logprobs: Any = None, reason: str | None = None) -> str:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             return _event(head | {"choices": [choice]})
 

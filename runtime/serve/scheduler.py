@@ -344,8 +344,9 @@ class Scheduler:
             self._leave(running)
             self._fail(request, Failed("numbers" if invalid else "request", str(error)))
             return
-        wanted = logits is not None and request.logprobs is not None
-        logprob = logprob_of(logits, token, request.logprobs) if wanted else None
+        logprob = None
+        if logits is not None and request.logprobs is not None:
+            logprob = logprob_of(logits, token, request.logprobs)
         generation.push(token)
         now = time.monotonic()
         observe = self._callbacks.next_token if len(generation.token_ids) > 1 else self._callbacks.first_token

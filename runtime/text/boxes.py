@@ -12,7 +12,7 @@ _BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([_NUMBER] * 4) + r"\s*\]")
 
 def read_boxes(answer: str) -> list[Corners]:
     """Every box in an answer, in its order. Numbers are taken as they are, above 1 too."""
-    return [tuple(float(number) for number in match.groups()) for match in _BOX.finditer(answer)]
+    return [(float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in _BOX.findall(answer)]
 
 
 def draw_boxes(image: Image.Image, boxes: list[Corners]) -> Image.Image:

@@ -9,7 +9,7 @@ import numpy as np
 from runtime.errors import UserError
 
 # One space where there may be any: a model that is unsure of an answer would go on with spaces for ever
-COMPILING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+COMPILING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammars:

@@ -57,7 +57,8 @@ class PromptTemplate:
         for key, held in _MUST_HOLD.items():
             if section[key].count(held) != 1:
                 raise UserError(f"manifest: prompt template {key!r} is {section[key]!r}; expected one {held!r} in it")
-        return cls(**{**section, "stop": tuple(stop)})
+        values: dict[str, Any] = {**section, "stop": tuple(stop)}
+        return cls(**values)
 
 
 VICUNA_V1 = PromptTemplate(

@@ -370,9 +370,8 @@ def test_images_of_one_size_are_a_batch_where_the_device_is_no_cpu(reference, co
 def test_what_the_cuda_provider_is_told():
     from runtime.backends.ort_session import _providers
 
-    device = SimpleNamespace(stream=77)
     for cuda_graph, channels_last in ((True, False), (False, True)):
-        (name, options), last = _providers("cuda", device, cuda_graph, channels_last)
+        (name, options), last = _providers("cuda", 77, cuda_graph, channels_last)
         assert (name, last) == ("CUDAExecutionProvider", "CPUExecutionProvider")
         assert options["user_compute_stream"] == "77" and options["use_tf32"] == "0"
         assert options["enable_cuda_graph"] == str(int(cuda_graph))
