@@ -29,9 +29,10 @@ def run(main: Callable[[list[str] | None], int], extras: Mapping[str, str] = EXT
         main: takes the arguments, None for those of the process, and returns the exit code.
         extras: top-level package -> what installs it.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that temporary folders are removed
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     logger, messages = logging.getLogger("convllava"), logging.StreamHandler()
     logger.addHandler(messages)
     logger.setLevel(logging.WARNING)

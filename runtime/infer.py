@@ -122,8 +122,8 @@ def chat(model: "Model", images: list[str], options: "Options") -> None:
     """Questions from standard input until it ends; the pictures come with the first one and are encoded once."""
     from runtime.image.decode import open_image
 
-    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is an error of its question alone
-        sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(stdin := sys.stdin, io.TextIOWrapper):  # what is no text is an error of its question alone
+        stdin.reconfigure(errors="surrogateescape")
     pictures = [open_image(image) for image in images]  # a bad file is an error before the first question
     conversation = model.chat(options)
     print(f"{model.bundle.name}: {len(images)} image(s). An empty line or end of input leaves.", file=sys.stderr)

@@ -122,6 +122,6 @@ class Trace:
     encodes: a traced turn encodes all of its own, whatever the cache has. image_embeds: [sum of T, D]. first_logits:
     float32 [V], the first new token was chosen from."""
 
-    pixel_values: list[np.ndarray] = field(default_factory=list)
+    pixel_values: list[np.ndarray] = field(default_factory=list[np.ndarray])
     image_embeds: np.ndarray | None = None
     first_logits: np.ndarray | None = None

@@ -1,5 +1,6 @@
 """ONNX Runtime sessions, opened and bound one way, on any provider."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def _rtx_devices() -> list[Any]:
     """ONNX Runtime's devices of the plugin provider for TensorRT for RTX, which is registered on the first call."""
     name, package = PROVIDERS["nv_tensorrt_rtx"]
     try:
-        import onnxruntime_ep_nv_tensorrt_rtx as plugin
+        plugin = importlib.import_module("onnxruntime_ep_nv_tensorrt_rtx")
     except ImportError as error:
         raise UserError(f"--provider nv_tensorrt_rtx: {error}; pip install '{package}'") from error
     if not _rtx_registered:
@@ -125,8 +126,8 @@ _rtx_registered: list[str] = []  # a library may be registered once a process
 NOT_RECORDED = -1  # as ONNX Runtime numbers CUDA graphs
 
 
-def run_options(device: Device, graph: int = NOT_RECORDED) -> Any:
-    """Of ONNX Runtime. On a GPU the call returns before the work is done; whoever reads the result waits.
+def run_options(device: Device, graph: int = NOT_RECORDED) -> onnxruntime.RunOptions:
+    """On a GPU the call returns before the work is done; whoever reads the result waits.
 
     graph: under which number the first run is recorded; runs with this number replay it. They have to have the same
     addresses and shapes.

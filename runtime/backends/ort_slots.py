@@ -56,7 +56,7 @@ class Slots:
         rows = max(count, self._min_rows)
         binding = self._bindings.get(rows) or self._bind(rows)
         lengths = np.array(totals + [self._padding_length(row) for row in range(count, rows)])
-        mask = np.arange(lengths.max()) < lengths[:, None]  # a row's sum is its length; the width is the longest
+        mask = np.arange(int(lengths.max())) < lengths[:, None]  # a row's sum is its length; the width is the longest
         ids = np.array(tokens + [0] * (rows - count))[:, None]
         # Bound by address: they must live until the run has ended
         bound = {INPUT_IDS: device.take(ids, np.int64), ATTENTION_MASK: device.take(mask, np.int64)}

@@ -243,7 +243,7 @@ def _engine(bundle: Bundle, part: str, precision: str) -> Engine:
 
 def installed_flavours() -> dict[str, str]:
     """flavour -> version of the TensorRT packages that can be imported here."""
-    found = {}
+    found: dict[str, str] = {}
     for flavour, module in FLAVOURS.items():
         if importlib.util.find_spec(module) is None:
             continue

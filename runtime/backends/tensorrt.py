@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class EngineRunner:
         if self._engine is None:
             raise UserError(f"{engine.file}: {trt.__name__} {trt.__version__} cannot read it, see what it said above")
         self.file = engine.file
-        self._contexts = []
+        self._contexts: list[Any] = []
         for profile in range(len(engine.report["profiles"])):
             context = self._engine.create_execution_context()
             if context is None or not context.set_optimization_profile_async(profile, device.stream):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.verify import file_sha256
@@ -56,7 +56,7 @@ def write_report(engine: Path, report: dict[str, Any]) -> None:
 
 def find_engines(bundle: Bundle, part: str) -> list[Engine]:
     """The engines of `part` that have a report, by name. Raises UserError for a report that cannot be read."""
-    found = []
+    found: list[Engine] = []
     for file in sorted(engine_folder(bundle.folder, part).glob("*.engine")):
         if report_file(file).is_file():
             found.append(Engine(file, read_report(file)))
@@ -86,7 +86,7 @@ def choose_engine(
             f"--precision {precision} --flavour {flavour} "
             f"--target {'current' if flavour == 'tensorrt' else target or 'sm89'}"
         )
-    problems = []
+    problems: list[str] = []
     for engine in fitting:
         try:
             verify_engine(bundle, engine)
@@ -154,11 +154,12 @@ def read_report(engine: Path) -> dict[str, Any]:
     """An engine's report. Raises UserError where it cannot be read or is of another format."""
     file = report_file(engine)
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from error
     needed = {"format", "flavour", "version", "version_compatible", "target", "precision", "onnx", "engine", "profiles"}
-    whole = isinstance(report, dict) and not needed - report.keys() and report["format"] == FORMAT
+    report = cast(dict[str, Any], content) if isinstance(content, dict) else {}
+    whole = not needed - report.keys() and report["format"] == FORMAT
     if not whole or not _has(report["engine"], "size", "sha256") or not _has(report["onnx"], "file", "sha256"):
         raise UserError(f"{file}: no engine report of format {FORMAT}; build the engine again")
     return report

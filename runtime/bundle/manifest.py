@@ -19,7 +19,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from runtime.bundle.verify import MANIFEST, PARTIAL, check_files, check_hashes
 from runtime.errors import UserError
@@ -166,7 +166,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{file}: manifest of format {manifest['format']!r}, this runtime reads format {FORMAT}; "
             "export the bundle with the same version of the project"
         )
-    return manifest
+    return cast(dict[str, Any], manifest)
 
 
 def _part(kind: type, section: dict[str, Any], folder: Path) -> Any:

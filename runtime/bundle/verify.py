@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from runtime.errors import UserError
 
@@ -60,7 +60,7 @@ class _HashMemory:
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._known.get(path)
         if isinstance(known, list) and known[:-1] == state:
-            return known[-1]
+            return cast(str, known[-1])
         digest = file_sha256(file)
         self._known[path] = [*state, digest]
         self._changed = True

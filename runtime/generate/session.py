@@ -27,9 +27,9 @@ class Prompt:
         keys: [S]; prefixes with equal keys have equal keys and values in the KV cache.
     """
 
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list[int])
     image_embeddings: Array | None = None
-    keys: list[Hashable] = field(default_factory=list)
+    keys: list[Hashable] = field(default_factory=list[Hashable])
 
     @classmethod
     def of(cls, token_ids: list[int], images: Iterable[tuple[Hashable, Array]] = ()) -> "Prompt":

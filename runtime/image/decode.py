@@ -7,10 +7,10 @@ orientation, transparency, deep greyscale, files that are broken or too large.
 import os
 import stat
 import struct
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -36,7 +36,7 @@ _UPRIGHT = {
 # P too, as its palette may have alpha.
 _MAYBE_TRANSPARENT = frozenset({"RGBA", "RGBa", "LA", "La", "PA", "P"})
 # Pillow gives a PNG's transparent colour in the file's samples but the pixels in 8 bits; these bring it to 8 bits.
-_PNG_SAMPLE_TO_8_BITS = {
+_PNG_SAMPLE_TO_8_BITS: dict[str, Callable[[Any], Any]] = {
     "L;2": lambda sample: sample * 85,
     "L;4": lambda sample: sample * 17,
     "RGB;16B": lambda samples: tuple(sample >> 8 for sample in samples),
@@ -248,7 +248,7 @@ def _grey_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
 
 def _tiff_tag(image: Image.Image, tag: int, default: int | None = None) -> Any:
     value = getattr(image, "tag_v2", {}).get(tag, default)
-    return value[0] if isinstance(value, tuple) else value
+    return cast(tuple[Any, ...], value)[0] if isinstance(value, tuple) else value
 
 
 def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -76,10 +76,8 @@ class ImageRule:
         return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
-    def from_dict(cls, data: Any) -> "ImageRule":
+    def from_dict(cls, data: dict[str, Any]) -> "ImageRule":
         """The rule that `to_dict` wrote. Raises UserError naming the key that is missing, unknown or wrong."""
-        if not isinstance(data, dict):
-            raise UserError(f"image rule: expected an object, found {type(data).__name__}")
         for key in data:
             if key not in _FIELD_READERS:
                 raise UserError(f"image rule: unknown key {key!r}; expected {', '.join(_FIELD_READERS)}")
@@ -90,10 +88,11 @@ class ImageRule:
 
 
 def _read_triple(key: str, value: object) -> tuple[float, float, float]:
-    numbers = value if isinstance(value, (list, tuple)) else []
+    numbers = cast(list[Any], value) if isinstance(value, list | tuple) else []
     if len(numbers) != 3 or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
         raise UserError(f"image rule: {key!r} must be a list of three numbers, found {value!r}")
-    return tuple(numbers)
+    red, green, blue = numbers
+    return red, green, blue
 
 
 def _read_whole(key: str, value: object) -> int:

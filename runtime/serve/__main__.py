@@ -152,7 +152,7 @@ def engine_rows(bundle: "Bundle") -> list[str]:
     """Every engine of the bundle, and whether it is whole."""
     from runtime.bundle.engines import find_engines, verify_engine
 
-    rows = []
+    rows: list[tuple[str, str]] = []
     for section in ("encoder", "decoder"):
         try:
             engines = find_engines(bundle, section)

@@ -9,6 +9,6 @@ def logprob_of(logits: np.ndarray, token: int, top: int) -> Logprob:
     """The log-probability of a token and of the `top` most probable ones, from logits [V]."""
     shifted = logits.astype(np.float64) - logits.max()
     logprobs = shifted - np.log(np.exp(shifted).sum())
-    best = np.argpartition(-logprobs, top)[:top] if top else []
-    ordered = sorted(((int(i), float(logprobs[i])) for i in best), key=lambda pair: (-pair[1], pair[0]))
+    best: list[int] = np.argpartition(-logprobs, top)[:top].tolist() if top else []
+    ordered = sorted(((i, float(logprobs[i])) for i in best), key=lambda pair: (-pair[1], pair[0]))
     return Logprob(token, float(logprobs[token]), tuple(ordered))

@@ -12,7 +12,7 @@ from runtime.generate.session import common_prefix_length
 class CachedPrefix:
     """What one slot holds: keys of its positions (see `Prompt`), and when it was last used, monotonic seconds."""
 
-    keys: list[Hashable] = field(default_factory=list)
+    keys: list[Hashable] = field(default_factory=list[Hashable])
     used: float = 0.0
 
 

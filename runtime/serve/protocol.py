@@ -192,7 +192,7 @@ def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str
         raise ApiError(400, "a conversation begins and ends with a message of the user", param="messages")
     if any(message.urls for message in messages if message.role in ("system", "developer")):
         raise ApiError(400, "a system message has an image", param="messages")
-    pieces, urls = [], []
+    pieces, urls = list[str](), list[str]()
     for role, said in turns:
         text = "\n".join(message.text for message in said)
         if role == "assistant":

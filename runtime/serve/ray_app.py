@@ -13,6 +13,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import NonNegativeFloat, PositiveInt

@@ -67,7 +67,7 @@ class CompletionStream:
         async for delta in self._deltas():
             if delta.logprob:
                 logprobs[delta.index].append(delta.logprob)
-        choices = []
+        choices: list[dict[str, Any]] = []
         for index, answer in enumerate(self._answers):
             message = {"role": "assistant", "content": answer.text, "refusal": None}
             choice = {"index": index, "message": message, "logprobs": self._logprobs(logprobs[index])}
@@ -140,7 +140,7 @@ class CompletionStream:
             content = self._model.tokenizer.token_bytes(token_id)
             return {"token": content.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(content)}
 
-        content = []
+        content: list[dict[str, Any]] = []
         for logprob in logprobs:
             top = [named(*pair) for pair in logprob.top]
             content.append(named(logprob.token_id, logprob.logprob) | {"top_logprobs": top})

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -74,4 +74,4 @@ def read_schema(file: Path) -> dict[str, Any]:
         raise UserError(f"--json-schema {file}: {error}") from error
     if not isinstance(schema, dict):
         raise UserError(f"--json-schema {file}: a schema is a JSON object")
-    return schema
+    return cast(dict[str, Any], schema)

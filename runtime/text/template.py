@@ -6,7 +6,7 @@ Qwen's chat templates write it.
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from runtime.errors import UserError
 
@@ -49,7 +49,8 @@ class PromptTemplate:
         for key in sorted(names ^ section.keys()):
             raise UserError(f"manifest: prompt template {'lacks' if key in names else 'has an unknown'} key {key!r}")
         stop = section["stop"]
-        if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        texts = cast(list[Any], stop) if isinstance(stop, list) else [None]
+        if not all(isinstance(text, str) and text for text in texts):
             raise UserError(f"manifest: prompt template 'stop' is {stop!r}; expected a list of non-empty strings")
         for key in sorted(names - {"stop"}):
             if not isinstance(section[key], str):
@@ -57,7 +58,7 @@ class PromptTemplate:
         for key, held in _MUST_HOLD.items():
             if section[key].count(held) != 1:
                 raise UserError(f"manifest: prompt template {key!r} is {section[key]!r}; expected one {held!r} in it")
-        values: dict[str, Any] = {**section, "stop": tuple(stop)}
+        values: dict[str, Any] = {**section, "stop": tuple(texts)}
         return cls(**values)
 
 
