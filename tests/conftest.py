@@ -1,11 +1,17 @@
 """Fixtures that several packages share: the conformance data and a bundle made from its checkpoint."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.bundles import exported
+
+# No deadline, as a busy machine would miss it; CI draws the same examples each time
+settings.register_profile("convllava", deadline=None, max_examples=60, derandomize="CI" in os.environ)
+settings.load_profile("convllava")
 
 DATA = Path(__file__).parent / "data"
 

@@ -8,7 +8,7 @@ from PIL import Image
 import runtime
 from benchmarks import accuracy
 from benchmarks.accuracy import Answered, ask, measure, pages
-from tests.support.commands import run_module
+from tests.support.commands import run_main
 from train.synth import PRESETS
 
 
@@ -63,7 +63,7 @@ def test_a_row_is_the_mean_over_its_questions(model, monkeypatch):
 
 
 def test_no_questions_are_refused_before_the_bundle_is_read():
-    done = run_module("benchmarks.accuracy", "--bundle", "nowhere", "--questions", 0)
+    done = run_main("benchmarks.accuracy", "--bundle", "nowhere", "--questions", 0)
     assert done.returncode == 2
     assert "argument --questions: 0, expected at least 1" in done.stderr
 
@@ -71,7 +71,7 @@ def test_no_questions_are_refused_before_the_bundle_is_read():
 def test_the_command_writes_a_row_for_each_resolution_and_split(conformance_bundle, tmp_path):
     file = tmp_path / "accuracy.json"
     arguments = ("--res", 128, 256, "--split", "test", "--questions", 4, "--json", file)
-    done = run_module("benchmarks.accuracy", "--bundle", conformance_bundle, *arguments)
+    done = run_main("benchmarks.accuracy", "--bundle", conformance_bundle, *arguments)
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["rows"]
     assert [(row["res"], row["visual_tokens"], row["questions"]) for row in rows] == [(128, 4, 4), (256, 16, 4)]

@@ -10,7 +10,7 @@ from export.decoder.check import check_decoder
 from export.decoder.export import export_decoder
 from export.decoder.surgery import merge_image_embeds
 from runtime.errors import UserError
-from tests.support.commands import run_module
+from tests.support.commands import run_main
 from train.model import Checkpoint
 
 
@@ -56,7 +56,7 @@ def test_what_cannot_be_exported_is_said_at_once(checkpoint, tmp_path):
         export_decoder(checkpoint, tmp_path, "fp32", "linear")
     with pytest.raises(UserError, match="int4"):
         export_decoder(checkpoint, tmp_path, "int4", "portable")
-    done = run_module("export.decoder", "--precision", "bf16", "--out", tmp_path)
+    done = run_main("export.decoder", "--precision", "bf16", "--out", tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
 

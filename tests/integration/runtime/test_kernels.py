@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -118,7 +118,6 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     count=st.integers(0, 19),
     is_gated=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
 def test_matmuls_are_float64s(instructions, reference, seed, rows, blocks, format, count, is_gated):
     """With 8-bit activations, of what these are rounded to, but for the scales' rounding to float16; with 24-bit ones,
     of x itself. Rows of x do not depend on each other, and the instruction sets do not differ in a bit."""

@@ -63,7 +63,7 @@ def changed(draw, value):
     return draw(JSON)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_changed_manifest_opens_or_is_refused_as_the_users(bundle, data):
     """Nothing but a UserError leaves, whatever one place of the manifest holds; what opens has the right types."""

@@ -441,4 +441,4 @@ class Requests(RuleBasedStateMachine):
 
 
 TestRequests = Requests.TestCase
-TestRequests.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRequests.settings = settings(max_examples=150, stateful_step_count=40)
