@@ -207,7 +207,7 @@ def test_a_product_beyond_fp16_has_its_weights_in_fp16():
 @pytest.fixture(scope="module")
 def half_file(tmp_path_factory):
     """A small decoder in FP16 with heads of 64, as TensorRT's fused attention wants them."""
-    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install '.[rtx]'")
     folder = tmp_path_factory.mktemp("engine")
     llama = random_llama(hidden_size=256, intermediate_size=512, vocab_size=512, num_hidden_layers=2)
     model, _ = half_graph(onnx.load(write_graph(llama, folder)), "decoder")
