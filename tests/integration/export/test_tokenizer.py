@@ -147,30 +147,20 @@ def test_older_checkpoints_files_are_read(checkpoint, tmp_path):
     assert tokenizer.encode("[PAD]<plain><more>", bos=False) == [size, size + 1, size + 2]
 
 
-def test_image_tokens_are_added_as_the_original_does(checkpoint, tmp_path):
-    size = size_of(checkpoint)
-    change(checkpoint / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=True)
+@pytest.mark.parametrize("there", [False, True])
+def test_image_tokens_are_added_unless_they_are_there(checkpoint, tmp_path, there):
+    size, names = size_of(checkpoint), ["<im_start>", "<im_end>"]
+    if there:
+        added = {"1": entry("<s>"), "2": entry("</s>"), str(size): entry(names[0]), str(size + 1): entry(names[1])}
+        change(checkpoint / "tokenizer_config.json", added_tokens_decoder=added, additional_special_tokens=names)
+    else:
+        names.insert(0, "<im_patch>")
+    change(checkpoint / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=not there)
     section, tokenizer = export_and_load(checkpoint, tmp_path / "out")
-    assert section["special_ids"] == [0, 1, 2, size, size + 1, size + 2]
-    assert tokenizer.encode("<im_patch><im_start><im_end>", bos=False) == [size, size + 1, size + 2]
-    ids = tokenizer.encode_prompt("<im_start><image><im_end>\n", [1])
-    assert ids[:4] == [1, size + 1, -1, size + 2]
-
-
-def test_image_tokens_already_there_are_not_added_again(checkpoint, tmp_path):
-    size = size_of(checkpoint)
-    added = {"1": entry("<s>"), "2": entry("</s>"), str(size): entry("<im_start>"), str(size + 1): entry("<im_end>")}
-    listed = ["<im_start>", "<im_end>"]
-    change(checkpoint / "tokenizer_config.json", added_tokens_decoder=added, additional_special_tokens=listed)
-    change(checkpoint / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=False)
-    section, tokenizer = export_and_load(checkpoint, tmp_path / "out")
-    assert section["special_ids"] == [0, 1, 2, size, size + 1]
-    assert tokenizer.encode("<im_start><im_end>", bos=False) == [size, size + 1]
-
-
-def test_language_model_gets_no_image_tokens(checkpoint, tmp_path):
-    section, _ = export_and_load(checkpoint, tmp_path / "out")
-    assert section["special_ids"] == [0, 1, 2]
+    ids = list(range(size, size + len(names)))
+    assert section["special_ids"] == [0, 1, 2, *ids]
+    assert tokenizer.encode("".join(names), bos=False) == ids
+    assert tokenizer.encode_prompt("<im_start><image><im_end>\n", [1])[:4] == [1, ids[-2], -1, ids[-1]]
 
 
 def test_control_piece_has_no_text(trained, tmp_path):
@@ -223,12 +213,6 @@ def test_eos_of_the_model(checkpoint, tmp_path, config, generation, expected):
     assert export_tokenizer(checkpoint, tmp_path / "out")["eos_token_ids"] == expected
 
 
-def test_chatml_turn_end_is_an_eos(checkpoint, tmp_path):
-    size = size_of(checkpoint)
-    change(checkpoint / "tokenizer_config.json", additional_special_tokens=["<|im_end|>"])
-    assert export_tokenizer(checkpoint, tmp_path / "out")["eos_token_ids"] == [2, size]
-
-
 @pytest.mark.parametrize("eos", [50256, -1, "</s>"])
 def test_eos_outside_the_vocabulary_is_refused(checkpoint, tmp_path, eos):
     change(checkpoint / "config.json", eos_token_id=eos)
@@ -236,11 +220,14 @@ def test_eos_outside_the_vocabulary_is_refused(checkpoint, tmp_path, eos):
         export_tokenizer(checkpoint, tmp_path / "out")
 
 
-def test_eos_of_the_tokenizer_is_the_last_resort(checkpoint, tmp_path):
+def test_eos_of_the_tokenizer(checkpoint, tmp_path):
+    """The end of a ChatML turn beside the model's; its own where the model has none."""
+    size, file = size_of(checkpoint), checkpoint / "tokenizer_config.json"
+    change(file, additional_special_tokens=["<|im_end|>"])
+    assert export_tokenizer(checkpoint, tmp_path / "out")["eos_token_ids"] == [2, size]
     change(checkpoint / "config.json", eos_token_id=None)
-    change(checkpoint / "tokenizer_config.json", eos_token="<end>", added_tokens_decoder={"1": entry("<s>")})
-    section = export_tokenizer(checkpoint, tmp_path / "out")
-    assert section["eos_token_ids"] == [size_of(checkpoint)]
+    change(file, additional_special_tokens=[], eos_token="<end>", added_tokens_decoder={"1": entry("<s>")})
+    assert export_tokenizer(checkpoint, tmp_path / "other")["eos_token_ids"] == [size]
 
 
 # tokenizer.json

@@ -117,12 +117,6 @@ def test_image_embeds_are_numbered_over_all_images(llama):
     assert ids[ids.index(-2) + 1 : ids.index(-3)] == llama.encode(chunks[1], bos=False)
 
 
-def test_bos_comes_once(llama):
-    ids = llama.encode_prompt("<image>\nWhat is this? <image> And this?", [1, 1])
-    assert ids[0] == llama.bos_token_id == 1
-    assert ids.count(1) == 1
-
-
 @pytest.mark.parametrize(("text", "images"), [("no placeholder", [4]), ("<image>", []), ("<image><image>", [1, 2, 3])])
 def test_placeholders_must_match_images(llama, text, images):
     with pytest.raises(UserError, match=rf"{text.count('<image>')} <image> .* {len(images)} image"):
@@ -168,9 +162,11 @@ def test_every_short_run_of_bytes_decodes_like_sentencepiece(model, llama):
         assert llama.decode(ids) == processor.decode(ids), run
 
 
-def test_character_comes_once_and_whole(llama):
+def test_character_comes_once_and_whole(llama, byte_level):
     ids = [llama.encode("a", bos=False)[0], *llama.encode("😀", bos=False)[-4:]]
     assert streamed(llama, ids) == ["a", "", "", "", "😀", ""]
+    ids = byte_level.encode("😀")
+    assert streamed(byte_level, ids) == [*[""] * (len(ids) - 1), "😀", ""]
 
 
 def test_special_token_does_not_cut_a_character(llama):
@@ -183,18 +179,6 @@ def test_unfinished_character_is_replaced_byte_by_byte(llama):
     letter = llama.encode("a", bos=False)[0]
     assert streamed(llama, start) == ["", "", "", "\ufffd\ufffd\ufffd"]
     assert streamed(llama, [*start[:2], letter]) == ["", "", "\ufffd\ufffd a", ""]
-
-
-def test_leading_space_goes_with_the_first_piece_only(llama):
-    word = llama.encode("a", bos=False)[0]
-    assert llama.decode([word, word]) == "a a"
-    assert streamed(llama, [2, word, word]) == ["", "a", " a", ""]
-
-
-def test_ordinary_added_token_is_text(llama):
-    tool = llama.encode("<tool>", bos=False)[-1]
-    word = llama.encode("a", bos=False)[0]
-    assert llama.decode([word, tool, word]) == "a <tool> a"
 
 
 @pytest.mark.parametrize("family", ["llama", "byte_level"])
@@ -245,13 +229,6 @@ def test_byte_level_like_tokenizers(byte_level, byte_level_file):
         assert "".join(streamed(byte_level, ids)) == reference.decode(ids, skip_special_tokens=True)
 
     check()
-
-
-def test_byte_level_character_comes_once_and_whole(byte_level):
-    pieces = streamed(byte_level, byte_level.encode("😀"))
-    assert [piece for piece in pieces if piece] == ["😀"]
-    start = byte_level.encode("😀")[:-1]
-    assert streamed(byte_level, start)[-1] == "\ufffd"
 
 
 def test_tokenizer_without_bos_adds_none(byte_level):
