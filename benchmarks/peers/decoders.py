@@ -316,7 +316,8 @@ class Optimum(Peer):
         return int(out.logits[0, -1].argmax())
 
     def rewind(self, length: int) -> None:
-        self._past = (length and tuple(tuple(part[:, :, :length] for part in layer) for layer in self._past)) or None
+        past = self._past or ()
+        self._past = (length and tuple(tuple(part[:, :, :length] for part in layer) for layer in past)) or None
         self._length = length
 
 
