@@ -26,7 +26,7 @@ def tree(tmp_path, monkeypatch):
 
 def test_entries_are_folders_with_tests_and_files(tree):
     found = run.entries(tree, ("unit", "integration", "e2e", "release"))
-    assert [str(entry.relative_to(tree)) for entry in found] == ["unit/good", "integration/bad", "e2e/test_speed.py"]
+    assert [str(entry.relative_to(tree)) for entry in found] == ["e2e/test_speed.py", "unit/good", "integration/bad"]
 
 
 def test_a_failing_folder_fails_the_target_after_all_have_run(tree, capfd):
