@@ -75,7 +75,9 @@ def test_legacy_like_sentencepiece(trained, tmp_path, model):
         assert tokenizer.encode(text, bos=False) == encoded
         if text:
             assert tokenizer.encode(f"</s>{text}<s>", bos=False) == [2, *encoded, 1]
-        if model != "bpe, no prefix":  # LlamaTokenizer strips a space all the same
+        # LlamaTokenizer strips a space though there is no prefix, and cuts a run of them that comes first
+        run_first = bool(ids) and processor.id_to_piece(ids[0]).startswith("▁▁")
+        if model != "bpe, no prefix" and not run_first:
             assert tokenizer.decode(ids) == processor.decode(ids)
 
     check()
