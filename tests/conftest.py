@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,15 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     cache = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     return cache
+
+
+@pytest.fixture(scope="session")
+def built():
+    """The kernels: skips where they cannot run, fails where they should have been compiled."""
+    from runtime import kernels
+
+    reason = kernels.unavailable()
+    if reason and (kernels.processor_flags() >= kernels.NEEDED) and shutil.which("c++"):
+        pytest.fail(f"there is a compiler, and yet {reason}")
+    if reason:
+        pytest.skip(f"the kernels cannot run: {reason}")

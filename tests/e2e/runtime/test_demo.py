@@ -12,10 +12,11 @@ import runtime
 from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_slots import Slots
 from runtime.backends.select import Backends
+from runtime.generate.sampler import Sampler
+from runtime.generate.session import Generation
 from runtime.image.decode import open_image
 from runtime.image.embedding_cache import EmbeddingCache
 from runtime.image.preprocess import preprocess
-from runtime.text.stop import Answer
 from runtime.text.template import first_turn
 from tests.support.commands import ROOT, run_module
 from train.synth import PRESETS, render
@@ -92,10 +93,11 @@ def test_an_image_seen_or_held_gives_the_same_ids(model, page, alone, monkeypatc
 def test_questions_decoded_together_get_the_same_ids(model, page, alone, count):
     embeds = model.encoder([preprocess(open_image(page), model.bundle.image, 320)])
     slots, answers = Slots(model.decoder, count, 256), []
-    for slot, question in zip(slots, QUESTIONS, strict=False):
+    for number, question in enumerate(QUESTIONS[:count]):
         prompt = first_turn(model.bundle.prompt, question, 1)
-        answers.append(Answer(model.tokenizer, model.bundle.prompt.stop, OPTIONS.max_new_tokens))
-        answers[-1].push(slot.forward_greedy(model.tokenizer.encode_prompt(prompt, [len(embeds)]), embeds))
+        answers.append(Generation(Sampler(OPTIONS.sampling), OPTIONS.max_new_tokens, model.tokenizer.eos_token_ids))
+        token_ids = model.tokenizer.encode_prompt(prompt, [len(embeds)])
+        answers[-1].push(slots[number].forward_greedy(token_ids, embeds))
     while not all(answer.finish_reason for answer in answers):
         following = slots.step([answer.token_ids[-1] for answer in answers])
         for answer, token in zip(answers, following, strict=True):

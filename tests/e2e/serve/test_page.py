@@ -138,7 +138,7 @@ def test_boxes_of_an_answer_are_drawn_on_the_image(page):
 
 
 def test_it_works_by_keyboard_and_an_answer_can_be_stopped(page, served, monkeypatch):
-    slow_down(monkeypatch, served.engine)
+    slow_down(monkeypatch, served.scheduler)
     names = []
     for _ in range(8):
         page.keyboard.press("Tab")
@@ -156,10 +156,10 @@ def test_it_works_by_keyboard_and_an_answer_can_be_stopped(page, served, monkeyp
     assert bodies(page) == []
     page.get_by_label("Question").press("Enter")
     expect(page.locator("#count")).to_contain_text("tokens")
-    assert served.engine.running == 1
+    assert served.scheduler.running == 1
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name="Ask")).to_be_enabled()
-    wait_for(lambda: served.engine.running == 0)
+    wait_for(lambda: served.scheduler.running == 0)
     assert int(page.locator("#count").inner_text().split()[0]) < 3000
 
 

@@ -123,6 +123,7 @@ def test_a_full_application_is_429(conformance_bundle, url):
     threads = [threading.Thread(target=ask) for _ in range(6)]
     for thread in threads:
         thread.start()
+        time.sleep(0.2)  # one is at the replica before the next one comes
     for thread in threads:
         thread.join(WAIT)
     serve.delete("small")
