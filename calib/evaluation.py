@@ -2,7 +2,7 @@
 
 - SQNR of the image embeds, dB: the energy of the signal over that of the error.
 - next tokens that differ, %: the known answer to a question, or the float32 model's own where none is known, is fed
-  token by token, and at each position the likeliest next one is compared.
+  token by token, and at each position the greedy next one is compared.
 - perplexity of the answers that are fed.
 - points of ANLS and of grounding accuracy (boxes that meet the true one by half) lost, where answers are known and the
   float32 model gives them.
@@ -76,7 +76,7 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a model says at each position of a page's cases. next: the likeliest token after each prompt and after each
+    """What a model says at each position of a page's cases. next: the greedy token after each prompt and after each
     token fed. log_probs: of the tokens fed."""
 
     next: np.ndarray
@@ -234,10 +234,10 @@ def _read(decoder: OnnxDecoder, cases: list[_Case], embeds: np.ndarray) -> _Read
     slots = Slots(decoder, min(AT_ONCE, len(cases)), capacity)
     slots[0].forward(cases[0].ids[:image_end], embeds)
     longest_first = sorted(range(len(cases)), key=lambda i: -len(cases[i].fed))
-    likeliest, log_probs = [[] for _ in cases], [[] for _ in cases]
+    greedy, log_probs = [[] for _ in cases], [[] for _ in cases]
 
     def note(i: int, answered: int, logits: np.ndarray) -> None:
-        likeliest[i].append(int(logits.argmax()))
+        greedy[i].append(int(logits.argmax()))
         if answered < len(cases[i].fed):
             most = logits.max()
             exponents = np.sum(np.exp(logits - most), dtype=np.float64)
@@ -255,7 +255,7 @@ def _read(decoder: OnnxDecoder, cases: list[_Case], embeds: np.ndarray) -> _Read
             slots.step([cases[i].fed[answered] for i in taking])
             for i, logits in zip(taking, slots.logits(len(taking)), strict=True):
                 note(i, answered + 1, logits)
-    return _Reading(*(np.array(list(itertools.chain(*lists))) for lists in (likeliest, log_probs)))
+    return _Reading(*(np.array(list(itertools.chain(*lists))) for lists in (greedy, log_probs)))
 
 
 def _perplexity(readings: list[_Reading]) -> float | None:

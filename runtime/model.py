@@ -127,7 +127,8 @@ class _Answers:
     def _encode(self, images: list[ImageInput], begin: float, traced: bool) -> _Encoded:
         """Embeddings of the images, from the model's cache where it has them. A traced turn encodes all of its own."""
         cache = EmbeddingCache(0) if traced else self._model.cache
-        keys = [image.key for image in images] if cache.max_bytes else list(range(len(images)))
+        # Without a cache nothing is hashed: each image is then like no other, also none of another turn
+        keys: list[Hashable] = [image.key if cache.max_bytes else object() for image in images]
         known = {key: cache.get(key) for key in keys}
         missing = {key: image for key, image in zip(keys, images, strict=True) if known[key] is None}
         pixel_values = [image.pixel_values for image in missing.values()]

@@ -24,12 +24,6 @@ def conformance() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cases() -> Path:
-    """Small files that once were read wrong."""
-    return DATA / "cases"
-
-
-@pytest.fixture(scope="session")
 def reference(conformance: Path) -> dict:
     return json.loads((conformance / "reference.json").read_text(encoding="utf-8"))
 

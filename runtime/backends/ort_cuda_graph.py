@@ -1,9 +1,9 @@
 """Decoding that stays on the GPU: a step begins with the token that the step before has left there.
 
-A step has the same addresses and shapes each time, so ONNX Runtime records its kernels as one CUDA graph and replays
-it. The token is the likeliest, which the graph says itself, or drawn from the logits by a second small graph, for which
-the host sends nothing but the next random number. The next step is put into the stream before the host has read the
-token of the last one; if that token was the last of the answer, one step was computed for nothing, and is forgotten.
+A step has the same addresses and shapes each time, so ONNX Runtime captures its kernels as one CUDA graph and replays
+it. The token is the argmax, an output of the graph, or sampled from the logits by a second small graph, for which the
+host sends nothing but the next random number. The next step is put into the stream before the host has read the token
+of the last one; if that token was the last of the answer, one step was computed for nothing, and is forgotten.
 """
 
 import itertools
@@ -35,9 +35,9 @@ class CudaGraphDecoder(OnnxDecoder):
     """A fused graph on ONNX Runtime's CUDA provider. Its sequences hand on what they have captured once they are gone:
     ONNX Runtime keeps a captured graph as long as the session.
 
-    sampler: the graph that draws tokens; None, or one that cannot be captured, leaves that to the host.
-    Raises UserError where ONNX Runtime cannot record a step, which is where the CUDA provider lacks an operator, and
-    for a graph that does not say the likeliest token.
+    sampler: the graph that samples tokens; None, or one that cannot be captured, leaves that to the host.
+    Raises UserError where ONNX Runtime cannot capture a step, which is where the CUDA provider lacks an operator, and
+    for a graph without the argmax as an output.
     """
 
     def __init__(self, file: Path, part: DecoderPart, device: Cuda, sampler: Path | None = None):

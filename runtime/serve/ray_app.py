@@ -13,6 +13,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+# Ray's handles and its actors' methods have no types
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse

@@ -175,6 +175,26 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, picture):
     assert two_turns(too_long) == two_turns(interrupted) == two_turns(lambda conversation: None)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_an_image_of_a_turn_that_was_interrupted_is_not_taken_for_the_next(
+    conformance_bundle, conformance, cache_bytes
+):
+    """Interrupted once its image is in the KV cache, and before the turn counts."""
+    model, options = runtime.load(conformance_bundle, cache_bytes=cache_bytes), runtime.Options(max_new_tokens=6)
+    chat, began = model.chat(options), runtime.Conversation._began
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    chat._began = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        next(chat.ask("What is it?", [conformance / "case0.png"]))
+    chat._began = began.__get__(chat)
+    *_, last = chat.ask("What is it?", [conformance / "case1.png"])
+    *_, fresh = model.generate([conformance / "case1.png"], "What is it?", options)
+    assert last.result.token_ids == fresh.result.token_ids
+
+
 def test_a_first_turn_that_fails_can_be_asked_again(model, picture):
     conversation = model.chat(runtime.Options(5))
     with pytest.raises(runtime.UserError):

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 import runtime
-from runtime import kernels
 from runtime.generate.sampler import Sampler
 from runtime.generate.session import Generation
 from runtime.image.embedding_cache import EmbeddingCache
@@ -86,10 +85,10 @@ def test_a_compacted_image_gives_the_same_answer(conformance_bundle):
 
 @pytest.mark.parametrize("decoder", ["onnx", "kernels"])
 @pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_weights_of_few_bits_are_batch_invariant(precision, decoder):
+def test_weights_of_few_bits_are_batch_invariant(precision, decoder, request):
     """Bit for bit, whatever else runs and whatever prefix is cached."""
-    if decoder == "kernels" and (reason := kernels.unavailable()):
-        pytest.skip(f"the kernels cannot run: {reason}")
+    if decoder == "kernels":
+        request.getfixturevalue("built")
     bundle = exported("--res", 256, "--decoder-precision", precision)
     model = runtime.load(bundle, backends=runtime.Backends(decoder=decoder))
     questions = [prompt for prompt, _ in QUESTIONS]
