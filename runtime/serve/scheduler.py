@@ -8,6 +8,9 @@ as long as one after the other, and the first would wait for the last. On a GPU 
 equal sizes in a batch. A request whose images are known, or that has none, does not wait for those.
 
 A slot keeps its keys and values after its request has gone; a new request takes what it has in common with any slot.
+
+What goes wrong while a request is computed fails that request alone. Afterwards the engine is tried with a token of its
+own: where that fails too, what all share is broken, and the scheduler ends.
 """
 
 import logging
@@ -25,7 +28,7 @@ from runtime.generate.session import Generation, Prompt
 from runtime.image.embedding_cache import EmbeddingCache
 from runtime.serve.logprobs import logprob_of
 from runtime.serve.prefix_cache import PrefixCache
-from runtime.serve.types import Busy, Callbacks, Failed, Request, TokenEvent
+from runtime.serve.types import Busy, Callbacks, Failed, Request, TokenEvent, failure
 from runtime.serve.vision_worker import Embeddings, VisionWorker
 
 logger = logging.getLogger("convllava.serve")
@@ -81,7 +84,8 @@ class Scheduler:
         self._active: list[_Running] = []  # decoding, in the slots 0, 1, ...
         self._prefilling: tuple[int, _Running] | None = None  # and its slot
         self._waiting: deque[Request] = deque()  # until their images are encoded
-        self._encoding: list[Request] = []
+        self._encoding: list[Request] = []  # handed to the encoder's thread, which may be with one that was dropped
+        self._encoder_busy = False
         self._ready: deque[tuple[Request, Prompt]] = deque()
         self._lock = threading.Lock()  # held where a request goes from one place to another
         self._stop_lock = threading.Lock()
@@ -199,7 +203,14 @@ class Scheduler:
 
     def _fail(self, request: Request, failed: Failed) -> None:
         self._callbacks.finished(failed.reason)
-        request.sink(failed)
+        self._send(request, failed)
+
+    def _send(self, request: Request, event: TokenEvent | Failed) -> None:
+        try:
+            request.sink(event)
+        except Exception:
+            logger.exception("a receiver of tokens has failed")
+            request.end()
 
     # The decoder's thread
 
@@ -223,19 +234,16 @@ class Scheduler:
 
     def _drop_ended(self) -> None:
         """Let go of requests whose receiver needs no more, or whose deadline has come."""
-        now = time.monotonic()
-
-        def over(request: Request) -> bool:
-            return request.ended is not None or now > request.deadline
-
         with self._lock:
-            dropped = [one for one in (*self._waiting, *(request for request, _ in self._ready)) if over(one)]
+            ready = [request for request, _ in self._ready]
+            dropped = [one for one in (*self._waiting, *self._encoding, *ready) if one.over]
             self._waiting = deque(request for request in self._waiting if request not in dropped)
+            self._encoding = [request for request in self._encoding if request not in dropped]
             self._ready = deque(entry for entry in self._ready if entry[0] not in dropped)
-            if self._prefilling and over(self._prefilling[1].request):
+            if self._prefilling and self._prefilling[1].request.over:
                 dropped.append(self._prefilling[1].request)
                 self._prefilling = None
-        for running in [running for running in self._active if over(running.request)]:
+        for running in [running for running in self._active if running.request.over]:
             dropped.append(running.request)
             self._leave(running)
         for request in dropped:
@@ -249,34 +257,57 @@ class Scheduler:
         with self._lock:
             known = [one for one in self._waiting if all(image.embeddings is not None for image in one.images)]
             self._waiting = deque(one for one in self._waiting if one not in known)
-            for request in known:
-                found: Embeddings = {
-                    image.key: image.embeddings for image in request.images if image.embeddings is not None
-                }
-                self._ready.append((request, _prompt_of(request, found)))
-                for _ in found:
-                    self._callbacks.cache(True)
+            self._encoding += known  # until their prompts are made
+        for request in known:
+            found: Embeddings = {
+                image.key: image.embeddings for image in request.images if image.embeddings is not None
+            }
+            for _ in found:
+                self._callbacks.cache(True)
+            self._make_ready(request, found)
 
     def _hand_to_encoder(self) -> None:
         """The next requests go to the encoder's thread, unless that has some, or a prompt would wait for it."""
         with self._lock:
-            if self._encoding or not self._waiting or self._prefilling or (self._ready and self._free):
+            if self._encoder_busy or not self._waiting or self._prefilling or (self._ready and self._free):
                 return
             count = min(self._max_encode_requests, len(self._waiting))
-            self._encoding = [self._waiting.popleft() for _ in range(count)]
-            self._vision.submit(self._encoding)
+            requests = [self._waiting.popleft() for _ in range(count)]
+            self._encoding += requests
+            self._encoder_busy = True
+            self._vision.submit(requests)
 
-    def _encoded(self, requests: list[Request], found: Embeddings, failed: dict[int, UserError]) -> None:
+    def _encoded(self, requests: list[Request], found: Embeddings, failed: dict[int, Failed]) -> None:
         """Called on the encoder's thread."""
-        entries = [(request, _prompt_of(request, found)) for request in requests if id(request) not in failed]
-        with self._lock:
-            ours, self._encoding = bool(self._encoding), []  # or all were failed meanwhile
-            if ours:
-                self._ready.extend(entries)
-        for request in requests if ours else ():
+        for request in requests:
             if id(request) in failed:
-                self._fail(request, Failed("request", str(failed[id(request)])))
+                self._drop(request, failed[id(request)])
+            elif not request.over:  # else the other thread lets go of it
+                self._make_ready(request, found)
+        with self._lock:
+            self._encoder_busy = False
         self._wake.set()
+
+    def _make_ready(self, request: Request, found: Embeddings) -> None:
+        """Let it wait for a slot. found: its images' embeddings; the images themselves, which are large, are let go."""
+        try:
+            prompt = Prompt.of(request.token_ids, [(image.key, found[image.key]) for image in request.images])
+        except Exception as error:  # of memory, for one
+            self._drop(request, failure(error))
+            return
+        request.images = []
+        with self._lock:
+            if request in self._encoding:  # it may have been dropped meanwhile
+                self._encoding.remove(request)
+                self._ready.append((request, prompt))
+
+    def _drop(self, request: Request, failed: Failed) -> None:
+        """Fail one that is being encoded, unless it was dropped meanwhile."""
+        with self._lock:
+            if request not in self._encoding:
+                return
+            self._encoding.remove(request)
+        self._fail(request, failed)
 
     def _admit(self) -> None:
         """Give a slot to the next request whose images are encoded."""
@@ -300,10 +331,11 @@ class Scheduler:
                 logits = sequence.forward(*chunk)
             else:
                 token = sequence.forward_greedy(*chunk)
-        except InvalidLogitsError as error:
+        except Exception as error:
+            self._forget(slot, error)
             with self._lock:
                 self._prefilling = None
-            self._fail(request, Failed("numbers", str(error)))
+            self._fail(request, failure(error))
             return
         self._prefixes.record(slot, running.prompt.keys[:end])
         if end < length:
@@ -316,10 +348,12 @@ class Scheduler:
 
     def _step(self) -> None:
         """One token of each running request."""
+        tokens = [running.generation.token_ids[-1] for running in self._active]
+        greedy = self._fed(tokens)
+        if greedy is None:
+            return
         batch = list(self._active)
-        fed = [running.generation.token_ids[-1] for running in batch]
-        greedy = self._slots.step(fed)
-        for slot, token in enumerate(fed):
+        for slot, token in enumerate(tokens):
             self._prefixes.append(slot, token)
         self._callbacks.step(len(batch))
         logits = self._slots.logits(len(batch)) if any(one.request.needs_logits for one in batch) else None
@@ -327,26 +361,69 @@ class Scheduler:
             needed = logits is not None and running.request.needs_logits
             self._take(running, greedy[slot], logits[slot] if needed and logits is not None else None)
 
+    def _fed(self, tokens: list[int]) -> list[int | None] | None:
+        """Feed a token to each running request; returns the argmax of each. Where that raises, fail those whose token
+        cannot be fed alone either; None: that some failed and the others are as before."""
+        try:
+            return self._slots.step(tokens)
+        except Exception as error:
+            failed = self._failing_alone(tokens)
+            if not failed:
+                try:
+                    return self._slots.step(tokens)  # memory may have been short for a moment
+                except Exception:
+                    failed = [(running, error) for running in self._active]
+            for running, own in failed:
+                self._forget(self._active.index(running), own)
+            for running, own in failed:
+                self._leave(running)
+                self._fail(running.request, failure(own))
+            return None
+
+    def _failing_alone(self, tokens: list[int]) -> list[tuple[_Running, Exception]]:
+        failed: list[tuple[_Running, Exception]] = []
+        for slot, (running, token) in enumerate(zip(self._active, tokens, strict=True)):
+            sequence, length = self._slots[slot], self._slots[slot].length
+            try:
+                sequence.forward([token])
+            except Exception as error:
+                failed.append((running, error))
+            else:
+                sequence.rewind(length)
+        return failed
+
+    def _forget(self, slot: int, error: Exception) -> None:
+        """What a slot holds is not to be used again. Raises `error`, unless it is a request's, where the decoder cannot
+        run a token of our own in the slot either."""
+        self._prefixes.record(slot, [])
+        if isinstance(error, UserError):
+            return
+        sequence = self._slots[slot]
+        try:
+            sequence.rewind(0)
+            sequence.forward([0])
+        except Exception:
+            raise error from None
+
     def _take(self, running: _Running, greedy: int | None, logits: np.ndarray | None) -> None:
         """The next token of an answer, chosen from `logits` where they are given; greedy None: its logit is NaN."""
         request, generation = running.request, running.generation
+        logprob = None
         try:
             if logits is not None:
                 token = generation.sampler.choose(logits)
+                if request.logprobs is not None:
+                    logprob = logprob_of(logits, token, request.logprobs)
             elif greedy is None:
                 raise InvalidLogitsError
             else:
                 token = greedy
-        except UserError as error:  # a grammar that grew too large, invalid logits
-            invalid = isinstance(error, InvalidLogitsError)
-            if invalid:
-                self._prefixes.record(self._active.index(running), [])
+        except Exception as error:  # invalid logits, a grammar that grew too large
+            if isinstance(error, InvalidLogitsError):
+                self._forget(self._active.index(running), error)
             self._leave(running)
-            self._fail(request, Failed("numbers" if invalid else "request", str(error)))
+            self._fail(request, failure(error))
             return
-        logprob = None
-        if logits is not None and request.logprobs is not None:
-            logprob = logprob_of(logits, token, request.logprobs)
         generation.push(token)
         now = time.monotonic()
         observe = self._callbacks.next_token if len(generation.token_ids) > 1 else self._callbacks.first_token
@@ -355,7 +432,7 @@ class Scheduler:
         if generation.finish_reason:
             self._leave(running)
             self._callbacks.finished(generation.finish_reason)
-        request.sink(TokenEvent(token, logprob, generation.finish_reason))
+        self._send(request, TokenEvent(token, logprob, generation.finish_reason))
 
     def _leave(self, running: _Running) -> None:
         """Its slot becomes the first idle one, so that those that decode stay together."""
@@ -363,10 +440,3 @@ class Scheduler:
         self._prefixes.move(slot, last)
         self._active[slot] = self._active[last]
         self._active.pop()
-
-
-def _prompt_of(request: Request, found: Embeddings) -> Prompt:
-    """The prompt with its images' embeddings; the images themselves, which are large, are let go."""
-    prompt = Prompt.of(request.token_ids, [(image.key, found[image.key]) for image in request.images])
-    request.images = []
-    return prompt

@@ -1,11 +1,15 @@
 """What the scheduler takes and what it answers."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from runtime.errors import InvalidLogitsError, UserError
 from runtime.generate.session import Generation
 from runtime.image.input import ImageInput
+
+logger = logging.getLogger("convllava.serve")
 
 
 class Busy(Exception):
@@ -17,12 +21,22 @@ class Failed(Exception):
 
     Attributes:
         reason: `request` (the message says what is wrong with it), `deadline`, `stopping`, `numbers` (the model
-            returned NaN or Inf for it) or `crash`.
+            returned NaN or Inf for it), `internal` (something of ours failed for it alone) or `crash`.
     """
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+def failure(error: Exception) -> Failed:
+    """What a request is told that `error` has ended; an unexpected one is logged."""
+    if isinstance(error, InvalidLogitsError):
+        return Failed("numbers", str(error))
+    if isinstance(error, UserError):
+        return Failed("request", str(error))
+    logger.error("a request has failed", exc_info=error)
+    return Failed("internal", f"the engine failed on this request: {type(error).__name__}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,11 @@ class Request:
     def end(self, reason: str = "cancelled") -> None:
         """No more tokens are needed. The first reason counts."""
         self.ended = self.ended or reason
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.ended is not None or time.monotonic() > self.deadline
 
     @property
     def needs_logits(self) -> bool:

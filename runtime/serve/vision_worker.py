@@ -1,15 +1,18 @@
 """Encodes the images of requests on a thread of its own, beside the one that decodes."""
 
+import math
 import queue
 import time
 from collections.abc import Callable, Hashable
+
+import numpy as np
 
 from runtime.backends.base import Encoder
 from runtime.device.memory import Array, copied
 from runtime.errors import UserError
 from runtime.image.embedding_cache import EmbeddingCache
 from runtime.image.input import ImageInput
-from runtime.serve.types import Callbacks, Request
+from runtime.serve.types import Callbacks, Failed, Request, failure
 
 Embeddings = dict[Hashable, Array]  # key of an image -> [T, D]
 
@@ -21,14 +24,14 @@ class VisionWorker:
         self,
         encoder: Encoder,
         cache: EmbeddingCache,
-        done: Callable[[list[Request], Embeddings, dict[int, UserError]], None],
+        done: Callable[[list[Request], Embeddings, dict[int, Failed]], None],
         callbacks: Callbacks,
     ):
         """
         Args:
             encoder, cache: of the model.
-            done: called on the worker's thread with the requests, their embeddings, and what is wrong with each that
-                cannot be encoded, by its id().
+            done: called on the worker's thread with the requests, their embeddings (of those that are over perhaps
+                none), and what is wrong with each that cannot be encoded, by its id().
             callbacks: told of encodings and of cache hits.
         """
         self._encoder, self._cache, self._done, self._callbacks = encoder, cache, done, callbacks
@@ -42,32 +45,29 @@ class VisionWorker:
         self._jobs.put(None)
 
     def run(self) -> None:
-        """Work until `stop`. An exception that is no request's fault ends it."""
+        """Work until `stop`. Raises what an encoder raises that can encode nothing any more."""
         while (requests := self._jobs.get()) is not None:
             self._work(requests)
 
     def _work(self, requests: list[Request]) -> None:
         found: Embeddings = {}
-        failed: dict[int, UserError] = {}
+        failed: dict[int, Failed] = {}
         try:
-            self._encode([image for request in requests for image in request.images], found)
+            self._encode(requests, found)
         except Exception:  # of one of them, or too many at once for a GPU's memory
-            failed = self._encode_each(requests, found)
+            for request in requests:
+                try:
+                    self._encode([request], found)
+                except Exception as error:
+                    failed[id(request)] = failure(error)
+                    if not isinstance(error, UserError):
+                        self._check_encoder(request.images[0], error)
         self._done(requests, found, failed)
 
-    def _encode_each(self, requests: list[Request], found: Embeddings) -> dict[int, UserError]:
-        failed: dict[int, UserError] = {}
-        for request in requests:
-            try:
-                self._encode(request.images, found)
-            except UserError as error:
-                failed[id(request)] = error
-        return failed
-
-    def _encode(self, images: list[ImageInput], found: Embeddings) -> None:
-        """Add the embeddings of the images by their keys, encoding those that are not known."""
+    def _encode(self, requests: list[Request], found: Embeddings) -> None:
+        """Add the embeddings of the requests' images by their keys, encoding those that are not known."""
         missing: dict[Hashable, ImageInput] = {}
-        for image in images:
+        for image in (image for request in requests if not request.over for image in request.images):
             if image.key in found or image.key in missing:
                 continue
             embeddings = self._cache.get(image.key) if image.embeddings is None else image.embeddings
@@ -76,14 +76,32 @@ class VisionWorker:
                 missing[image.key] = image
             else:
                 found[image.key] = embeddings
-        if not missing:
-            return
-        by_size, started = sorted(missing.values(), key=lambda image: image.pixel_values.shape), time.monotonic()
-        encoded, row = self._encoder([image.pixel_values for image in by_size]), 0
+        images = sorted(missing.values(), key=lambda image: image.pixel_values.shape)
+        # One at a time is as fast on a CPU, and who leaves is noticed in between
+        at_once = max(len(images), 1) if self._encoder.batches else 1
+        for begin in range(0, len(images), at_once):
+            if all(request.over for request in requests):
+                return
+            self._encode_images(images[begin : begin + at_once], found)
+
+    def _encode_images(self, images: list[ImageInput], found: Embeddings) -> None:
+        started = time.monotonic()
+        encoded, row = self._encoder([image.pixel_values for image in images]), 0
         self._callbacks.encoded(time.monotonic() - started)
-        for image in by_size:
+        for image in images:
             rows = encoded[row : row + image.tokens]
             # One that stays in the cache must not keep alive all others that were computed with it
-            found[image.key] = copied(rows) if len(by_size) > 1 else rows
+            found[image.key] = copied(rows) if len(images) > 1 else rows
             self._cache.put(image.key, found[image.key])
             row += image.tokens
+
+    def _check_encoder(self, image: ImageInput, error: Exception) -> None:
+        """After `error`: raise it where a black picture of a single visual token cannot be encoded either."""
+        _, height, width = image.pixel_values.shape
+        side = math.isqrt(height * width // image.tokens)
+        try:
+            self._encoder([np.zeros((3, side, side), np.float32)])
+        except UserError:  # an engine for other sizes; it works
+            pass
+        except Exception:
+            raise error from None

@@ -10,6 +10,8 @@ from runtime.generate.sampler import next_token
 VOCABULARY = 50
 EOS = 2
 NAN_TOKEN = VOCABULARY  # never generated; once a sequence was fed it, its logits are NaN
+POISON = VOCABULARY + 1  # never generated; a run that feeds it raises
+LATE_POISON = VOCABULARY + 2  # never generated; once a sequence was fed it, later runs of that sequence raise
 
 
 def logits_of(fed: list) -> np.ndarray:
@@ -20,10 +22,15 @@ def logits_of(fed: list) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(VOCABULARY).astype(np.float32)
 
 
-def greedy_answer(fed: list, count: int) -> list[int]:
+def check_poison(fed: list, token_ids: list[int]) -> None:
+    if POISON in token_ids or LATE_POISON in fed:
+        raise RuntimeError("indices element out of data bounds")
+
+
+def greedy_answer(fed: list, count: int, eos: frozenset[int] = frozenset({EOS})) -> list[int]:
     """What greedy decoding must answer, computed without any cache."""
     fed, answer = list(fed), []
-    while len(answer) < count and EOS not in answer:
+    while len(answer) < count and not eos & set(answer):
         answer.append(int(logits_of(fed).argmax()))
         fed.append(answer[-1])
     return answer
@@ -49,6 +56,7 @@ class FakeSequence:
         if len(self.fed) + len(token_ids) > self.capacity:
             raise ValueError("positions do not fit")
         self.fault()
+        check_poison(self.fed, token_ids)
         self.fed += [token if token >= 0 else tuple(image_embeddings[-1 - token].tolist()) for token in token_ids]
         self.runs.append(len(token_ids))
         return logits_of(self.fed)
@@ -78,6 +86,8 @@ class FakeBatch:
 
     def step(self, tokens: list[int]) -> list[int | None]:
         self.fault()
+        for slot, token in enumerate(tokens):
+            check_poison(self._slots[slot].fed, [token])
         self.steps.append(len(tokens))
         for slot, token in enumerate(tokens):
             self._slots[slot].fed.append(token)

@@ -18,7 +18,17 @@ from runtime.serve.logprobs import logprob_of
 from runtime.serve.scheduler import CHUNK, Scheduler
 from runtime.serve.types import Busy, Failed, Request
 from runtime.types import Sampling
-from tests.support.fakes import EOS, NAN_TOKEN, FakeDecoder, FakeEncoder, FakeImage, greedy_answer, logits_of
+from tests.support.fakes import (
+    EOS,
+    LATE_POISON,
+    NAN_TOKEN,
+    POISON,
+    FakeDecoder,
+    FakeEncoder,
+    FakeImage,
+    greedy_answer,
+    logits_of,
+)
 
 WAIT = 20  # seconds, that a test waits for what must come
 
@@ -26,7 +36,7 @@ WAIT = 20  # seconds, that a test waits for what must come
 class Asked:
     """A request and what came of it."""
 
-    def __init__(self, parts, limit=6, sampling=None, eos=frozenset({EOS}), **options):
+    def __init__(self, parts, limit=6, sampling=None, eos=frozenset({EOS}), constraint=None, **options):
         token_ids, self.fed, images, row = [], [], [], 0
         for part in parts:
             if isinstance(part, FakeImage):
@@ -37,8 +47,8 @@ class Asked:
             else:
                 token_ids.append(part)
                 self.fed.append(part)
-        self.limit, self.events = limit, queue.Queue()
-        generation = Generation(Sampler(sampling or Sampling()), limit, eos)
+        self.limit, self.eos, self.events = limit, eos, queue.Queue()
+        generation = Generation(Sampler(sampling or Sampling(), constraint), limit, eos)
         self.request = Request(token_ids, images, generation, self.events.put, **options)
 
     def wait(self):
@@ -51,7 +61,7 @@ class Asked:
         return [event.token_id for event in self.wait()]
 
     def expected(self):
-        return greedy_answer(self.fed, self.limit)
+        return greedy_answer(self.fed, self.limit, self.eos)
 
 
 def endless(parts):
@@ -197,6 +207,71 @@ def test_invalid_logits_fail_their_request_alone_and_leave_nothing():
     assert right.ids() == right.expected()
 
 
+@pytest.mark.parametrize("poison", [POISON, LATE_POISON])
+def test_a_request_that_a_graph_cannot_run_fails_alone(scheduler, poison):
+    """At its prefill, or in a step that others take part in."""
+    for _ in range(2):
+        others = [Asked([5, 6], limit=60, eos=frozenset()), Asked([5, FakeImage(1)], limit=60, eos=frozenset())]
+        wrong = Asked([5, poison, 7], eos=frozenset())
+        scheduler.submit(others[0].request, wrong.request, others[1].request)
+        (*tokens, failed) = wrong.wait()
+        assert (failed.reason, len(tokens)) == ("internal", int(poison == LATE_POISON))
+        assert [one.ids() for one in others] == [one.expected() for one in others]
+        after = Asked([5, 6, 7])  # in the slot of the one that failed
+        scheduler.submit(after.request)
+        assert after.ids() == after.expected()
+    assert scheduler.accepting
+
+
+def test_a_receiver_or_a_grammar_that_raises_ends_its_request_alone(scheduler):
+    class Broken:
+        def allow(self, logits):
+            raise ZeroDivisionError
+
+    def raising(event):
+        raise RuntimeError("no loop")
+
+    constrained, deaf, other = Asked([5], constraint=Broken()), endless([6]), Asked([5, 6], limit=40, eos=frozenset())
+    deaf.request.sink = raising
+    scheduler.submit(constrained.request, deaf.request, other.request)
+    assert [failed.reason for failed in constrained.wait()] == ["internal"]
+    assert other.ids() == other.expected()
+    assert deaf.request.ended == "cancelled"
+
+
+def test_who_has_left_is_not_encoded():
+    encoder = FakeEncoder()
+    scheduler = scheduler_of(encoder=encoder)
+    gone, other = Asked([FakeImage(1), FakeImage(2), 5]), Asked([FakeImage(3), 5])
+    encoder.fault = gone.request.end  # while its first image is encoded
+    scheduler.submit(gone.request, other.request)
+    finish(scheduler)
+    assert len(encoder.runs) == 2
+    assert other.ids() == other.expected()
+    assert gone.events.empty()
+
+
+def test_a_deadline_counts_while_the_encoder_is_busy():
+    begun, blocked = threading.Event(), threading.Event()
+
+    def block():
+        begun.set()
+        assert blocked.wait(WAIT)
+
+    scheduler = scheduler_of(encoder=FakeEncoder(fault=block))
+    scheduler.start()
+    page = Asked([FakeImage(1), 5])
+    scheduler.submit(page.request)
+    assert begun.wait(WAIT)
+    page.request.deadline = time.monotonic() - 1
+    assert [failed.reason for failed in page.wait()] == ["deadline"]
+    blocked.set()
+    other = Asked([FakeImage(1), 5])
+    scheduler.submit(other.request)
+    assert other.ids() == other.expected()
+    scheduler.stop(0)
+
+
 def test_seeded_sampling_does_not_depend_on_the_batch(scheduler):
     sampling = Sampling(temperature=1.5, seed=7)
     lone = Asked([5, 6], sampling=sampling)
@@ -319,8 +394,41 @@ def test_a_crash_fails_everyone_and_keeps_its_first_cause(part):
     scheduler.stop(WAIT)
 
 
+class Transient:
+    """Raises at some of the calls that are made, of whatever part, and from one of them on at all."""
+
+    def __init__(self, gaps, broken_from):
+        self.at, self.broken_from = set(np.cumsum(gaps).tolist()), broken_from
+        self.calls = self.raised = 0
+
+    @property
+    def broken(self):
+        return self.calls >= self.broken_from
+
+    def __call__(self):
+        self.calls += 1
+        if self.broken or self.calls in self.at:
+            self.raised += 1
+            raise MemoryError("a fault")
+
+
+class Unrestricted:
+    """A grammar that allows everything and may raise."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def allow(self, logits):
+        self.fault()
+        return logits.copy()
+
+    def push(self, token):
+        self.fault()
+
+
 class Requests(RuleBasedStateMachine):
-    """Requests come, are cancelled, stopped and expire between any two steps, and in the end the decoder may crash."""
+    """Requests come, are cancelled, stopped and expire between any two steps, while any call may raise: of the encoder,
+    the decoder, a grammar or a receiver. In the end the decoder may break for good."""
 
     asked = Bundle("asked")
 
@@ -328,24 +436,16 @@ class Requests(RuleBasedStateMachine):
         slots=st.integers(1, 3),
         batches=st.booleans(),
         invariant_batches=st.booleans(),
-        runs_to_crash=st.just(10**6) | st.integers(1, 60),
+        gaps=st.lists(st.integers(8, 40), max_size=12),  # more calls than a failed step and the trials after it take
+        broken_from=st.just(10**6) | st.integers(1, 60),
     )
-    def begin(self, slots, batches, invariant_batches, runs_to_crash):
-        self.runs_to_crash = runs_to_crash
-        encoder, decoder = FakeEncoder(batches), FakeDecoder(fault=self.fault)
+    def begin(self, slots, batches, invariant_batches, gaps, broken_from):
+        self.fault = Transient(gaps, broken_from)
+        encoder, decoder = FakeEncoder(batches, self.fault), FakeDecoder(fault=self.fault)
         self.scheduler = scheduler_of(
             slots, encoder, decoder, queue_size=4, callbacks=self, batch_invariant=invariant_batches
         )
         self.all, self.finished_reasons = [], []
-
-    @property
-    def broken(self):
-        return self.runs_to_crash <= 0
-
-    def fault(self):
-        self.runs_to_crash -= 1
-        if self.broken:
-            raise MemoryError("broken")
 
     # Callbacks
 
@@ -359,7 +459,7 @@ class Requests(RuleBasedStateMachine):
     def prefilled(self, fed, cached):
         assert fed >= 1
 
-    tokens = st.integers(20, 22)
+    tokens = st.integers(20, 22) | st.sampled_from([20, 21, POISON, LATE_POISON])
     images = st.builds(FakeImage, st.integers(0, 2), st.integers(1, 4))
 
     @rule(
@@ -368,15 +468,22 @@ class Requests(RuleBasedStateMachine):
         padding=st.sampled_from([0, 1, CHUNK, 2 * CHUNK]),
         limit=st.integers(1, 12),
         logprobs=st.none() | st.integers(0, 2),
+        constrained=st.booleans(),
     )
-    def submit(self, parts, padding, limit, logprobs):
-        one = Asked([20] * padding + parts, limit, logprobs=logprobs)
-        one.taken = True
+    def submit(self, parts, padding, limit, logprobs, constrained):
+        constraint = Unrestricted(self.fault) if constrained else None
+        one = Asked([20] * padding + parts, limit, logprobs=logprobs, constraint=constraint)
+        one.poisoned = POISON in parts or LATE_POISON in parts
+
+        def sink(event):
+            self.fault()
+            one.events.put(event)
+
+        one.request.sink = sink
         try:
             self.scheduler.submit(one.request)
             self.all.append(one)
         except (Busy, Failed):
-            one.taken = False
             assert self.scheduler.waiting >= 4 or not self.scheduler.accepting
         return one
 
@@ -425,15 +532,19 @@ class Requests(RuleBasedStateMachine):
             self.encode()
         assert not self.scheduler._unfinished()
         assert len(self.finished_reasons) == len(self.all)
+        internal = 0
         for one in self.all:
             events = list(one.events.queue)
             ended = bool(events) and (isinstance(events[-1], Failed) or events[-1].finish_reason is not None)
             assert ended or one.request.ended is not None
             if ended and isinstance(events[-1], Failed):
-                assert events[-1].reason in ("deadline", "crash")
-                assert events[-1].reason != "crash" or self.broken
-        assert self.scheduler.accepting or self.broken
-        if self.runs_to_crash > 100:  # what the slots hold serves the next ones right
+                assert events[-1].reason in ("deadline", "crash", "internal")
+                assert events[-1].reason != "crash" or self.fault.broken
+                internal += events[-1].reason == "internal" and not one.poisoned
+        assert self.scheduler.accepting or self.fault.broken
+        if not self.fault.broken:
+            assert internal <= self.fault.raised  # each fault fails one request at most
+            self.fault.at, self.fault.broken_from = set(), 10**6  # what the slots hold serves the next ones right
             one = Asked([20, 21, 22])
             self.scheduler.submit(one.request)
             self.decode(12)
