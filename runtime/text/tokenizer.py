@@ -155,7 +155,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             found = text[error.start]
             raise UserError(f"prompt: {found!r} is a lone surrogate; expected valid Unicode") from None
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]  # `encode` would keep the GIL
 
 
 def _load(path: Path) -> tokenizers.Tokenizer:
