@@ -1,0 +1,1 @@
+import runtime  # noqa: F401  # turns telemetry off before other packages are imported

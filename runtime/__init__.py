@@ -1,11 +1,13 @@
 """Runs bundles: image and prompt -> text, with numpy, tokenizers, Pillow and ONNX Runtime; no PyTorch.
 
 `runtime.load(bundle)` is where to begin. The names below are looked up on first use, so that importing the package
-costs nothing.
+costs nothing. It turns the telemetry of other packages off (`runtime.telemetry`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from runtime.telemetry import switch_off
 
 if TYPE_CHECKING:
     from runtime.backends.select import Backends
@@ -26,6 +28,7 @@ _HOMES = {
     "load": "runtime.model",
 }
 __all__ = ["Backends", "Conversation", "Model", "Options", "Piece", "Result", "Sampling", "Trace", "UserError", "load"]
+switch_off()
 
 
 def __getattr__(name: str):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import runtime  # noqa: F401  # turns telemetry off before a test imports ONNX Runtime
 from tests.support.bundles import exported
 
 # No deadline, as a busy machine would miss it; CI draws the same examples each time

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from runtime import kernels
+from runtime import kernels, telemetry
 from runtime.device.cuda import Cuda
 from runtime.device.memory import Array, Cpu, Device, pointer
 from runtime.errors import UserError
+
+if telemetry.is_off("ORT_DISABLE_TELEMETRY"):
+    onnxruntime.disable_telemetry_events()  # for a program that had imported it before us, and so without the variable
 
 # --provider -> ONNX Runtime's name, and what installs it
 PROVIDERS = {
