@@ -5,7 +5,6 @@ python -m runtime.serve --bundle DIR --check     what would be served, on what; 
 """
 
 import argparse
-import ipaddress
 import logging
 import math
 import signal
@@ -48,6 +47,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="4 and 8 bits: faster alone, not quite the same in a crowd",
     )
     settings.add_argument("--allow-remote-images", nargs="+", metavar="HOST", help="images may come from")
+    settings.add_argument(
+        "--allowed-host",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="names to be asked by, besides localhost; default: any, but localhost alone on this machine without keys",
+    )
+    settings.add_argument(
+        "--cors-origin", nargs="+", action="extend", metavar="ORIGIN", help="whose pages may ask; default: none"
+    )
     settings.add_argument("--max-images", type=int, metavar="N", help="of a request; default: 8")
     settings.add_argument(
         "--max-image-bytes", type=int, metavar="N", help="default: 20 MiB; a body may have 64 MiB, or what one needs"
@@ -68,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     host, port, key_file, no_key, stop_seconds, check = (
         chosen.pop(name) for name in ("host", "port", "api_key_file", "no_api_key", "stop_timeout", "check")
     )
+    from runtime.serve.origins import is_loopback
+
     keys = read_keys(key_file) if key_file else ()
     if not is_loopback(host) and not keys and not no_key:
         raise UserError(f"--host {host} can be reached by others: give --api-key-file, or --no-api-key")
@@ -79,8 +90,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("a server decodes several answers at once; engines hold one sequence: --decoder auto")
     from runtime.serve.settings import Settings
 
-    hosts = chosen.pop("allow_remote_images", [])
-    settings = Settings.of(**chosen, allow_remote_images=",".join(hosts))
+    for name in {"allow_remote_images", "allowed_host", "cors_origin"} & chosen.keys():
+        chosen[name] = ",".join(chosen[name])
+    settings = Settings.of(**chosen)
     address = None if check else bound(host, port)  # a port in use is told before the model is loaded
     model = settings.load()
     print(described(model, settings.max_batch), file=sys.stdout if check else sys.stderr)
@@ -113,10 +125,12 @@ def serve(
 
     from runtime.serve.app import create_app
     from runtime.serve.metrics import Metrics
+    from runtime.serve.settings import listed
 
     metrics = Metrics()
     service = settings.service(model, metrics)
-    app = create_app(service, metrics, keys, stop_seconds)
+    hosts, origins = listed(settings.allowed_host), listed(settings.cors_origin)
+    app = create_app(service, metrics, keys, stop_seconds, hosts, origins)
 
     class Server(uvicorn.Server):
         """Told to stop, it lets the scheduler finish or fail what runs while the connections are still there."""
@@ -173,19 +187,19 @@ def _aligned(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<16} {value}" for name, value in rows)
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def read_keys(file: Path) -> tuple[str, ...]:
-    """Raises UserError where the file cannot be read or has no key."""
+    """The lines of a file in UTF-8 that are not empty, without byte order marks.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8 or has no key.
+    """
     try:
-        keys = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        text = file.read_text(encoding="utf-8").replace("\ufeff", "")  # which editors put before the first line
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api-key-file {file}: {error}") from error
+        raise UserError(f"--api-key-file {file}: {error}; UTF-8 is expected") from error
+    if "\0" in text:
+        raise UserError(f"--api-key-file {file}: it has zero bytes as UTF-16 does; UTF-8 is expected")
+    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not keys:
         raise UserError(f"--api-key-file {file}: no key in it, expected one a line")
     return keys

@@ -3,20 +3,23 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from runtime import serve
 from runtime.serve.chat import ChatService, check_model
 from runtime.serve.limits import Bodies
 from runtime.serve.metrics import Metrics
+from runtime.serve.origins import OriginCheck
 from runtime.serve.protocol import ApiError
 from runtime.serve.responses import CompletionStream
 
@@ -32,15 +35,21 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass on each event as it comes
 STARTED = int(time.time())
 DISCONNECT_POLL_S = 0.25
 
 
 def create_app(
-    service: ChatService, metrics: Metrics, api_keys: tuple[str, ...] = (), stop_seconds: float = 30.0
+    service: ChatService,
+    metrics: Metrics,
+    api_keys: tuple[str, ...] = (),
+    stop_seconds: float = 30.0,
+    allowed_hosts: tuple[str, ...] = (),
+    cors_origins: tuple[str, ...] = (),
 ) -> FastAPI:
     """api_keys: one of which clients must send; none: nobody need. stop_seconds: that running requests have once the
-    server is told to stop."""
+    server is told to stop. allowed_hosts, cors_origins: as `OriginCheck`."""
     scheduler, name = service.scheduler, service.model.bundle.name
     bodies = Bodies(service.limits.body_bytes, service.limits.seconds)
     metrics.watch(scheduler)
@@ -50,14 +59,14 @@ def create_app(
         yield
         await asyncio.to_thread(scheduler.stop, stop_seconds)
 
-    app = new_app(api_keys, lifespan=lifespan)
+    app = new_app(api_keys, allowed_hosts, cors_origins, lifespan=lifespan)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         async with bodies.read(request) as body:
             completion = await service.begin(body)
         if completion.stream:
-            return StreamingResponse(completion.chunks(), media_type="text/event-stream")
+            return event_stream(completion.chunks())
         return JSONResponse(await _whole(request, completion))
 
     @app.get("/v1/models")
@@ -86,16 +95,32 @@ def model_card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": STARTED, "owned_by": "convllava-deploy"}
 
 
-def new_app(api_keys: tuple[str, ...], **options: Any) -> FastAPI:
-    """An app that checks keys under /v1/, has errors in OpenAI's shape, and /health."""
+def new_app(
+    api_keys: tuple[str, ...], allowed_hosts: tuple[str, ...], cors_origins: tuple[str, ...], **options: Any
+) -> FastAPI:
+    """An app that checks hosts, origins, and keys under /v1/, has errors in OpenAI's shape, and /health."""
+    check_origin = OriginCheck(allowed_hosts, cors_origins, has_keys=bool(api_keys))
 
-    # By the route, whatever path a proxy puts before it. No middleware: behind one no client is seen to leave
-    async def check_key(request: Request) -> None:
+    # By the route, whatever path a proxy puts before it
+    async def check(request: Request) -> None:
+        check_origin(request)
         if api_keys and request.scope["route"].path.startswith("/v1/") and not _has_key(request, api_keys):
-            raise ApiError(401, "a valid API key is expected", "authentication_error", code="invalid_api_key")
+            raise ApiError(
+                401,
+                "a valid API key is expected",
+                "authentication_error",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        if (encoding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+            raise ApiError(415, f"Content-Encoding is {encoding!r}, expected a body that is not compressed")
 
-    checks = {"dependencies": [Depends(check_key)]}
+    checks = {"dependencies": [Depends(check)]}
     app = FastAPI(title="ConvLLaVA", docs_url=None, redoc_url=None, openapi_url=None, **checks, **options)
+    if cors_origins:  # as ASGI; behind a BaseHTTPMiddleware no client would be seen to leave
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
 
     @app.exception_handler(ApiError)
     async def say_error(_: Request, error: ApiError) -> JSONResponse:
@@ -121,7 +146,7 @@ def new_app(api_keys: tuple[str, ...], **options: Any) -> FastAPI:
 
 
 def add_page(app: FastAPI) -> None:
-    """The page at /, after all other paths."""
+    """The page at /, after all other paths; and HEAD of every path that has GET, which FastAPI leaves out."""
 
     @app.get("/")
     @app.get("/{name}")
@@ -129,6 +154,15 @@ def add_page(app: FastAPI) -> None:
         if name not in PAGE_FILES:
             raise ApiError(404, f"there is nothing at /{name}")
         return FileResponse(PAGE / name, media_type=PAGE_FILES[name], headers=PAGE_HEADERS)
+
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")
+
+
+def event_stream(events: AsyncIterable[str]) -> StreamingResponse:
+    """Server-sent events."""
+    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -16,19 +16,20 @@ from typing import Any
 # Ray's handles and its actors' methods have no types
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import NonNegativeFloat, PositiveInt
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from runtime.serve.app import add_page, error_response, model_card, new_app
+from runtime.serve.app import add_page, error_response, event_stream, model_card, new_app
 from runtime.serve.chat import check_model
-from runtime.serve.limits import Bodies, Limits
+from runtime.serve.limits import Bodies
 from runtime.serve.protocol import ApiError, busy
 from runtime.serve.responses import SCHEDULER_GRACE_S
 from runtime.serve.settings import Settings as ServerSettings
+from runtime.serve.settings import listed
 
 TRIES = 5  # of a request whose replica dies
 PAUSE = 0.5  # seconds, times the tries so far
@@ -113,11 +114,11 @@ def build(args: dict[str, str]) -> serve.Application:
         graceful_shutdown_timeout_s=settings.timeout + SCHEDULER_GRACE_S,  # what it has begun is finished
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
-    return _ingress(keys, settings.limits).bind(replica.bind(settings))
+    return _ingress(keys, settings).bind(replica.bind(settings))
 
 
-def _ingress(keys: tuple[str, ...], limits: Limits) -> serve.Deployment:
-    app = new_app(keys)
+def _ingress(keys: tuple[str, ...], settings: Settings) -> serve.Deployment:
+    app, limits = new_app(keys, listed(settings.allowed_host), listed(settings.cors_origin)), settings.limits
 
     @serve.deployment(
         ray_actor_options={"num_cpus": 0},
@@ -145,7 +146,7 @@ def _ingress(keys: tuple[str, ...], limits: Limits) -> serve.Deployment:
             if "body" in head:
                 return JSONResponse(head["body"], head["status"], head["headers"])
             if head["stream"]:
-                return StreamingResponse(_texts(pieces), media_type="text/event-stream")
+                return event_stream(_texts(pieces))
             return Response(await anext(pieces), media_type="application/json")
 
         async def _begin(self, body: bytes) -> tuple[dict[str, Any], AsyncIterator[str]]:

@@ -12,6 +12,7 @@ from runtime.model import Model, load
 from runtime.serve.chat import ChatService
 from runtime.serve.limits import Limits
 from runtime.serve.metrics import Metrics
+from runtime.serve.origins import is_host, is_origin
 from runtime.serve.remote_images import Fetcher
 from runtime.serve.scheduler import Scheduler
 
@@ -19,7 +20,8 @@ from runtime.serve.scheduler import Scheduler
 class Settings(BaseModel):
     """bundle: None for the demo model's. max_batch: answers decoded at once. max_queue: requests that may wait.
     threads: of one operator. allow_remote_images: hosts, with commas between them. max_images: of a request.
-    max_output: new tokens of an answer. timeout: seconds that a request may take."""
+    max_output: new tokens of an answer. timeout: seconds that a request may take. allowed_host, cors_origin: as
+    `OriginCheck`, with commas between them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,13 +40,31 @@ class Settings(BaseModel):
     max_image_pixels: PositiveInt = Limits.image_pixels
     max_output: PositiveInt = Limits.output_tokens
     timeout: float = Field(default=Limits.seconds, gt=0, allow_inf_nan=False)
+    allowed_host: str = ""
+    cors_origin: str = ""
 
     @field_validator("allow_remote_images")
     @classmethod
     def _hosts(cls, value: str) -> str:
-        for host in filter(None, value.split(",")):
+        for host in listed(value):
             if re.search(r"[\s/]", host):
                 raise ValueError(f"{host!r} is no host: example.com or example.com:8443 is expected")
+        return value
+
+    @field_validator("allowed_host")
+    @classmethod
+    def _names(cls, value: str) -> str:
+        for name in listed(value):
+            if not is_host(name):
+                raise ValueError(f"{name!r} is no host without a port: example.com is expected")
+        return value
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _origins(cls, value: str) -> str:
+        for origin in listed(value):
+            if not is_origin(origin):
+                raise ValueError(f"{origin!r} is no origin: https://example.com or http://localhost:3000 is expected")
         return value
 
     @classmethod
@@ -82,5 +102,10 @@ class Settings(BaseModel):
             model.encoder, model.decoder, model.cache, self.max_batch, self.max_queue, metrics, self.batch_invariant
         )
         scheduler.start()
-        hosts = [host for host in self.allow_remote_images.split(",") if host]
+        hosts = listed(self.allow_remote_images)
         return ChatService(model, scheduler, self.limits, Fetcher(hosts, self.max_image_bytes) if hosts else None)
+
+
+def listed(value: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(filter(None, value.split(",")))
