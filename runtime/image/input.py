@@ -4,11 +4,9 @@ from collections.abc import Collection, Hashable
 from functools import cached_property
 
 import numpy as np
-from PIL import Image
 
-from runtime.device.memory import Array
 from runtime.image.decode import MAX_PIXELS, open_image
-from runtime.image.embedding_cache import EmbeddingCache, digest
+from runtime.image.embedding_cache import digest
 from runtime.image.preprocess import ImageRule, preprocess, target_size
 from runtime.types import ImageSource, Options
 
@@ -18,7 +16,6 @@ class ImageInput:
 
     Attributes:
         tokens: visual tokens that it becomes.
-        embeddings: [T, D]; None until `compact` found them in the cache.
     """
 
     def __init__(
@@ -42,32 +39,17 @@ class ImageInput:
             UserError: the image cannot be opened or sized.
         """
         self._rule, self._sizing = rule, (options.resolution, options.aspect)
-        self._image: Image.Image | None = open_image(source, max_pixels, formats)
+        self._image = open_image(source, max_pixels, formats)
         height, width = target_size(*self._image.size, rule, *self._sizing)
         self.tokens = rule.tokens(height, width)
-        self.embeddings: Array | None = None
 
     @cached_property
     def key(self) -> Hashable:
         """Equal for images with equal pixel values."""
-        assert self._image is not None, "taken before `compact` dropped the image"
         resolution, aspect = self._sizing
         return resolution or self._rule.resolution, aspect or self._rule.aspect, digest(self._image)
 
     @cached_property
     def pixel_values(self) -> np.ndarray:
         """float32 [3, H, W]."""
-        assert self._image is not None, "taken before `compact` dropped the image"
         return preprocess(self._image, self._rule, *self._sizing)
-
-    def compact(self, cache: EmbeddingCache) -> None:
-        """Keep as little as encoding needs while the request waits: the embeddings where the cache has them, else the
-        image or its pixel values, whichever are smaller."""
-        self.embeddings = cache.get(self.key)
-        if self.embeddings is None:
-            assert self._image is not None
-            width, height = self._image.size
-            if 4 * width * height <= 12 * self.tokens * self._rule.multiple**2:  # Pillow has four bytes a pixel
-                return
-            _ = self.pixel_values
-        self._image = None

@@ -179,32 +179,44 @@ def _token_grid(width: int, height: int, limit: int) -> tuple[int, int]:
 def preprocess(
     image: Image.Image, rule: ImageRule, resolution: int | None = None, aspect: str | None = None
 ) -> np.ndarray:
-    """Size and normalise an RGB image (as `open_image` returns it) for the encoder.
+    """Size and normalise an RGB image (as `open_image` returns it) for the encoder: `resized`, then `normalised`.
 
     resolution, aspect: override the rule's.
 
-    Returns pixel values, float32 [3, H, W], C-contiguous, with (H, W) from `target_size`:
-    - `pad`: centred on a square of the mean colour, then resized;
-    - `crop`: resized until the shorter side is the resolution, then the centre cut out;
-    - `any`: resized straight to (H, W);
-    each with Pillow's bicubic filter; then scaled to 0..1 and normalised by the rule's mean and std.
+    Returns pixel values, float32 [3, H, W], C-contiguous, with (H, W) from `target_size`.
 
     `pad` and `crop` equal the original to the bit, up to a longer side of 24,576 pixels and a ratio of sides of 16.
-    Beyond, `pad` and `any` may first shrink the image by whole factors, and `crop` cuts the ends off the longer side.
+
+    Raises UserError as `target_size` does.
+    """
+    return normalised(resized(image, rule, resolution, aspect), rule)
+
+
+def resized(
+    image: Image.Image, rule: ImageRule, resolution: int | None = None, aspect: str | None = None
+) -> np.ndarray:
+    """Size an RGB image for the encoder; returns uint8 [H, W, 3] with (H, W) from `target_size`.
+
+    resolution, aspect: override the rule's. With Pillow's bicubic filter,
+    - `pad`: centred on a square of the mean colour, then resized;
+    - `crop`: resized until the shorter side is the resolution, then the centre cut out;
+    - `any`: resized straight to (H, W).
+    Beyond the limits that `preprocess` names, `pad` and `any` may first shrink the image by whole factors, and `crop`
+    cuts the ends off the longer side.
 
     Raises UserError as `target_size` does.
     """
     if image.mode != "RGB":
-        raise ValueError(f"preprocess takes an RGB image, as open_image returns it, not {image.mode}")
+        raise ValueError(f"an RGB image is expected, as open_image returns it, not {image.mode}")
     aspect = rule.aspect if aspect is None else aspect
     height, width = target_size(*image.size, rule, resolution, aspect)
     if aspect == "pad":
-        resized = _pad(image, width, tuple(int(mean * 255) for mean in rule.mean))
+        sized = _pad(image, width, tuple(int(mean * 255) for mean in rule.mean))
     elif aspect == "crop":
-        resized = _crop(image, width)
+        sized = _crop(image, width)
     else:
-        resized = _stretch(image, width, height)
-    return _normalise(np.asarray(resized), rule)
+        sized = _stretch(image, width, height)
+    return np.asarray(sized)
 
 
 def _pad(image: Image.Image, side: int, fill: tuple[int, ...]) -> Image.Image:
@@ -248,8 +260,8 @@ def _stretch(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _normalise(pixels: np.ndarray, rule: ImageRule) -> np.ndarray:
-    """uint8 [H, W, 3] to float32 [3, H, W].
+def normalised(pixels: np.ndarray, rule: ImageRule) -> np.ndarray:
+    """Pixels, uint8 [H, W, 3], scaled to 0..1 and normalised by the rule's mean and std: float32 [3, H, W].
 
     A channel has 256 possible values, so the original's arithmetic (scaled in float64, the rest in float32) is done
     once for each of them and looked up for every pixel.

@@ -3,10 +3,10 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -21,8 +21,8 @@ from runtime.serve.limits import Bodies
 from runtime.serve.metrics import Metrics
 from runtime.serve.origins import OriginCheck
 from runtime.serve.protocol import ApiError
-from runtime.serve.responses import CompletionStream
 
+T = TypeVar("T")
 PAGE = Path(serve.__file__).parent / "web"
 PAGE_FILES = {
     "index.html": "text/html; charset=utf-8",
@@ -58,16 +58,20 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
         await asyncio.to_thread(scheduler.stop, stop_seconds)
+        await asyncio.to_thread(service.close)
 
     app = new_app(api_keys, allowed_hosts, cors_origins, lifespan=lifespan)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         async with bodies.read(request) as body:
-            completion = await service.begin(body)
+            completion = await _unless_gone(request, service.begin(body))
         if completion.stream:
             return event_stream(completion.chunks())
-        return JSONResponse(await _whole(request, completion))
+        try:
+            return JSONResponse(await _unless_gone(request, completion.whole()))
+        finally:
+            completion.cancel()
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -169,18 +173,17 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _whole(request: Request, completion: CompletionStream) -> dict[str, Any]:
-    """The answer, unless the client leaves before it is there."""
-    gone, whole = asyncio.create_task(_until_gone(request)), asyncio.create_task(completion.whole())
+async def _unless_gone(request: Request, wanted: Coroutine[Any, Any, T]) -> T:
+    """What is wanted, which is cancelled where the client leaves before it is there."""
+    gone, task = asyncio.create_task(_until_gone(request)), asyncio.create_task(wanted)
     try:
-        await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
-        if not whole.done():
+        await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise ApiError(499, "the client has gone")
-        return whole.result()
+        return task.result()
     finally:
-        completion.cancel()
         gone.cancel()
-        whole.cancel()
+        task.cancel()
 
 
 async def _until_gone(request: Request) -> None:

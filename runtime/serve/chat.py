@@ -3,9 +3,10 @@
 import asyncio
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -14,21 +15,25 @@ from pydantic import ValidationError
 from runtime.errors import UserError
 from runtime.generate.sampler import Sampler
 from runtime.generate.session import Generation
-from runtime.image.input import ImageInput
 from runtime.model import Model
+from runtime.serve.images import ImageOpener, PreparedImage, digest_of
 from runtime.serve.limits import Limits
 from runtime.serve.protocol import RETRY_AFTER, ApiError, ChatRequest, busy, conversation, image_bytes
+from runtime.serve.remote_images import Fetch, cut
 from runtime.serve.responses import CompletionStream, api_error
+from runtime.serve.sandbox import Sandbox
 from runtime.serve.scheduler import Scheduler
 from runtime.serve.types import Busy, Failed, Request, TokenEvent
 from runtime.text.grammar import JsonGrammar
-from runtime.types import Options, Sampling
 
-NICE_INCREMENT = 5  # of the threads that open images: they get about a third of a normal thread's share of a CPU
 MAX_TOKEN_CHARS = 256
 MAX_FETCHES = 8  # remote images at once, of all requests
-# Of images: those that Pillow decodes in C, and not before their size is known
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+SMALL_BODY_BYTES = 1 << 18  # what is longer waits for its like while it is parsed and tokenized
+MAX_JSON_ITEMS = 1 << 18  # of a body, about; so many take a tenth of a second to parse
+IMAGE_CPU_SECONDS = 10  # an image of 50 million pixels takes 1 to 2
+MAX_WAITING_PIXEL_BYTES = 1 << 30  # of sized images that wait for the encoder
+SCHEMA_JOB = "runtime.serve.sandbox_worker:schema_job"
+SCHEMA_CPU_SECONDS, SCHEMA_BYTES = 2, 1 << 30  # for compiling one
 
 
 @dataclass(frozen=True)
@@ -36,21 +41,24 @@ class _Prepared:
     """What the choices of one request have in common; of grammars each has its own."""
 
     token_ids: list[int]
-    images: list[ImageInput]
+    images: list[PreparedImage]
     max_new_tokens: int
-    sampling: Sampling
     grammars: list[JsonGrammar | None]
 
 
 class ChatService:
-    """Begins answers."""
+    """Begins answers. For the thread of one event loop.
+
+    A request is prepared in lanes, so that none waits for what it does not need: short bodies, long bodies, images and
+    schemas (in sandboxes), remote images.
+    """
 
     def __init__(
         self,
         model: Model,
         scheduler: Scheduler,
         limits: Limits | None = None,
-        fetch: Callable[[str], bytes] | None = None,
+        fetch: Fetch | None = None,
     ):
         """
         Args:
@@ -62,27 +70,35 @@ class ChatService:
         self.model, self.scheduler, self.limits = model, scheduler, limits or Limits()
         self._fetch = fetch
         self._preparing = 0  # answers wanted by requests that are being prepared
-        self._fetch_pool = ThreadPoolExecutor(MAX_FETCHES, "fetch")  # of their own: other hosts may be slow
-        self._prepare_pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "prepare", _lower_priority)
+        self._opening = 0  # images of such requests
+        self._short, self._long = ThreadPoolExecutor(4, "short"), ThreadPoolExecutor(1, "long")
+        self._fetches = ThreadPoolExecutor(MAX_FETCHES, "fetch")
+        rule, tokenizer = model.bundle.image, model.bundle.path(model.bundle.tokenizer["file"])
+        self._max_waiting_images = max(1, MAX_WAITING_PIXEL_BYTES // (3 * rule.resolution**2))
+        self._processes = max(1, (os.cpu_count() or 1) // 2)
+        self._images = ImageOpener(rule, model.cache, self.limits.image_pixels, IMAGE_CPU_SECONDS, self._processes)
+        vocabulary = {
+            "tokenizer": str(tokenizer),
+            "vocab_size": model.bundle.decoder.vocab_size,
+            "eos_token_ids": sorted(model.tokenizer.eos_token_ids),
+        }
+        self._schemas = Sandbox("a JSON schema", SCHEMA_JOB, vocabulary, 1, SCHEMA_BYTES, SCHEMA_CPU_SECONDS)
 
     async def begin(self, body: bytes) -> CompletionStream:
-        """Raises ApiError for whatever is wrong with the request, and where the scheduler takes no more."""
+        """Whoever is cancelled while waiting for it ends what is done for the request.
+
+        Raises ApiError for whatever is wrong with the request, and where the scheduler takes no more.
+        """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, TokenEvent | Failed]] = asyncio.Queue()
         deadline = time.monotonic() + self.limits.seconds
-        chat = await asyncio.to_thread(_parsed, body)
-        check_model(chat.model, self.model.bundle.name)
-        if chat.choices > self.scheduler.places:
-            raise ApiError(400, f"n is {chat.choices}, this server has room for {self.scheduler.places}", param="n")
-        with _as_api_errors(self.scheduler):  # before anything is fetched and opened
-            self.scheduler.check_room(chat.choices + self._preparing)
-        self._preparing += chat.choices
+        lane = self._short if len(body) <= SMALL_BODY_BYTES else self._long
         try:
-            prompt, urls = await asyncio.to_thread(self._conversation, chat)
-            fetched = await self._fetched(urls)
-            prepared = await loop.run_in_executor(self._prepare_pool, self._prepare, chat, prompt, urls, fetched)
-        finally:
-            self._preparing -= chat.choices
+            async with asyncio.timeout(self.limits.seconds):
+                chat = await loop.run_in_executor(lane, _parsed, body)
+                prepared = await self._prepare(chat, lane)
+        except TimeoutError as error:
+            raise api_error(Failed("deadline", "the request has reached its deadline")) from error
 
         def sink(index: int) -> Callable[[TokenEvent | Failed], None]:
             def put(event: TokenEvent | Failed) -> None:
@@ -94,7 +110,7 @@ class ChatService:
         requests: list[Request] = []
         for index, grammar in enumerate(prepared.grammars):
             seed = None if chat.seed is None else (chat.seed + index) % 2**63
-            sampler = Sampler(replace(prepared.sampling, seed=seed), grammar)
+            sampler = Sampler(replace(chat.sampling, seed=seed), grammar)
             eos = frozenset[int]() if chat.ignore_eos else self.model.tokenizer.eos_token_ids
             generation = Generation(sampler, prepared.max_new_tokens, eos)
             logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
@@ -103,63 +119,98 @@ class ChatService:
             self.scheduler.submit(*requests)
         return CompletionStream(self.model, chat, requests, events)
 
-    def _conversation(self, chat: ChatRequest) -> tuple[str, list[str]]:
-        """(prompt, URLs of its images)."""
-        prompt, urls = conversation(chat.messages, self.model.bundle.prompt)
+    def close(self) -> None:
+        """End the processes that prepare requests; there may be none any more."""
+        self._images.close()
+        self._schemas.close()
+
+    async def _prepare(self, chat: ChatRequest, lane: Executor) -> _Prepared:
+        loop = asyncio.get_running_loop()
+        check_model(chat.model, self.model.bundle.name)
+        if chat.choices > self.scheduler.places:
+            raise ApiError(400, f"n is {chat.choices}, this server has room for {self.scheduler.places}", param="n")
+        with _as_api_errors(self.scheduler):  # before anything is fetched and opened
+            self.scheduler.check_room(chat.choices + self._preparing)
+        self._preparing += chat.choices
+        try:
+            prompt, urls = await loop.run_in_executor(lane, conversation, chat.messages, self.model.bundle.prompt)
+            images = await self._opened(urls, lane)
+            token_ids = await loop.run_in_executor(lane, self._token_ids, prompt, [image.tokens for image in images])
+            capacity, most = self.model.decoder.capacity, self.limits.output_tokens
+            limit = min(chat.limit or most, most, capacity - len(token_ids))
+            return _Prepared(token_ids, images, limit, await self._grammars(chat, lane))
+        finally:
+            self._preparing -= chat.choices
+
+    async def _opened(self, urls: list[str], lane: Executor) -> list[PreparedImage]:
+        """Images at these URLs; one that is there twice is opened once."""
         if len(urls) > self.limits.images:
             raise ApiError(400, f"{len(urls)} images, at most {self.limits.images} are taken", param="messages")
-        return prompt, urls
-
-    async def _fetched(self, urls: list[str]) -> dict[str, bytes]:
-        """The contents of those that are remote."""
-        remote = list(dict.fromkeys(url for url in urls if not url.startswith("data:")))
-        if not remote:
-            return {}
-        if (fetch := self._fetch) is None:
-            raise ApiError(400, "remote images are refused; send a data URL", param="messages")
-        loop = asyncio.get_running_loop()
-        found = await asyncio.gather(*(loop.run_in_executor(self._fetch_pool, fetch, url) for url in remote))
-        return dict(zip(remote, found, strict=True))
-
-    def _prepare(self, chat: ChatRequest, prompt: str, urls: list[str], fetched: dict[str, bytes]) -> _Prepared:
-        model, limits = self.model, self.limits
-        sampling = Sampling(
-            temperature=1.0 if chat.temperature is None else chat.temperature,
-            top_p=1.0 if chat.top_p is None else chat.top_p,
-        )
-        if len(prompt) > MAX_TOKEN_CHARS * model.decoder.capacity:  # which takes long to find out by cutting it up
-            message = f"the prompt has {len(prompt)} characters, the context is {model.decoder.capacity} tokens"
-            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+        distinct = list(dict.fromkeys(urls))
+        if self._opening + self.scheduler.waiting_images + len(distinct) > self._max_waiting_images:
+            raise busy(f"{self._max_waiting_images} images are waiting already")
+        self._opening += len(distinct)
+        at_once = asyncio.Semaphore(self._processes)  # so that requests take turns
+        tasks = [asyncio.create_task(self._image(url, lane, at_once)) for url in distinct]
         try:
-            options = Options(limits.output_tokens, sampling, chat.stops)
-            images = [self._image(url, fetched, options) for url in urls]
-            token_ids = model.tokenizer.encode_prompt(prompt, [image.tokens for image in images])
+            found = dict(zip(distinct, await asyncio.gather(*tasks), strict=True))
+        finally:
+            self._opening -= len(distinct)
+            for task in tasks:
+                task.cancel()
+        return [found[url] for url in urls]
+
+    async def _image(self, url: str, lane: Executor, at_once: asyncio.Semaphore) -> PreparedImage:
+        loop = asyncio.get_running_loop()
+        if url[:5].lower() == "data:":
+            content = await loop.run_in_executor(lane, image_bytes, url, self.limits.image_bytes)
+        else:
+            content = await self._fetched(url)
+        digest = await loop.run_in_executor(lane, digest_of, content)
+        async with at_once:
+            try:
+                return await self._images.open(content, digest)
+            except UserError as error:
+                raise ApiError(400, str(error), param="messages") from error
+
+    async def _fetched(self, url: str) -> bytes:
+        if self._fetch is None:
+            raise ApiError(400, "remote images are refused; send a data URL", param="messages")
+        connections: list[socket.socket] = []
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._fetches, self._fetch, url, connections.append)
+        finally:
+            for connection in connections:
+                cut(connection)
+
+    def _token_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
+        model = self.model
+        if len(prompt) > MAX_TOKEN_CHARS * model.decoder.capacity:  # which takes long to find out by cutting it up
+            raise _too_long(f"the prompt has {len(prompt)} characters, the context is {model.decoder.capacity} tokens")
+        try:
+            token_ids = model.tokenizer.encode_prompt(prompt, image_tokens)
         except UserError as error:
             raise ApiError(400, str(error), param="messages") from error
-        room = model.decoder.capacity - len(token_ids)
-        if room < 1:
-            message = f"the prompt has {len(token_ids)} tokens, the context is {model.decoder.capacity}"
-            raise ApiError(400, message, param="messages", code="context_length_exceeded")
-        limit = min(chat.limit or limits.output_tokens, limits.output_tokens, room)
-        return _Prepared(token_ids, images, limit, sampling, [self._grammar(chat) for _ in range(chat.choices)])
+        if len(token_ids) >= model.decoder.capacity:
+            raise _too_long(f"the prompt has {len(token_ids)} tokens, the context is {model.decoder.capacity}")
+        return token_ids
 
-    def _grammar(self, chat: ChatRequest) -> JsonGrammar | None:
+    async def _grammars(self, chat: ChatRequest, lane: Executor) -> list[JsonGrammar | None]:
+        """One for each choice."""
         schema = chat.response_format.schema_of if chat.response_format else None
         if schema is None:
-            return None
+            return [None] * chat.choices
         if (length := len(json.dumps(schema))) > self.limits.schema_chars:
             message = f"a schema of {length} characters, at most {self.limits.schema_chars} are taken"
             raise ApiError(400, message, param="response_format")
+        loop = asyncio.get_running_loop()
         try:
-            return self.model.grammars.of_schema(schema)
+            grammars = await loop.run_in_executor(lane, lambda: self.model.grammars)
+            if not grammars.known(schema):
+                await self._schemas.run(json.dumps(schema).encode())
+            return [await loop.run_in_executor(lane, grammars.of_schema, schema) for _ in range(chat.choices)]
         except UserError as error:
             raise ApiError(400, str(error), param="response_format") from error
-
-    def _image(self, url: str, fetched: dict[str, bytes], options: Options) -> ImageInput:
-        content = fetched[url] if url in fetched else image_bytes(url, self.limits.image_bytes)
-        image = ImageInput(content, self.model.bundle.image, options, self.limits.image_pixels, FORMATS)
-        image.compact(self.model.cache)
-        return image
 
 
 def check_model(wanted: str | None, served: str) -> None:
@@ -169,23 +220,20 @@ def check_model(wanted: str | None, served: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _lower_priority() -> None:
-    """Let the calling thread run after those that encode and decode: an image that comes later must not delay the
-    answers before it."""
-    with suppress(AttributeError, OSError):  # of other systems
-        os.setpriority(os.PRIO_PROCESS, 0, NICE_INCREMENT)
+def _too_long(message: str) -> ApiError:
+    return ApiError(400, message, param="messages", code="context_length_exceeded")
 
 
 def _parsed(body: bytes) -> ChatRequest:
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_ITEMS:
+        raise ApiError(400, f"the body has more than {MAX_JSON_ITEMS} items", code="body_too_large")
     try:
-        return ChatRequest.model_validate(json.loads(body))
+        return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         message = f"{param}: {first['msg']}" if param else first["msg"]
         raise ApiError(400, message, param=param) from error
-    except (ValueError, RecursionError) as error:  # of json: no JSON, no UTF-8, a number of too many digits
-        raise ApiError(400, f"the body is not JSON: {error}") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from runtime.text.template import IMAGE_PLACEHOLDER, PromptTemplate, first_turn, next_turn, with_answer
+from runtime.types import Sampling
 
 RETRY_AFTER = 2  # seconds
 MAX_STOP, MAX_CHOICES, MAX_TOP_LOGPROBS = 4, 8, 20
@@ -165,6 +166,14 @@ class ChatRequest(_Part):
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; without its seed, which differs between choices."""
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+        )
 
     @property
     def choices(self) -> int:

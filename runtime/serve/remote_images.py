@@ -16,6 +16,8 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from runtime.serve.protocol import ApiError, too_large
 
+# The bytes at a URL; the other argument is told of each connection, which whoever waits no longer may `cut`
+Fetch = Callable[[str, Callable[[socket.socket], None]], bytes]
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -33,7 +35,7 @@ def is_public(address: str) -> bool:
 
 
 class Fetcher:
-    """Call it with a URL; returns the bytes.
+    """A `Fetch`.
 
     hosts: that may be asked, also after a redirect; `name` on the scheme's own port, or `name:port`. most_bytes: of an
     image. seconds: for all of it. redirects: that are followed. allowed: of an address that a name resolves to.
@@ -51,11 +53,11 @@ class Fetcher:
         self._hosts = {host.lower() for host in hosts}
         self._most_bytes, self._seconds, self._redirects, self._allowed = most_bytes, seconds, redirects, allowed
 
-    def __call__(self, url: str) -> bytes:
+    def __call__(self, url: str, connected: Callable[[socket.socket], None]) -> bytes:
         end = time.monotonic() + self._seconds
         try:
             for _ in range(self._redirects + 1):
-                found = self._get(self._checked(url), end)
+                found = self._get(self._checked(url), end, connected)
                 if isinstance(found, bytes):
                     return found
                 url = urljoin(url, found)
@@ -78,14 +80,15 @@ class Fetcher:
             raise _refused(f"host {host!r} is not one of those that may be asked")
         return parts
 
-    def _get(self, parts: SplitResult, end: float) -> bytes | str:
+    def _get(self, parts: SplitResult, end: float, connected: Callable[[socket.socket], None]) -> bytes | str:
         """The content, or where it redirects to."""
         host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
         sock = self._connect(host, port, end)
         if parts.scheme == "https":
             context = ssl.create_default_context()
             sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-        watch = threading.Timer(_left(end), _cut, [sock])  # a timeout of the socket is for each piece alone
+        connected(sock)
+        watch = threading.Timer(_left(end), cut, [sock])  # a timeout of the socket is for each piece alone
         watch.daemon = True
         watch.start()
         connection = http.client.HTTPConnection(host, port)
@@ -122,7 +125,7 @@ class Fetcher:
         return socket.create_connection((found[-1], port), timeout=_left(end))
 
 
-def _cut(sock: socket.socket) -> None:
+def cut(sock: socket.socket) -> None:
     """Whoever waits for it waits no longer."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

@@ -138,6 +138,13 @@ class Scheduler:
         return len(self._waiting) + len(self._encoding) + len(self._ready)
 
     @property
+    def waiting_images(self) -> int:
+        """Images that wait to be encoded or are being encoded, each counted once."""
+        with self._lock:
+            requests = [*self._waiting, *self._encoding]
+            return len({id(image) for request in requests for image in request.images})
+
+    @property
     def running(self) -> int:
         """Requests in a slot."""
         return len(self._active) + (self._prefilling is not None)

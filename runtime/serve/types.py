@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from runtime.errors import InvalidLogitsError, UserError
 from runtime.generate.session import Generation
-from runtime.image.input import ImageInput
+from runtime.serve.images import PreparedImage
 
 logger = logging.getLogger("convllava.serve")
 
@@ -74,7 +74,7 @@ class Request:
     """
 
     token_ids: list[int]
-    images: list[ImageInput]
+    images: list[PreparedImage]
     generation: Generation
     sink: Callable[["TokenEvent | Failed"], None]
     deadline: float = float("inf")

@@ -11,7 +11,7 @@ from runtime.backends.base import Encoder
 from runtime.device.memory import Array, copied
 from runtime.errors import UserError
 from runtime.image.embedding_cache import EmbeddingCache
-from runtime.image.input import ImageInput
+from runtime.serve.images import PreparedImage
 from runtime.serve.types import Callbacks, Failed, Request, failure
 
 Embeddings = dict[Hashable, Array]  # key of an image -> [T, D]
@@ -66,7 +66,7 @@ class VisionWorker:
 
     def _encode(self, requests: list[Request], found: Embeddings) -> None:
         """Add the embeddings of the requests' images by their keys, encoding those that are not known."""
-        missing: dict[Hashable, ImageInput] = {}
+        missing: dict[Hashable, PreparedImage] = {}
         for image in (image for request in requests if not request.over for image in request.images):
             if image.key in found or image.key in missing:
                 continue
@@ -76,7 +76,7 @@ class VisionWorker:
                 missing[image.key] = image
             else:
                 found[image.key] = embeddings
-        images = sorted(missing.values(), key=lambda image: image.pixel_values.shape)
+        images = sorted(missing.values(), key=lambda image: image.shape)
         # One at a time is as fast on a CPU, and who leaves is noticed in between
         at_once = max(len(images), 1) if self._encoder.batches else 1
         for begin in range(0, len(images), at_once):
@@ -84,7 +84,7 @@ class VisionWorker:
                 return
             self._encode_images(images[begin : begin + at_once], found)
 
-    def _encode_images(self, images: list[ImageInput], found: Embeddings) -> None:
+    def _encode_images(self, images: list[PreparedImage], found: Embeddings) -> None:
         started = time.monotonic()
         encoded, row = self._encoder([image.pixel_values for image in images]), 0
         self._callbacks.encoded(time.monotonic() - started)
@@ -95,9 +95,9 @@ class VisionWorker:
             self._cache.put(image.key, found[image.key])
             row += image.tokens
 
-    def _check_encoder(self, image: ImageInput, error: Exception) -> None:
+    def _check_encoder(self, image: PreparedImage, error: Exception) -> None:
         """After `error`: raise it where a black picture of a single visual token cannot be encoded either."""
-        _, height, width = image.pixel_values.shape
+        height, width = image.shape[:2]
         side = math.isqrt(height * width // image.tokens)
         try:
             self._encoder([np.zeros((3, side, side), np.float32)])

@@ -1,6 +1,8 @@
 """Answers that follow a JSON schema: which tokens may come next, by llguidance."""
 
 import json
+import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +11,8 @@ import numpy as np
 from runtime.errors import UserError
 
 # One space where there may be any: a model that is unsure of an answer would go on with spaces for ever
+MAX_COMPILED = 8  # schemas that are kept; the largest that a server takes have some hundred MiB
+MAX_MULTIPLE = 100_000  # of `multipleOf`, its zeros at the end aside: a third of a second
 COMPILING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -24,6 +28,8 @@ class Grammars:
         except ImportError as error:
             raise UserError(f"a JSON schema: {error}; pip install '.[schema]'") from error
         self._lib = llguidance
+        self._compiled: OrderedDict[str, Any] = OrderedDict()  # by their texts, the oldest first
+        self._lock = threading.Lock()
         try:
             self._tokenizer = llguidance.LLTokenizer(
                 str(tokenizer), vocab_size, sorted(eos_token_ids), slices=llguidance.LLTokenizer.json_slices()
@@ -31,16 +37,47 @@ class Grammars:
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{tokenizer}: llguidance cannot read it: {error}") from error
 
+    def known(self, schema: dict[str, Any]) -> bool:
+        """Whether the schema was compiled not long ago."""
+        return json.dumps(schema) in self._compiled
+
     def of_schema(self, schema: dict[str, Any]) -> "JsonGrammar":
-        """A grammar for one answer. Raises UserError for a schema that is none, or has what llguidance cannot do."""
+        """A grammar for one answer.
+
+        Raises:
+            UserError: the schema is none, or has what llguidance cannot do, or `multipleOf` a number of too many
+                digits, for which llguidance builds as many states.
+        """
+        text = json.dumps(schema)
+        matcher = self._compiled.get(text)
+        if matcher is None:
+            check_multiples(schema)
+            matcher = self._compile(text)
+            with self._lock:
+                self._compiled[text] = matcher
+                while len(self._compiled) > MAX_COMPILED:
+                    self._compiled.popitem(last=False)
+        return JsonGrammar(matcher.deep_copy())
+
+    def _compile(self, schema: str) -> Any:
         try:
-            text = self._lib.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPILING)
+            grammar = self._lib.LLMatcher.grammar_from_json_schema(schema, overrides=COMPILING)
+            matcher = self._lib.LLMatcher(self._tokenizer, grammar, log_level=0)
         except (ValueError, TypeError) as error:
             raise UserError(f"a JSON schema: {error}") from error
-        matcher = self._lib.LLMatcher(self._tokenizer, text, log_level=0)
         if matcher.is_error():
             raise UserError(f"a JSON schema: {matcher.get_error().splitlines()[0]}")
-        return JsonGrammar(matcher)
+        return matcher
+
+
+def check_multiples(schema: object) -> None:
+    """Raises UserError for a `multipleOf` that llguidance does not bound."""
+    for value in cast(list[object], schema) if isinstance(schema, list) else ():
+        check_multiples(value)
+    for key, value in cast(dict[str, object], schema).items() if isinstance(schema, dict) else ():
+        if key == "multipleOf" and isinstance(value, int) and int(str(value).rstrip("0") or 0) > MAX_MULTIPLE:
+            raise UserError(f"a JSON schema: multipleOf {value} is not supported, at most {MAX_MULTIPLE}")
+        check_multiples(value)
 
 
 class JsonGrammar:

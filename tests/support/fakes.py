@@ -124,7 +124,7 @@ class FakeImage:
 
     def __init__(self, seed: int, tokens: int = 3):
         self.seed, self.tokens, self.key, self.embeddings = seed, tokens, ("image", seed, tokens), None
-        self.pixel_values = np.full((3, 1, tokens), seed, np.float32)
+        self.pixel_values, self.shape = np.full((3, 1, tokens), seed, np.float32), (1, tokens, 3)
 
     def rows(self) -> list[tuple]:
         return [(float(self.seed), float(row)) for row in range(self.tokens)]

@@ -31,7 +31,8 @@ class Served:
     def __init__(self, model, slots=2, queue_size=4, limits=None, fetch=None, **options):
         self.model, metrics = model, Metrics()
         self.scheduler = scheduler_of(model, slots, queue_size, metrics)
-        app = create_app(ChatService(model, self.scheduler, limits, fetch), metrics, **options)
+        self.service = ChatService(model, self.scheduler, limits, fetch)
+        app = create_app(self.service, metrics, **options)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))

@@ -383,13 +383,20 @@ def test_keys_are_wanted_where_there_are_any(model):
     server.close()
 
 
+def break_decoder(monkeypatch, scheduler, crash):
+    """From the second token on, for a request alone and for all of them together."""
+    monkeypatch.setattr(scheduler._slots, "step", crash)
+    for slot in range(len(scheduler._slots)):
+        monkeypatch.setattr(scheduler._slots[slot], "forward", crash)
+
+
 def test_a_crash_turns_ready_red_and_fails_requests(model, monkeypatch):
     server = Served(model)
 
     def crash(*_):
         raise MemoryError("no more")
 
-    monkeypatch.setattr(server.scheduler._slots, "step", crash)
+    break_decoder(monkeypatch, server.scheduler, crash)
     with pytest.raises(openai.InternalServerError, match="crashed"):
         create(server, asked(QUESTION), max_tokens=5)
     assert server.get("/ready") == (503, '{"status":"crashed"}')
@@ -405,20 +412,25 @@ def test_a_crash_before_the_first_token_is_raised_where_another_engine_could_beg
     def crash(*_):
         raise MemoryError("no more")
 
+    crash.batches = False  # as of an encoder
+
     async def pieces(break_at: Callable[[Scheduler], None]) -> list[str]:
         scheduler = scheduler_of(model, 2, 4)
+        service = ChatService(model, scheduler)
         break_at(scheduler)
-        body = {"messages": asked(QUESTION, picture(99)), "max_tokens": 8, "stream": True, "ignore_eos": True}
+        body = {"messages": asked(QUESTION, picture(99)), "max_tokens": 8, "stream": True, "temperature": 0}
+        body["ignore_eos"] = True
         try:
-            completion = await ChatService(model, scheduler).begin(json.dumps(body).encode())
+            completion = await service.begin(json.dumps(body).encode())
             return [piece async for piece in completion.chunks(raising=True)]
         finally:
             scheduler.stop(0)
+            service.close()
 
     with monkeypatch.context() as patch, pytest.raises(ApiError, match="crashed") as error:
         asyncio.run(pieces(lambda scheduler: patch.setattr(scheduler._vision, "_encoder", crash)))
     assert error.value.code == "crash"
-    *_, last, done = asyncio.run(pieces(lambda scheduler: monkeypatch.setattr(scheduler._slots, "step", crash)))
+    *_, last, done = asyncio.run(pieces(lambda scheduler: break_decoder(monkeypatch, scheduler, crash)))
     assert "crashed" in last, "a token has been sent, and the status before it"
     assert done == "data: [DONE]\n\n"
 

@@ -9,8 +9,8 @@ from PIL import Image
 import runtime
 from runtime.generate.sampler import Sampler
 from runtime.generate.session import Generation
-from runtime.image.embedding_cache import EmbeddingCache
-from runtime.image.input import ImageInput
+from runtime.image.preprocess import resized
+from runtime.serve.images import PreparedImage
 from runtime.serve.types import Request
 from runtime.text.template import first_turn
 from runtime.types import Options, Sampling
@@ -30,7 +30,7 @@ QUESTIONS = [
 
 class Asked:
     def __init__(self, model, prompt, images, limit=12, logprobs=None):
-        self.images = [ImageInput(image, model.bundle.image, OPTIONS) for image in images]
+        self.images = [prepared(image, model.bundle.image) for image in images]
         text = first_turn(model.bundle.prompt, prompt, len(images))
         token_ids = model.tokenizer.encode_prompt(text, [image.tokens for image in self.images])
         generation = Generation(Sampler(Sampling()), limit, model.tokenizer.eos_token_ids)
@@ -45,6 +45,11 @@ class Asked:
 
     def ids(self):
         return [event.token_id for event in self.wait()]
+
+
+def prepared(image, rule):
+    pixels = resized(image, rule)
+    return PreparedImage(pixels.tobytes(), rule.tokens(*pixels.shape[:2]), rule, pixels)
 
 
 def picture(seed, size=(96, 128)):
@@ -64,22 +69,6 @@ def test_answers_in_a_batch_are_those_of_the_library(conformance_bundle):
         scheduler.submit(*(one.request for one in asked))
         assert [one.ids() for one in asked] == expected
         assert round_ == 0 or any(one.request.cached_tokens for one in asked)
-    scheduler.stop(0)
-
-
-def test_a_compacted_image_gives_the_same_answer(conformance_bundle):
-    """A small image is kept as it is, a large one as its pixel values, a known one as its embeddings."""
-    model = runtime.load(conformance_bundle)
-    scheduler = scheduler_of(model, 1, 8)
-    for image in (picture(0), picture(1, (900, 1200))):
-        model.cache = EmbeddingCache()
-        *_, last = model.generate([image], "What is this?", OPTIONS)
-        for cache in (EmbeddingCache(), model.cache):
-            one = Asked(model, "What is this?", [image])
-            one.images[0].compact(cache)
-            assert (one.images[0].embeddings is not None) == (cache is model.cache)
-            scheduler.submit(one.request)
-            assert one.ids() == last.result.token_ids
     scheduler.stop(0)
 
 

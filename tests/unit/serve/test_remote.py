@@ -10,7 +10,7 @@ import pytest
 
 from runtime.serve import remote_images as remote
 from runtime.serve.protocol import ApiError
-from runtime.serve.remote_images import Fetcher, is_public
+from runtime.serve.remote_images import Fetcher, cut, is_public
 
 BODY = b"picture" * 100
 
@@ -64,16 +64,27 @@ def fetcher(host, **options):
     return Fetcher([host], **{"most_bytes": 10_000, "allowed": lambda address: True} | options)
 
 
+def fetched(host, path, connected=lambda connection: None, **options):
+    return fetcher(host, **options)(f"http://{host}{path}", connected)
+
+
+def test_who_waits_no_longer_can_cut_the_connection(host):
+    begin = time.monotonic()
+    with pytest.raises(ApiError, match="cannot be fetched"):
+        fetched(host, "/dripping", lambda connection: threading.Timer(0.3, cut, [connection]).start())
+    assert time.monotonic() - begin < 2.5
+
+
 def test_an_image_is_fetched_also_after_a_redirect(host):
-    assert fetcher(host)(f"http://{host}/image") == BODY
-    assert fetcher(host)(f"http://{host}/to") == BODY
-    assert fetcher(host)(f"http://{host}/whole") == BODY
+    assert fetched(host, "/image") == BODY
+    assert fetched(host, "/to") == BODY
+    assert fetched(host, "/whole") == BODY
 
 
 def test_the_scheme_s_own_port_is_not_named(host, monkeypatch):
-    assert fetcher(host)(f"http://{host}/host") == host.encode()
+    assert fetched(host, "/host") == host.encode()
     monkeypatch.setitem(remote.PORTS, "http", int(host.partition(":")[2]))
-    assert fetcher("127.0.0.1")("http://127.0.0.1/host") == b"127.0.0.1"
+    assert fetched("127.0.0.1", "/host") == b"127.0.0.1"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +104,7 @@ def test_the_scheme_s_own_port_is_not_named(host, monkeypatch):
 def test_limits_hold(host, path, said):
     begin = time.monotonic()
     with pytest.raises(ApiError, match=said):
-        fetcher(host, seconds=1.0)(f"http://{host}{path}")
+        fetched(host, path, seconds=1.0)
     assert time.monotonic() - begin < 2.5, "the limit is for all of it"
 
 
@@ -111,12 +122,12 @@ def test_limits_hold(host, path, said):
 )
 def test_other_urls_are_refused(host, url, said):
     with pytest.raises(ApiError, match=said):
-        fetcher(host)(url.format(host=host))
+        fetcher(host)(url.format(host=host), lambda connection: None)
 
 
 def test_addresses_that_are_not_public_are_refused(host):
     with pytest.raises(ApiError, match="not public"):
-        Fetcher([host], 10_000)(f"http://{host}/image")
+        Fetcher([host], 10_000)(f"http://{host}/image", lambda connection: None)
     private = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "::1", "fd00::1", "fe80::1", "0.0.0.0"]
     disguised = ["::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1"]
     others = ["224.0.0.1", "ff02::1", "fec0::1"]
@@ -130,5 +141,5 @@ def test_another_address_is_tried_where_one_does_not_answer(host, monkeypatch):
     entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.2", "127.0.0.1")]
     resolve, first = socket.getaddrinfo, iter([entries])
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **options: next(first, None) or resolve(*a, **options))
-    assert fetcher(host)(f"http://{host}/image") == BODY
+    assert fetched(host, "/image") == BODY
     assert next(first, None) is None

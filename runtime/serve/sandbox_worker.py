@@ -1,0 +1,81 @@
+"""The process of a `Sandbox`: it reads jobs from its input and writes their results, until its input ends.
+
+python -m runtime.serve.sandbox_worker MODULE:JOB SETTINGS MEMORY_BYTES CPU_SECONDS
+"""
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from runtime.errors import UserError
+from runtime.serve.sandbox import receive, send
+
+NICE_INCREMENT = 10  # an image or a schema that comes later must not delay the answers before it
+
+Result = tuple[dict[str, Any], bytes]
+
+
+def image_job(settings: dict[str, Any]) -> Callable[[bytes], Result]:
+    """Image files to sized pixels: {"shape": [H, W, 3], "digest": of them} and the bytes of a uint8 array. settings:
+    `rule`, of the bundle; `max_pixels`, `formats`: as `open_image` takes them."""
+    from runtime.image.decode import open_image
+    from runtime.image.preprocess import ImageRule, resized
+
+    rule = ImageRule.from_dict(settings["rule"])
+
+    def run(content: bytes) -> Result:
+        image = open_image(content, settings["max_pixels"], settings["formats"])
+        pixels = resized(image, rule)
+        content = pixels.tobytes()
+        return {"shape": pixels.shape, "digest": hashlib.blake2b(content, digest_size=16).hexdigest()}, content
+
+    return run
+
+
+def schema_job(settings: dict[str, Any]) -> Callable[[bytes], Result]:
+    """Whether a JSON schema can be compiled. settings: `tokenizer`, a file; `vocab_size`; `eos_token_ids`."""
+    from pathlib import Path
+
+    from runtime.text.grammar import Grammars
+
+    eos = frozenset[int](settings["eos_token_ids"])
+    grammars = Grammars(Path(settings["tokenizer"]), settings["vocab_size"], eos)
+
+    def run(content: bytes) -> Result:
+        grammars.of_schema(json.loads(content))
+        return {}, b""
+
+    return run
+
+
+def main() -> None:
+    (module, job), settings = sys.argv[1].split(":"), json.loads(sys.argv[2])
+    memory_bytes, cpu_seconds = map(int, sys.argv[3:])
+    os.nice(NICE_INCREMENT)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file is written to
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    run: Callable[[bytes], Result] = getattr(import_module(module), job)(settings)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    while (received := receive(stdin)) is not None:
+        limit = int(time.process_time()) + 1 + cpu_seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        try:
+            head, content = run(received[1])
+        except UserError as error:
+            head, content = {"error": str(error)}, b""
+        except MemoryError:
+            os.abort()  # as where an allocation fails in C or Rust; a new process has all its memory
+        with suppress(BrokenPipeError):
+            send(stdout, head, content)
+
+
+if __name__ == "__main__":
+    main()

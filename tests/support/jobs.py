@@ -1,0 +1,45 @@
+"""Jobs for a sandbox, by what the content says."""
+
+import os
+import signal
+from pathlib import Path
+
+from runtime.errors import UserError
+from runtime.serve.sandbox_worker import image_job
+
+
+def work(settings):
+    def run(content):
+        what, _, argument = content.decode().partition(" ")
+        if what == "spin":
+            if argument:
+                Path(argument).symlink_to("begun")  # no file may be written to
+            while True:
+                pass
+        if what == "eat":
+            held = []
+            while True:
+                held.append(bytes(1 << 20))
+        if what == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if what == "exit":
+            raise SystemExit(3)
+        if what == "refuse":
+            raise UserError("not this")
+        if what == "write":
+            Path(argument).write_bytes(bytes(10))
+        return {"pid": os.getpid(), **settings}, content * int(argument or 1)
+
+    return run
+
+
+def slow_image(settings):
+    """As `image_job`, but the content "spin" never ends."""
+    opened = image_job(settings)
+
+    def run(content):
+        while content == b"spin":
+            pass
+        return opened(content)
+
+    return run

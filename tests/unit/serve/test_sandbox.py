@@ -1,0 +1,90 @@
+"""A sandbox: jobs run in order, and none can do harm to the next."""
+
+import asyncio
+import os
+import time
+
+import pytest
+
+from runtime.errors import UserError
+from runtime.serve.sandbox import Sandbox
+
+WAIT = 30  # seconds, that a test waits for what must come
+
+
+def sandbox(count=1, cpu_seconds=1, memory_bytes=512 << 20):
+    return Sandbox("data", "tests.support.jobs:work", {"setting": 5}, count, memory_bytes, cpu_seconds)
+
+
+def run(box, content):
+    return asyncio.run(box.run(content))
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_jobs_run_in_one_process_and_return_bytes_of_any_size():
+    box = sandbox()
+    first, second = run(box, b"echo 1"), run(box, b"echo 1000000")
+    assert first == ({"pid": first[0]["pid"], "setting": 5}, b"echo 1")
+    assert second == (first[0], b"echo 1000000" * 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "said"),
+    [
+        (b"spin", UserError, "data: takes too much processor time"),
+        (b"eat", UserError, "data: takes too much memory"),
+        (b"crash", UserError, "data: ended its process by signal 11"),
+        (b"refuse", UserError, "not this"),
+        (b"exit", RuntimeError, "ends with 3"),
+    ],
+)
+def test_what_a_job_does_is_its_own_error(content, error, said):
+    box = sandbox()
+    for _ in range(2):
+        with pytest.raises(error, match=said):
+            run(box, content)
+        assert run(box, b"echo 2")[1] == b"echo 2echo 2"
+
+
+def test_no_file_is_written_to(tmp_path):
+    with pytest.raises((UserError, RuntimeError)):
+        run(sandbox(), f"write {tmp_path / 'file'}".encode())
+    assert not (tmp_path / "file").exists() or not (tmp_path / "file").read_bytes()
+
+
+def test_who_waits_no_longer_ends_the_job_and_those_that_wait_go_on(tmp_path):
+    box, begun = sandbox(cpu_seconds=1000), tmp_path / "begun"
+
+    async def scene():
+        pid = (await box.run(b"echo 1"))[0]["pid"]
+        spinning = asyncio.create_task(box.run(f"spin {begun}".encode()))
+        while not begun.is_symlink():
+            await asyncio.sleep(0.01)
+        never_begun, next_one = (asyncio.create_task(box.run(b"echo 1")) for _ in range(2))
+        await asyncio.sleep(0.05)
+        assert not next_one.done()
+        never_begun.cancel()
+        spinning.cancel()
+        head, content = await asyncio.wait_for(next_one, WAIT)
+        assert content == b"echo 1"
+        assert head["pid"] != pid
+        assert not is_running(pid)
+
+    asyncio.run(scene())
+
+
+def test_a_process_ends_with_its_sandbox():
+    box = sandbox()
+    pid = run(box, b"echo 1")[0]["pid"]
+    box.close()
+    end = time.monotonic() + WAIT
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not is_running(pid)
