@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -401,16 +402,17 @@ class Scheduler:
 
     def _forget(self, slot: int, error: Exception) -> None:
         """What a slot holds is not to be used again. Raises `error`, unless it is a request's, where the decoder cannot
-        run a token of our own in the slot either."""
+        run a token of our own in the slot either, tried twice."""
         self._prefixes.record(slot, [])
         if isinstance(error, UserError):
             return
         sequence = self._slots[slot]
-        try:
-            sequence.rewind(0)
-            sequence.forward([0])
-        except Exception:
-            raise error from None
+        for _ in range(2):
+            with suppress(Exception):
+                sequence.rewind(0)
+                sequence.forward([0])
+                return
+        raise error
 
     def _take(self, running: _Running, greedy: int | None, logits: np.ndarray | None) -> None:
         """The next token of an answer, chosen from `logits` where they are given; greedy None: its logit is NaN."""
