@@ -1,4 +1,4 @@
-# make demo | setup | lint | test | test-all | test-release | test-gpu | kernels-test | tables | peers
+# make demo | setup | lint | audit | test | test-all | test-release | test-gpu | kernels-test | tables | peers
 # PYTHON=python3.12 chooses the interpreter of a new .venv
 
 PYTHON ?= python3
@@ -12,8 +12,9 @@ SETUP := $(DEMO),train,calib,openvino,rtx,serve,schema,ray,dev
 PEERS := build/peers
 LLAMA_CPP := llama-cpp-python==0.3.36
 LOCUST := locust==2.47.0
+PIP_AUDIT := pip-audit==2.10.1
 
-.PHONY: demo setup lint test test-all test-release test-gpu kernels-test tables peers
+.PHONY: demo setup lint audit test test-all test-release test-gpu kernels-test tables peers
 
 demo: $(VENV)/.demo
 	$(RUN) -m runtime.cli demo
@@ -40,6 +41,15 @@ lint: setup
 	$(RUN) -m pyright --pythonpath $(RUN)
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard runtime/kernels/*/*.h runtime/kernels/*/*.cpp)
 	$(RUN) -m benchmarks.tables --check
+
+# Known vulnerabilities of what `make setup` installs, by PyPI's advisories: it needs the network
+audit: build/audit/.installed
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+build/audit/.installed: Makefile
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_AUDIT)
+	touch $@
 
 test test-all test-release: setup
 	$(RUN) -m tests.run $@

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.bundles import CHECKPOINT
+from tests.support.commands import run_module
 from tests.support.network import Watch, compiled, kill
 from tests.support.served import WAIT, free_port, wait_for
 
@@ -99,6 +100,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
     "quantize decoder": lambda bundle, pages, out: (
         *("runtime.cli", "quantize", "--part", "decoder", "--bundle", bundle, "--data", pages, "--out", out),
     ),
+    "demo": lambda bundle, pages, out: ("runtime.cli", "demo"),
     "synth": lambda bundle, pages, out: ("train.synth", "--out", out, "--pages", 2),
 }
 
@@ -106,6 +108,8 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_quiet(watch, conformance_bundle, pages, tmp_path, command):
     bundle = shutil.copytree(conformance_bundle, tmp_path / "bundle") if command == "engine" else conformance_bundle
+    if command == "demo":
+        run_module("train.model.demo").check_returncode()  # fetches the demo's language model where it is not there
     watch.run("-m", *COMMANDS[command](bundle, pages, tmp_path / "out"))
     assert_quiet(watch)
 
