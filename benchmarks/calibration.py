@@ -223,7 +223,7 @@ def decoders(args: argparse.Namespace) -> None:
     source, part = bundle.path(bundle.decoder.file), bundle.decoder
     calibration, held_out = split(find_pages(documents()), GPTQ_PROMPTS, QUESTIONS)
     evaluation = Evaluation(bundle, fewer_pages(held_out, QUESTIONS), QUESTIONS)
-    tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
+    tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer, bundle.decoder.vocab_size)
     text = np.array(english(lambda text: tokenizer.encode_prompt(text, []), WINDOWS * WINDOW)).reshape(WINDOWS, WINDOW)
     rows, opened = [], []
 

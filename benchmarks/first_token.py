@@ -145,7 +145,7 @@ def page(folder: Path) -> Path:
 
 def spec_of(bundle: Bundle, image: Path, threads: int) -> dict:
     """What every worker is told of the work."""
-    tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
+    tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer, bundle.decoder.vocab_size)
     ids = tokenizer.encode_prompt(first_turn(bundle.prompt, QUESTION, 1), [1])
     at, rule = ids.index(-1), bundle.image
     visual = (rule.resolution // bundle.encoder.stride) ** 2

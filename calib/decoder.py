@@ -145,7 +145,7 @@ def prompts(bundle: Bundle, encoder: Path, pages: Iterable[Page]) -> Iterable[di
     """Inputs of the fused decoder graph at the start of a sequence: a page's image, its first question, and the answer
     where it is known. encoder: the graph that encodes the images."""
     encode = OnnxEncoder(encoder, bundle.encoder.stride)
-    tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
+    tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer, bundle.decoder.vocab_size)
     for page in pages:
         embeddings, question = np.asarray(encode([pixels_of(page, bundle.image)])), page.questions[0]
         text = with_answer(first_turn(bundle.prompt, question.prompt, 1), question.answer or "")

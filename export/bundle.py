@@ -20,7 +20,7 @@ from export.decoder.sampler import sampler_graph
 from export.encoder import check_precision, export_checked
 from export.graphs.variants import write_variants
 from export.parity import ParityError, report
-from export.tokenizer.convert import export_tokenizer
+from export.tokenizer.convert import TOKENIZER_FILE, export_tokenizer
 from runtime import kernels
 from runtime.bundle.manifest import EncoderPart
 from runtime.command import run
@@ -28,6 +28,7 @@ from runtime.demo import DEMO_BUNDLE
 from runtime.errors import UserError
 from runtime.image.preprocess import ImageRule
 from runtime.text.template import MARKED_IMAGE_LINE, TEMPLATES, PromptTemplate
+from runtime.text.tokenizer import Tokenizer
 from train.model import Checkpoint, load_image_encoder
 
 CALIBRATE = (
@@ -78,6 +79,7 @@ def export_bundle(
             files["portable_file"] = _add_portable_decoder(checkpoint, folder, decoder_precision, capacity)
         decoder = decoder_part(checkpoint, decoder_precision, **files, sampler_file="decoder/sampler.onnx")
         onnx.save(sampler_graph(decoder.vocab_size, decoder.kv_dtype), str(folder / "decoder" / "sampler.onnx"))
+        Tokenizer(folder / "tokenizer" / TOKENIZER_FILE, sections["tokenizer"], decoder.vocab_size)  # it warns
         sections["decoder"] = {key: value for key, value in asdict(decoder).items() if value is not None}
         write_manifest(folder, name_of(checkpoint), installed_versions(PRODUCERS), sections)
 

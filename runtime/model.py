@@ -58,7 +58,7 @@ class Model:
         begin = time.perf_counter()
         self.bundle = bundle
         self.cache = EmbeddingCache(cache_bytes)
-        self.tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer)
+        self.tokenizer = Tokenizer(bundle.path(bundle.tokenizer["file"]), bundle.tokenizer, bundle.decoder.vocab_size)
         components = open_components(bundle, backends or Backends())
         self.encoder, self.encoder_backend = components.encoder, components.encoder_backend
         self.decoder, self.decoder_backend = components.decoder, components.decoder_backend

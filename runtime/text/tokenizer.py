@@ -13,6 +13,7 @@ not applied: it is off for Llama, and it would also undo spaces the model meant.
 """
 
 import codecs
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from runtime.text.detokenize import (
 )
 from runtime.text.template import IMAGE_PLACEHOLDER
 
+logger = logging.getLogger("convllava.text")
 codecs.register_error(REPLACE_EACH_BYTE, replace_each_byte)
 
 
@@ -45,15 +47,17 @@ class Tokenizer:
         eos_token_ids: ids that end an answer.
     """
 
-    def __init__(self, path: Path, section: dict[str, Any]):
-        """Loads the tokenizer.
+    def __init__(self, path: Path, section: dict[str, Any], embedding_rows: int | None = None):
+        """Loads the tokenizer; warns of tokens that the model has no embedding for.
 
         Args:
             path: the `tokenizer.json`.
             section: the manifest's tokenizer section, as `export.tokenizer.convert.export_tokenizer` returned it.
+            embedding_rows: of the model; token IDs must be below. None: not known.
 
         Raises:
-            UserError: the file cannot be read, or a key of the section is missing or of the wrong type.
+            UserError: the file cannot be read, a key of the section is missing or of the wrong type, or the model has
+                no embedding for the BOS token.
         """
         self._tokenizer = _load(path)
         family = manifest_field(section, "family", str)
@@ -68,6 +72,19 @@ class Tokenizer:
             self._pieces = SentencePiecePieces(self._tokenizer, self._special_ids, section)
         else:
             raise UserError(f"tokenizer: family {family!r} is unknown; expected 'sentencepiece' or 'byte_level'")
+        self._embedding_rows = embedding_rows
+        if missing := self.without_embedding():
+            if self.bos_token_id in missing:
+                raise UserError(f"tokenizer: {self._without_embedding(self.bos_token_id)}, and it opens every prompt")
+            first, count = self._without_embedding(missing[0]), len(missing)
+            logger.warning("tokenizer: %s; prompts with this or another such token (%d) are refused", first, count)
+
+    def without_embedding(self) -> list[int]:
+        """IDs of tokens beyond the rows of the model's embedding."""
+        tokenizer = self._tokenizer
+        end = max([tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()]) + 1
+        candidates = range(end if self._embedding_rows is None else self._embedding_rows, end)
+        return [token_id for token_id in candidates if tokenizer.id_to_token(token_id) is not None]
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text that stands on its own; special tokens written in it become their ids.
@@ -77,7 +94,8 @@ class Tokenizer:
             bos: put the BOS id in front, for a model that takes one.
 
         Raises:
-            UserError: the text holds a lone surrogate, which no encoding can represent.
+            UserError: the text holds a lone surrogate, which no encoding can represent, or a token that the model has
+                no embedding for.
         """
         front = [self.bos_token_id] if bos and self.bos_token_id is not None else []
         return front + self._encode_opening(text)
@@ -155,7 +173,19 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             found = text[error.start]
             raise UserError(f"prompt: {found!r} is a lone surrogate; expected valid Unicode") from None
-        return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]  # `encode` would keep the GIL
+        try:
+            [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)  # `encode` would keep the GIL
+        except BaseException as error:  # a panic of Rust is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise UserError(f"prompt: it cannot be tokenized: {error}") from error
+        if self._embedding_rows is not None and (most := max(encoding.ids, default=0)) >= self._embedding_rows:
+            raise UserError(f"prompt: {self._without_embedding(most)}")
+        return encoding
+
+    def _without_embedding(self, token_id: int) -> str:
+        token = self._tokenizer.id_to_token(token_id)
+        return f"token {token!r} has ID {token_id}, the model's embedding has {self._embedding_rows} rows"
 
 
 def _load(path: Path) -> tokenizers.Tokenizer:

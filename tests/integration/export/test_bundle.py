@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -48,6 +49,23 @@ def test_four_bits_that_lose_too_much_are_refused_with_what_loses_less(checkpoin
     with pytest.raises(ParityError, match="--method gptq"):
         export_bundle(checkpoint, tmp_path / "bundle", 256, decoder_precision="int4")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_token_that_the_model_has_no_embedding_for(conformance, tmp_path):
+    """Export and load warn, and a question that holds it is refused, by name."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(conformance / "checkpoint", folder)
+    rows = Checkpoint.open(folder).llama_config.vocab_size
+    file = folder / "tokenizer_config.json"
+    added = {"added_tokens_decoder": {str(rows): {"content": "[PAD]", "special": True}}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | added))
+    said = f"token '[PAD]' has ID {rows}, the model's embedding has {rows} rows"
+    done = run_main("export.bundle", "--checkpoint", folder, "--out", tmp_path / "bundle")
+    assert (done.returncode, said in done.stderr) == (0, True), done.stderr
+    arguments = ["--bundle", tmp_path / "bundle", "--prompt", "What is [PAD]?", "--max-new-tokens", 2]
+    asked = run_main("runtime.infer", *arguments)
+    assert asked.returncode == 2
+    assert asked.stderr.splitlines()[-1] == f"error: prompt: {said}"
 
 
 def test_replacing_a_bundle_is_whole_and_leaves_no_litter(conformance, conformance_bundle, tmp_path):

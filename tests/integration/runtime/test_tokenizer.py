@@ -3,6 +3,7 @@ the `tokenizers` package."""
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -291,3 +292,50 @@ def test_unreadable_file(exported, tmp_path):
     for file in (tmp_path / "broken.json", tmp_path / "missing.json"):
         with pytest.raises(UserError, match=file.name):
             Tokenizer(file, section)
+
+
+@given(text=texts(*SPECIAL_TOKENS), rows=st.integers(3, 520))
+def test_a_token_without_an_embedding_is_named(exported_with_added_tokens, text, rows):
+    """Whatever the number of rows: the same IDs where all are below, else an error that names one that is not."""
+    file, section = exported_with_added_tokens
+    free, bounded = Tokenizer(file, section), Tokenizer(file, section, rows)
+    ids = free.encode(text)
+    assert bounded.without_embedding() == [
+        i for i in range(rows, 600) if tokenizers.Tokenizer.from_file(str(file)).id_to_token(i) is not None
+    ]
+    if max(ids) < rows:
+        assert bounded.encode(text) == ids
+        return
+    with pytest.raises(UserError, match=rf"has ID \d+, the model's embedding has {rows} rows") as error:
+        bounded.encode(text)
+    token_id = int(re.search(r"has ID (\d+)", str(error.value))[1])
+    assert token_id in ids
+    assert repr(free._tokenizer.id_to_token(token_id)) in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def exported_with_added_tokens(tmp_path_factory, model) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("added")
+    checkpoint = sentencepiece_checkpoint(folder / "checkpoint", model)
+    add_tokens(checkpoint, sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size())
+    return folder / "out" / "tokenizer.json", export_and_load(checkpoint, folder / "out")[0]
+
+
+def test_a_bos_token_without_an_embedding_is_no_tokenizer(exported):
+    file, section = exported
+    with pytest.raises(UserError, match="has ID 1, the model's embedding has 1 rows, and it opens every prompt"):
+        Tokenizer(file, section, 1)
+
+
+def test_a_panic_of_the_tokenizer_is_the_prompt_s_error(exported, monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    class Panicking:
+        def encode_batch(self, texts, add_special_tokens):
+            raise Panic("index out of bounds")
+
+    tokenizer = Tokenizer(*exported)
+    monkeypatch.setattr(tokenizer, "_tokenizer", Panicking())
+    with pytest.raises(UserError, match="cannot be tokenized: index out of bounds"):
+        tokenizer.encode("hello")

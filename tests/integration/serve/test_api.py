@@ -338,6 +338,13 @@ def test_images_in_other_formats_are_refused_before_they_are_decoded(served, for
         create(served, asked(QUESTION, file.getvalue()), max_tokens=1)
 
 
+def test_a_token_without_an_embedding_is_the_request_s_fault(served, model, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "_embedding_rows", 300)
+    with pytest.raises(openai.BadRequestError, match="the model's embedding has 300 rows"):
+        create(served, asked("\n".join(map(chr, range(33, 1000)))), max_tokens=3)
+    assert served.get("/ready")[0] == 200
+
+
 def test_keys_are_wanted_behind_a_prefix(model):
     """As Ray Serve sets one with --route-prefix."""
     scheduler = scheduler_of(model, 1, 1)
