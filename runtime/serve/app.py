@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runtime import serve
 from runtime.serve.chat import ChatService, check_model
@@ -121,7 +121,9 @@ def new_app(
 
     checks = {"dependencies": [Depends(check)]}
     app = FastAPI(title="ConvLLaVA", docs_url=None, redoc_url=None, openapi_url=None, **checks, **options)
-    if cors_origins:  # as ASGI; behind a BaseHTTPMiddleware no client would be seen to leave
+    # Middleware is plain ASGI: behind a BaseHTTPMiddleware no client would be seen to leave
+    app.add_middleware(HeadAsGet)
+    if cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
@@ -149,8 +151,20 @@ def new_app(
     return app
 
 
+class HeadAsGet:
+    """HEAD of every path that has GET. The HTTP server below leaves the body out."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 def add_page(app: FastAPI) -> None:
-    """The page at /, after all other paths; and HEAD of every path that has GET, which FastAPI leaves out."""
+    """The page at /, after all other paths."""
 
     @app.get("/")
     @app.get("/{name}")
@@ -158,10 +172,6 @@ def add_page(app: FastAPI) -> None:
         if name not in PAGE_FILES:
             raise ApiError(404, f"there is nothing at /{name}")
         return FileResponse(PAGE / name, media_type=PAGE_FILES[name], headers=PAGE_HEADERS)
-
-    for route in app.routes:
-        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
-            route.methods.add("HEAD")
 
 
 def event_stream(events: AsyncIterable[str]) -> StreamingResponse:

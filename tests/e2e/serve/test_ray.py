@@ -1,8 +1,11 @@
 """Two replicas on Ray Serve: the same API, conversations return to their images, a replica may die."""
 
+import json
 import os
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import openai
 import pytest
@@ -67,6 +70,25 @@ def test_errors_pass_through_the_ingress(client):
     assert client.models.retrieve(name).id == name
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.models.retrieve("other")
+
+
+def test_the_ingress_checks_hosts_and_streams_past_proxies(url):
+    for method, headers, status in (
+        ("GET", {}, 200),
+        ("HEAD", {}, 200),
+        ("GET", {"Host": "evil.test"}, 421),
+        ("GET", {"Origin": "https://evil.test"}, 403),
+        ("GET", {"Content-Encoding": "gzip"}, 415),
+    ):
+        request = urllib.request.Request(f"{url}/models", headers=headers, method=method)
+        try:
+            found = urllib.request.urlopen(request, timeout=WAIT).status
+        except urllib.error.HTTPError as error:
+            found = error.code
+        assert found == status, (method, headers)
+    body = json.dumps({"messages": asked("What?"), "max_tokens": 1, "stream": True}).encode()
+    with urllib.request.urlopen(f"{url}/chat/completions", body, timeout=WAIT) as answer:
+        assert (answer.headers["Cache-Control"], answer.headers["X-Accel-Buffering"]) == ("no-cache", "no")
 
 
 def test_a_conversation_returns_to_the_replica_that_has_its_image(client):
@@ -151,8 +173,6 @@ def test_settings_are_checked():
 
 
 def test_the_key_of_a_conversation_is_its_first_image():
-    import json
-
     def key(messages):
         return ray_app.image_key(json.dumps({"messages": messages}).encode())
 

@@ -327,7 +327,7 @@ def test_another_method_is_refused_with_those_that_are_allowed(served):
     request = urllib.request.Request(f"{served.url}/ready", data=b"", method="POST")
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=WAIT)
-    assert (error.value.code, set(error.value.headers["Allow"].split(", "))) == (405, {"GET", "HEAD"})
+    assert (error.value.code, error.value.headers["Allow"]) == (405, "GET")
 
 
 @pytest.mark.parametrize("form", ["ICO", "PPM"])
