@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from runtime.errors import UserError
+from runtime.image.limits import check_structure
 
 # Largest image that is decoded: the size at which Pillow refuses by default. In memory, 4 bytes a pixel: 683 MiB.
 MAX_PIXELS = 178_956_970
@@ -60,7 +61,7 @@ def open_image(
     Returns a new RGB image, 8 bits a channel:
     - turned upright by its EXIF (or XMP) orientation; metadata that cannot be read counts as upright;
     - the first frame or page of an animation or a document; of a Pillow image, the frame it stands at;
-    - anything transparent over white;
+    - anything transparent over white, except that a bitmap (BMP) without any opaque pixel is opaque;
     - 16-bit greyscale scaled over its full range (TIFF: by its declared bits, inverted where zero is white);
     - 32-bit integer and float greyscale, whose full range no file states, by what its finite values fit into: 0..1
       (floats only), 0..255, 0..65535 (taken for granted in a PGM), or else stretched from their least to their
@@ -98,6 +99,8 @@ def _open_stream(
 ) -> Image.Image:
     if size == 0:
         raise UserError(f"{name}: is empty; expected an image")
+    check_structure(stream.read(), name)
+    stream.seek(0)
     with _damage_as_user_error(name):
         return _decode(_identify(stream, name, formats), name, max_pixels)
 
@@ -165,11 +168,18 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     image.load()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         rgb = _deep_grey_to_8_bits(image).convert("RGB")
+    elif _has_empty_alpha(image):
+        rgb = image.convert("RGB")
     elif image.mode in _MAYBE_TRANSPARENT or "transparency" in image.info:
         rgb = _over_white(image, transparent)
     else:
         rgb = image.convert("RGB")
     return _upright(rgb, image)
+
+
+def _has_empty_alpha(image: Image.Image) -> bool:
+    """Whether it is a bitmap whose alpha is zero everywhere: writers that know of no alpha leave it so."""
+    return image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
 
 
 def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:

@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -59,6 +60,7 @@ def main() -> None:
     (module, job), settings = sys.argv[1].split(":"), json.loads(sys.argv[2])
     memory_bytes, cpu_seconds = map(int, sys.argv[3:])
     os.nice(NICE_INCREMENT)
+    warnings.simplefilter("ignore")  # of Pillow, about metadata
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file is written to
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
