@@ -10,15 +10,13 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
-from pydantic import ValidationError
-
 from runtime.errors import UserError
 from runtime.generate.sampler import Sampler
 from runtime.generate.session import Generation
 from runtime.model import Model
 from runtime.serve.images import ImageOpener, PreparedImage, digest_of
 from runtime.serve.limits import Limits
-from runtime.serve.protocol import RETRY_AFTER, ApiError, ChatRequest, busy, conversation, image_bytes
+from runtime.serve.protocol import RETRY_AFTER, ApiError, ChatRequest, busy, conversation, image_bytes, parsed
 from runtime.serve.remote_images import Fetch, cut
 from runtime.serve.responses import CompletionStream, api_error
 from runtime.serve.sandbox import Sandbox
@@ -133,8 +131,8 @@ class ChatService:
             self.scheduler.check_room(chat.choices + self._preparing)
         self._preparing += chat.choices
         try:
-            prompt, urls = await loop.run_in_executor(lane, conversation, chat.messages, self.model.bundle.prompt)
-            images = await self._opened(urls, lane)
+            prompt, named = await loop.run_in_executor(lane, conversation, chat.messages, self.model.bundle.prompt)
+            images = await self._opened(named, lane)
             token_ids = await loop.run_in_executor(lane, self._token_ids, prompt, [image.tokens for image in images])
             capacity, most = self.model.decoder.capacity, self.limits.output_tokens
             limit = min(chat.limit or most, most, capacity - len(token_ids))
@@ -142,36 +140,40 @@ class ChatService:
         finally:
             self._preparing -= chat.choices
 
-    async def _opened(self, urls: list[str], lane: Executor) -> list[PreparedImage]:
-        """Images at these URLs; one that is there twice is opened once."""
-        if len(urls) > self.limits.images:
-            raise ApiError(400, f"{len(urls)} images, at most {self.limits.images} are taken", param="messages")
-        distinct = list(dict.fromkeys(urls))
+    async def _opened(self, named: list[tuple[str, str]], lane: Executor) -> list[PreparedImage]:
+        """Images at (URL, path in the request); one that is there twice is opened once."""
+        if len(named) > self.limits.images:
+            raise ApiError(400, f"{len(named)} images, at most {self.limits.images} are taken", param="messages")
+        distinct = dict(reversed(named))  # by the first that has the URL
         if self._opening + self.scheduler.waiting_images + len(distinct) > self._max_waiting_images:
             raise busy(f"{self._max_waiting_images} images are waiting already")
         self._opening += len(distinct)
         at_once = asyncio.Semaphore(self._processes)  # so that requests take turns
-        tasks = [asyncio.create_task(self._image(url, lane, at_once)) for url in distinct]
+        tasks = [asyncio.create_task(self._image(url, path, lane, at_once)) for url, path in distinct.items()]
         try:
             found = dict(zip(distinct, await asyncio.gather(*tasks), strict=True))
         finally:
             self._opening -= len(distinct)
             for task in tasks:
                 task.cancel()
-        return [found[url] for url in urls]
+        return [found[url] for url, _ in named]
 
-    async def _image(self, url: str, lane: Executor, at_once: asyncio.Semaphore) -> PreparedImage:
+    async def _image(self, url: str, path: str, lane: Executor, at_once: asyncio.Semaphore) -> PreparedImage:
+        """path: in the request, for errors."""
         loop = asyncio.get_running_loop()
-        if url[:5].lower() == "data:":
-            content = await loop.run_in_executor(lane, image_bytes, url, self.limits.image_bytes)
-        else:
-            content = await self._fetched(url)
-        digest = await loop.run_in_executor(lane, digest_of, content)
-        async with at_once:
-            try:
+        try:
+            if url.lstrip()[:5].lower() == "data:":
+                content = await loop.run_in_executor(lane, image_bytes, url, self.limits.image_bytes)
+            else:
+                content = await self._fetched(url)
+            digest = await loop.run_in_executor(lane, digest_of, content)
+            async with at_once:
                 return await self._images.open(content, digest)
-            except UserError as error:
-                raise ApiError(400, str(error), param="messages") from error
+        except UserError as error:
+            raise ApiError(400, str(error), param=path) from error
+        except ApiError as error:
+            error.param = path
+            raise
 
     async def _fetched(self, url: str) -> bytes:
         if self._fetch is None:
@@ -227,13 +229,7 @@ def _too_long(message: str) -> ApiError:
 def _parsed(body: bytes) -> ChatRequest:
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_ITEMS:
         raise ApiError(400, f"the body has more than {MAX_JSON_ITEMS} items", code="body_too_large")
-    try:
-        return ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"]) or None
-        message = f"{param}: {first['msg']}" if param else first["msg"]
-        raise ApiError(400, message, param=param) from error
+    return parsed(body)
 
 
 @contextmanager

@@ -1,16 +1,21 @@
-"""OpenAI's chat-completion requests, read and checked, and the prompt that a conversation becomes.
-
-Fields that are not known are ignored, as OpenAI-compatible servers do; of those known to OpenAI, what would change an
-answer and is not offered here (tools, penalties, biases, audio) is refused unless it asks for nothing.
-"""
+"""OpenAI's chat-completion requests, read and checked, and the prompt that a conversation becomes."""
 
 import base64
 import binascii
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from runtime.text.template import IMAGE_PLACEHOLDER, PromptTemplate, first_turn, next_turn, with_answer
 from runtime.types import Sampling
@@ -51,6 +56,7 @@ class _Part(BaseModel):
 
 class ImageUrl(_Part):
     url: str
+    detail: str | None = None
 
 
 class ImagePart(_Part):
@@ -62,28 +68,29 @@ class TextPart(_Part):
     type: Literal["text"]
     text: str
 
+    @property
+    def escaped(self) -> str:
+        """What reads as a placeholder for an image is none."""
+        return self.text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER.replace(">", " >"))
+
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Parts = Annotated[list[Part], Field(max_length=MAX_ITEMS, fail_fast=True)]  # one error is enough to say
 
 
-class Message(_Part):
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Parts | None = None
+    content: Annotated[list[Part], Field(max_length=MAX_ITEMS, fail_fast=True)] = []  # one error is enough to say
 
-    @property
-    def text(self) -> str:
-        """Its texts, a line each. What reads as a placeholder for an image is none."""
-        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.parts if p.type == "text"]
-        return "\n".join(parts).replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER.replace(">", " >"))
-
-    @property
-    def parts(self) -> list[TextPart | ImagePart]:
-        return self.content if isinstance(self.content, list) else []
-
-    @property
-    def urls(self) -> list[str]:
-        return [part.image_url.url for part in self.parts if part.type == "image_url"]
+    @field_validator("content", mode="before")
+    @classmethod
+    def _as_parts(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [{"type": "text", "text": value}]
+        if value is not None and not isinstance(value, list):
+            raise ValueError("expected a text or a list of parts")
+        return cast(list[Any], value or [])
 
 
 class StreamOptions(_Part):
@@ -122,7 +129,7 @@ class ChatRequest(_Part):
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop: Annotated[list[str], Field(max_length=MAX_STOP, fail_fast=True)] = []
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     logprobs: StrictBool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -138,12 +145,23 @@ class ChatRequest(_Part):
     logit_bias: Any = None
     audio: Any = None
 
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [] if value is None else [value] if isinstance(value, str) else value
+
     @field_validator("stop")
     @classmethod
-    def _few_strings(cls, value: str | list[str] | None) -> str | list[str] | None:
-        strings = [value] if isinstance(value, str) else value or []
-        if len(strings) > MAX_STOP or "" in strings:
-            raise ValueError(f"at most {MAX_STOP} strings that are not empty are expected")
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("strings that are not empty are expected")
+        return value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("top_logprobs wants logprobs to be true")
         return value
 
     @field_validator("tools", "functions", "frequency_penalty", "presence_penalty", "logit_bias", "audio")
@@ -153,19 +171,9 @@ class ChatRequest(_Part):
             raise ValueError("not offered by this server")
         return value
 
-    @model_validator(mode="after")
-    def _top_of_logprobs(self) -> "ChatRequest":
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs wants logprobs to be true")
-        return self
-
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def sampling(self) -> Sampling:
@@ -180,40 +188,92 @@ class ChatRequest(_Part):
         return self.n or 1
 
 
-def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str, list[str]]:
-    """(the prompt up to where the answer begins, with a placeholder for each image; URLs of the images in order).
+def parsed(body: bytes) -> ChatRequest:
+    """A request from its JSON. Raises ApiError, which names the part that is wrong."""
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _error_of(error) from error
 
-    System messages are joined; questions that follow one another are one. A message's images come before its text, as
-    in training. Raises ApiError where the messages are no conversation that ends with a question.
+
+def _error_of(error: ValidationError) -> ApiError:
+    """The first mistake, without the names that pydantic gives to the members of unions."""
+    first = error.errors(include_url=False)[0]
+    path, message = list(first["loc"]), first["msg"].removeprefix("Value error, ")
+    if path[:1] == ["messages"] and path[2:3] == ["content"]:
+        del path[4:5]  # the kind of part
+    if first["type"].startswith("union_tag"):
+        path.append("type")
+        message = "expected 'text' or 'image_url'"
+    found: object = first.get("ctx", {}).get("tag", first["input"])
+    if first["type"] in ("literal_error", "union_tag_invalid") and isinstance(found, str):
+        message += f", found {found[:40]!r}"
+    param = ".".join(map(str, path)) or None
+    return ApiError(400, f"{param}: {message}" if param else message, param=param)
+
+
+def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str, list[tuple[str, str]]]:
+    """The prompt of a conversation, as `first_turn` and `next_turn` write it.
+
+    - System messages are joined. Messages of one role that follow one another are one; parts are lines.
+    - Images stay between the texts. An only image comes first, as in training.
+    - An assistant's message that comes first answers an empty question. After an assistant's message that comes last an
+      empty question follows: its answer is a new message.
+
+    Returns:
+        The prompt up to where the answer begins, with a placeholder for each image, and (URL, path in the request) of
+        each image in order.
+
+    Raises:
+        ApiError: no message of the user or the assistant, or an image in another message than the user's.
     """
-    told = [message.text for message in messages if message.role in ("system", "developer")]
-    system = "\n".join(told) if told else None  # an empty one is not the template's
-    turns: list[tuple[str, list[Message]]] = []
-    for message in messages:
-        if message.role in ("user", "assistant"):
-            if message.role == "assistant" and message.urls:
-                raise ApiError(400, "an assistant's message has an image", param="messages")
-            if turns and turns[-1][0] == message.role:
-                turns[-1][1].append(message)
-            else:
-                turns.append((message.role, [message]))
-    if not turns or turns[0][0] != "user" or turns[-1][0] != "user":
-        raise ApiError(400, "a conversation begins and ends with a message of the user", param="messages")
-    if any(message.urls for message in messages if message.role in ("system", "developer")):
-        raise ApiError(400, "a system message has an image", param="messages")
-    pieces, urls = list[str](), list[str]()
-    for role, said in turns:
-        text = "\n".join(message.text for message in said)
-        if role == "assistant":
-            pieces[-1] = with_answer(pieces[-1], text)
-            continue
-        images = [url for message in said for url in message.urls]
-        urls += images
-        if pieces:
-            pieces.append(next_turn(template, text, len(images)))
+    system: list[str] = []
+    turns: list[tuple[str, list[TextPart | ImagePart]]] = []
+    images: list[tuple[str, str]] = []
+    for number, message in enumerate(messages):
+        for index, part in enumerate(message.content):
+            if part.type == "image_url":
+                path = f"messages.{number}.content.{index}.image_url"
+                if message.role != "user":
+                    raise ApiError(400, f"{path}: images belong to messages of the user", param=path)
+                images.append((part.image_url.url, path))
+        if message.role in ("system", "developer"):
+            system.append(_text(message.content))
+        elif turns and turns[-1][0] == message.role:
+            turns[-1][1].extend(message.content)
         else:
-            pieces.append(first_turn(template, text, len(images), system))
-    return "".join(pieces), urls
+            turns.append((message.role, list(message.content)))
+    if not turns:
+        raise ApiError(400, "messages: expected a message of the user, found only system messages", param="messages")
+    if turns[0][0] == "assistant":
+        turns.insert(0, ("user", []))
+    if turns[-1][0] == "assistant":
+        turns.append(("user", []))
+    pieces: list[str] = []
+    for role, parts in turns:
+        if role == "assistant":
+            pieces[-1] = with_answer(pieces[-1], _text(parts))
+        elif pieces:
+            pieces.append(next_turn(template, *_question(parts)))
+        else:  # an empty system text is not the template's
+            pieces.append(first_turn(template, *_question(parts), "\n".join(system) if system else None))
+    return "".join(pieces), images
+
+
+def _question(parts: list[TextPart | ImagePart]) -> tuple[str, int]:
+    """(text, number of images), with placeholders where the images do not all come first."""
+    at = [index for index, part in enumerate(parts) if part.type == "image_url"]
+    in_place = len(at) > 1 and at[-1] >= len(at)
+    return _text(parts, in_place), len(at)
+
+
+def _text(parts: list[TextPart | ImagePart], placeholders: bool = False) -> str:
+    """A line for each text, and for each image where placeholders are wanted."""
+    return "\n".join(
+        part.escaped if part.type == "text" else IMAGE_PLACEHOLDER
+        for part in parts
+        if placeholders or part.type == "text"
+    )
 
 
 def image_bytes(url: str, most: int) -> bytes:

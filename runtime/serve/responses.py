@@ -51,7 +51,7 @@ class CompletionStream:
         """
         self.stream, self.choices = bool(chat.stream), len(requests)
         self._model, self._requests, self._events = model, requests, events
-        stop = (*model.bundle.prompt.stop, *chat.stops)
+        stop = (*model.bundle.prompt.stop, *chat.stop)
         self._answers = [Answer(model.tokenizer, stop) for _ in requests]
         self._with_usage = chat.stream_options is not None and chat.stream_options.include_usage
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.bundle.name}

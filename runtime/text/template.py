@@ -27,7 +27,8 @@ class PromptTemplate:
     turn_format: a question up to where the answer begins, "{prompt}" standing for the question.
     answer_end: what comes between an answer and the next question.
     stop: strings that end an answer if the model writes them out.
-    image_format: what stands for an image in front of a question; holds "<image>" once.
+    image_format: what stands for an image in front of a question, and within it without its newline; holds "<image>"
+        once.
     """
 
     name: str
@@ -135,4 +136,6 @@ def _turn(template: PromptTemplate, prompt: str, images: int) -> str:
         prompt = template.image_format * images + prompt
     elif placeholders != images:
         raise UserError(f"prompt: {placeholders} {IMAGE_PLACEHOLDER} placeholder(s) for {images} image(s)")
+    else:  # with the marks that the model knows, as in LLaVA's run_llava.py
+        prompt = prompt.replace(IMAGE_PLACEHOLDER, template.image_format.removesuffix("\n"))
     return template.turn_format.replace(_PROMPT, prompt)

@@ -181,6 +181,23 @@ def test_errors_have_openais_shape(served, change, status, said):
     assert error.value.body.keys() >= {"message", "type", "param", "code"}
 
 
+def test_several_images_stay_between_their_texts(served, model):
+    pages = [picture(11), picture(12)]
+    *_, last = model.generate(pages, "Is\n<image>\nlike\n<image>\n?", Options(max_new_tokens=8))
+    images = asked("", *pages)[0]["content"][1:]
+    is_, like, end = ({"type": "text", "text": text} for text in ("Is", "like", "?"))
+    answer = create(served, [{"role": "user", "content": [is_, images[0], like, images[1], end]}], max_tokens=8)
+    assert answer.usage.prompt_tokens == last.result.prompt_tokens
+    assert answer.choices[0].message.content == last.result.text
+
+
+@pytest.mark.parametrize("wrong", [b"no image", bytes(250_000)])
+def test_an_error_names_the_image_that_is_wrong(served, wrong):
+    with pytest.raises(openai.APIStatusError) as error:
+        create(served, [*asked(QUESTION, picture()), *asked(QUESTION, wrong)])
+    assert error.value.body["param"] == "messages.1.content.1.image_url"
+
+
 def test_remote_images_are_refused(served):
     part = {"type": "image_url", "image_url": {"url": "http://example.org/a.png"}}
     with pytest.raises(openai.BadRequestError, match="remote images are refused"):
