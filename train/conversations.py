@@ -203,7 +203,13 @@ def _dataset(recipe: Recipe, source: Source) -> Conversations:
     except TokenizerError as error:
         raise CheckpointError(str(error)) from error
     return Conversations(
-        recipe.data, TEMPLATES[name], config.get("conversation_system"), tokenizer, rule, recipe.max_length
+        recipe.data,
+        TEMPLATES[name],
+        config.get("conversation_system"),
+        tokenizer,
+        rule,
+        recipe.max_length,
+        like.llama_config.vocab_size,
     )
 
 

@@ -51,7 +51,13 @@ class Conversations(Dataset):
         tokenizer: Tokenizer,
         rule: ImageRule,
         max_length: int,
+        embedding_rows: int | None = None,
     ):
+        """embedding_rows: of the model; token ids must be below. None: not known.
+
+        Raises RecipeError for a file that holds no records, and for a text with a token that the model has no embedding
+        for: of every record, before any is trained on.
+        """
         self._sources = sources
         self._template, self._system, self._tokenizer = template, system, tokenizer
         self._rules = {source: replace(rule, resolution=source.resolution or rule.resolution) for source in sources}
@@ -73,21 +79,38 @@ class Conversations(Dataset):
         self._bytes = b"".join(blocks)
         self._ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
         self.lengths = np.array(lengths, np.int64)
+        if embedding_rows is not None and tokenizer.end() > embedding_rows:  # few checkpoints; the others need no look
+            self._check_tokens(embedding_rows)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Conversation | Skipped:
         source, number = self._locate(index)
-        start = self._ends[index - 1] if index else 0
-        record = json.loads(self._bytes[start : self._ends[index]].decode("utf-8", "surrogatepass"))
+        record = self._record(index)
         try:
             return self._conversation(record, source)
         except MalformedError as error:
-            name = f"{source.records}[{number}]"
-            if isinstance(record, dict) and "id" in record:
-                name += f" (id {record['id']})"
-            return Skipped(name, str(error))
+            return Skipped(_name_of(record, source, number), str(error))
+
+    def _record(self, index: int) -> Any:
+        start = self._ends[index - 1] if index else 0
+        return json.loads(self._bytes[start : self._ends[index]].decode("utf-8", "surrogatepass"))
+
+    def _check_tokens(self, rows: int) -> None:
+        for index in range(len(self)):
+            source, number = self._locate(index)
+            record = self._record(index)
+            try:
+                images_of(record)
+                encoded = encode_conversation(turns_of(record), self._template, self._tokenizer, self._system)
+            except MalformedError:
+                continue  # it will be skipped
+            if (highest := max(encoded.ids)) >= rows:
+                raise RecipeError(
+                    f"data: {_name_of(record, source, number)}: token {self._tokenizer.token(highest)!r} has id "
+                    f"{highest}, the model's embedding has {rows} rows; take it out of the text"
+                )
 
     def _locate(self, index: int) -> tuple[Records, int]:
         """The source of a record, and its number there."""
@@ -115,6 +138,12 @@ class Conversations(Dataset):
             return preprocess(open_image(Path(source.images) / image), self._rules[source])
         except UserError as error:
             raise MalformedError(f"image {error}") from error
+
+
+def _name_of(record: Any, source: Records, number: int) -> str:
+    """What identifies a record to the user."""
+    name = f"{source.records}[{number}]"
+    return f"{name} (id {record['id']})" if isinstance(record, dict) and "id" in record else name
 
 
 def length_of(record: Any) -> int:

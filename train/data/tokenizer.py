@@ -26,6 +26,14 @@ class Tokenizer(ABC):
             in the middle of one, without a prefix space.
         """
 
+    @abstractmethod
+    def end(self) -> int:
+        """One more than the highest token id."""
+
+    @abstractmethod
+    def token(self, token_id: int) -> str | None:
+        """How a token is written; None for an id without one."""
+
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint's folder. Raises TokenizerError."""
@@ -53,6 +61,12 @@ class FastTokenizer(Tokenizer):
     def encode(self, text: str, opening: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def end(self) -> int:
+        return max([self._tokenizer.get_vocab_size() - 1, *self._tokenizer.get_added_tokens_decoder()]) + 1
+
+    def token(self, token_id: int) -> str | None:
+        return self._tokenizer.id_to_token(token_id)
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A tokenizer.model with the special tokens of the files around it."""
@@ -65,3 +79,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str, opening: bool = True) -> list[int]:
         return self._original.encode(text, opening)
+
+    def end(self) -> int:
+        pieces, tokens = self._original.model.pieces, self._original.tokens.values()
+        return max([len(pieces) - 1, *(token_id for token_id, _ in tokens)]) + 1
+
+    def token(self, token_id: int) -> str | None:
+        added = {known: content for content, (known, _) in self._original.tokens.items()}
+        pieces = self._original.model.pieces
+        return added.get(token_id, pieces[token_id].piece if token_id < len(pieces) else None)

@@ -1,6 +1,7 @@
 """Conversations and images: against the original's rules, against the runtime, and what becomes of broken records."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from runtime.image.preprocess import ImageRule, preprocess
 from runtime.text import template as runtime_prompt
 from runtime.text.template import TEMPLATES
 from runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
+from tests.support.commands import run_main
 from train.data.conversation import Encoded, encode_conversation, turns_of
 from train.data.dataset import Conversation, Conversations, length_of, truncate
 from train.data.llava_json import MalformedError, Turn, read_records
 from train.data.sampler import Sampler, micro_batches
 from train.data.tokenizer import load_tokenizer
 from train.errors import RecipeError, TokenizerError
-from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Checkpoint
 from train.model.original_tokenizer import OriginalTokenizer
 from train.model.tokenizer_files import CheckpointFiles
 from train.recipe import Records
@@ -349,6 +351,65 @@ def test_a_line_that_is_no_json_is_skipped_alone(conformance, tmp_path, rule):
     assert len(data) == 3
     assert data[1] == Skipped(f"{tmp_path / 'a.jsonl'}[1]", "not a JSON object")
     assert torch.equal(data[0].input_ids, data[2].input_ids)
+
+
+def with_added_token(source: Path, folder: Path, kind: str) -> tuple[Path, int]:
+    """A checkpoint with a token [PAD] behind the vocabulary: its folder, and the token's id."""
+    if kind == "byte_level":
+        file = byte_level_tokenizer(folder) / "tokenizer.json"
+        tokenizer = HubTokenizer.from_file(str(file))
+        rows = tokenizer.get_vocab_size()
+        tokenizer.add_tokens([AddedToken("[PAD]")])
+        tokenizer.save(str(file))
+        return file.parent, rows
+    shutil.copytree(source, folder / "checkpoint")
+    file = folder / "checkpoint" / "tokenizer_config.json"
+    rows = Checkpoint.open(source).llama_config.vocab_size
+    added = {"added_tokens_decoder": {str(rows): {"content": "[PAD]", "special": True}}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | added))
+    return folder / "checkpoint", rows
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
+@pytest.mark.parametrize("where", ["question", "answer", "system"])
+def test_a_token_without_an_embedding_is_named_before_training(kind, where, conformance, tmp_path, rule):
+    checkpoint, rows = with_added_token(conformance / "checkpoint", tmp_path, kind)
+    texts = {"question": "Why?", "answer": "So."}
+    records = [
+        "nonsense",
+        says("<image>", "no image"),
+        says("Plain.", "Text."),
+        says(*(texts | {where: "a [PAD]"}).values()),
+    ]
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps(records[: 4 if where in texts else 3]))
+    tokenizer, sources = load_tokenizer(checkpoint), (Records(str(file)),)
+    system = "See [PAD]." if where == "system" else None
+
+    def data(rows: int | None, records: tuple = sources) -> Conversations:
+        return Conversations(records, TEMPLATES["vicuna_v1"], system, tokenizer, rule, 512, rows)
+
+    with pytest.raises(RecipeError) as error:
+        data(rows)
+    assert str(error.value) == (
+        f"data: {file}[{3 if where in texts else 2}] (id 7): token '[PAD]' has id {rows}, the model's embedding has "
+        f"{rows} rows; take it out of the text"
+    )
+    assert max(data(rows + 1)[3 if where in texts else 2].input_ids) == rows
+    file.write_text(json.dumps(records[:3]))
+    if where in texts:
+        assert len(data(rows)) == 3
+
+
+def test_training_ends_before_it_begins_where_a_token_has_no_embedding(conformance, tmp_path):
+    checkpoint, rows = with_added_token(conformance / "checkpoint", tmp_path, "sentencepiece")
+    (tmp_path / "records.jsonl").write_text(json.dumps(says("Plain [PAD].", "Text.")))
+    recipe = {"out": str(tmp_path / "run"), "checkpoint": str(checkpoint), "train": ["projector"], "steps": 1}
+    recipe |= {"learning_rate": 1e-3, "global_batch": 1, "micro_batch": 1, "workers": 2}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"data": [{"records": str(tmp_path / "records.jsonl")}]}))
+    done = run_main("train", tmp_path / "recipe.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"records.jsonl[0] (id 7): token '[PAD]' has id {rows}" in done.stderr
 
 
 @pytest.mark.parametrize(

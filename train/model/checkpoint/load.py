@@ -104,7 +104,9 @@ def _collect(
             continue
         seen.add(item.name)
         if found != (shape := tuple(expected[item.name].shape)):
-            problems.append(f"{item.file}: wrong shape of {item.key}: expected {shape}, found {found}")
+            rows = item.name in (EMBEDDING, HEAD) and found[1:] == shape[1:]
+            reason = f" ({found[0]} rows where vocab_size in config.json is {shape[0]})" if rows else ""
+            problems.append(f"{item.file}: wrong shape of {item.key}: expected {shape}, found {found}{reason}")
         else:
             state[item.name] = item.tensor if dtype is None else item.tensor.to(dtype)
     for name, tensor in expected.items():

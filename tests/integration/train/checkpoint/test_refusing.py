@@ -105,6 +105,15 @@ def test_wrong_pooler_norm_is_named(folder: Path):
     check_problem(message, folder / "vision_tower" / "model.safetensors", "layernorm.bias", "(16,) or (20,)", "(7,)")
 
 
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("rows", [VOCABULARY - 1, VOCABULARY + 1])
+def test_rows_unlike_the_vocabulary_are_named(key: str, rows: int, folder: Path):
+    rewrite(folder, lambda state: state.update({key: torch.zeros(rows, HIDDEN)}))
+    message = refusal(lambda: load_model(folder))
+    assert f"wrong shape of {key}: expected {(VOCABULARY, HIDDEN)}, found {(rows, HIDDEN)} ({rows} rows" in message
+    assert f"where vocab_size in config.json is {VOCABULARY})" in message
+
+
 @pytest.mark.parametrize("name, write", [("model.safetensors", save_file), ("pytorch_model.bin", torch.save)])
 def test_the_shard_at_fault_is_named(name: str, write: Callable, parts: Parts, tmp_path: Path):
     folder = parts.write(tmp_path / "checkpoint", lambda state, to: write_shards(state, to, name, write))
