@@ -17,7 +17,8 @@ class Sampling:
     """temperature 0 takes the likeliest token; otherwise the filters apply in transformers' order.
 
     temperature: logits are divided by it. top_k: the k likeliest remain (0: all). top_p: the smallest set of likeliest
-    tokens whose probabilities reach p remains (1: all). repetition_penalty (CTRL, arXiv 1909.05858): logits of tokens
+    tokens whose probabilities reach p remains (1: all). min_p (arXiv 2407.01082): tokens with at least this fraction of
+    the likeliest one's probability remain (0: all). repetition_penalty (CTRL, arXiv 1909.05858): logits of tokens
     generated before are divided by it where positive and multiplied where negative, at temperature 0 too. seed: of the
     draw; None takes fresh entropy. Raises UserError for a value out of range.
     """
@@ -27,6 +28,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
 
     @property
     def greedy(self) -> bool:
@@ -35,14 +37,15 @@ class Sampling:
 
     @property
     def history_independent(self) -> bool:
-        """Whether tokens are sampled without regard to those chosen before."""
-        return self.temperature > 0 and self.repetition_penalty == 1
+        """Whether a graph can sample: without regard to the tokens chosen before, by the filters that it has."""
+        return self.temperature > 0 and self.repetition_penalty == 1 and self.min_p == 0
 
     def __post_init__(self):
         for name, good, expected in (
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
             ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):
@@ -56,7 +59,8 @@ class Options:
 
     max_new_tokens: at most so many tokens, the end-of-sequence token included; fewer where the context ends.
     sampling: how the next token is chosen; greedy by default.
-    stop: strings that end the answer and do not appear in it, beside the template's own.
+    stop: strings that end the answer and do not appear in it, beside the template's own; those do not end JSON that
+    follows a schema.
     resolution: side of the square images are fitted to (or, with `any`, whose area they are fitted to), pixels; None
     takes the bundle's. aspect: `pad`, `crop` or `any`; None takes the bundle's. system: system text; None takes the
     template's. json_schema: that the answer follows; with it every token is chosen from the logits, and an answer that

@@ -33,7 +33,7 @@ def _penalise(logits: np.ndarray, generated: list[int], penalty: float) -> np.nd
 
 
 def _filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probabilities [V] in float64 after temperature, top-k and top-p; they sum to 1."""
+    """Probabilities [V] in float64 after temperature, top-k, top-p and min-p; they sum to 1."""
     scaled = logits.astype(np.float64)
     scaled = (scaled - scaled.max()) / sampling.temperature
     if 0 < sampling.top_k < len(scaled):
@@ -44,6 +44,9 @@ def _filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         order = np.argsort(-probabilities, kind="stable")
         before = np.cumsum(probabilities[order]) - probabilities[order]
         probabilities[order[before >= sampling.top_p]] = 0
+        probabilities /= probabilities.sum()
+    if sampling.min_p > 0:
+        probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
         probabilities /= probabilities.sum()
     return probabilities
 

@@ -67,9 +67,9 @@ def create_app(
         async with bodies.read(request) as body:
             completion = await _unless_gone(request, service.begin(body))
         if completion.stream:
-            return event_stream(completion.chunks())
+            return event_stream(completion.chunks(), completion.headers)
         try:
-            return JSONResponse(await _unless_gone(request, completion.whole()))
+            return JSONResponse(await _unless_gone(request, completion.whole()), headers=completion.headers)
         finally:
             completion.cancel()
 
@@ -174,9 +174,9 @@ def add_page(app: FastAPI) -> None:
         return FileResponse(PAGE / name, media_type=PAGE_FILES[name], headers=PAGE_HEADERS)
 
 
-def event_stream(events: AsyncIterable[str]) -> StreamingResponse:
+def event_stream(events: AsyncIterable[str], headers: dict[str, str]) -> StreamingResponse:
     """Server-sent events."""
-    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | headers)
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -16,15 +16,26 @@ from runtime.generate.session import Generation
 from runtime.model import Model
 from runtime.serve.images import ImageOpener, PreparedImage, digest_of
 from runtime.serve.limits import Limits
-from runtime.serve.protocol import RETRY_AFTER, ApiError, ChatRequest, busy, conversation, image_bytes, parsed
+from runtime.serve.protocol import (
+    MAX_FIELD_CHARS,
+    MAX_NAMED_FIELDS,
+    RETRY_AFTER,
+    ApiError,
+    ChatRequest,
+    busy,
+    conversation,
+    image_bytes,
+    parsed,
+)
 from runtime.serve.remote_images import Fetch, cut
 from runtime.serve.responses import CompletionStream, api_error
 from runtime.serve.sandbox import Sandbox
 from runtime.serve.scheduler import Scheduler
-from runtime.serve.types import Busy, Failed, Request, TokenEvent
+from runtime.serve.types import Busy, Failed, Request, TokenEvent, logger
 from runtime.text.grammar import JsonGrammar
 
 MAX_TOKEN_CHARS = 256
+MAX_LOGGED_FIELDS = 100
 MAX_FETCHES = 8  # remote images at once, of all requests
 SMALL_BODY_BYTES = 1 << 18  # what is longer waits for its like while it is parsed and tokenized
 MAX_JSON_ITEMS = 1 << 18  # of a body, about; so many take a tenth of a second to parse
@@ -67,6 +78,7 @@ class ChatService:
         """
         self.model, self.scheduler, self.limits = model, scheduler, limits or Limits()
         self._fetch = fetch
+        self._ignored: set[str] = set()  # names of fields, of which the log has told
         self._preparing = 0  # answers wanted by requests that are being prepared
         self._opening = 0  # images of such requests
         self._short, self._long = ThreadPoolExecutor(4, "short"), ThreadPoolExecutor(1, "long")
@@ -98,6 +110,8 @@ class ChatService:
         except TimeoutError as error:
             raise api_error(Failed("deadline", "the request has reached its deadline")) from error
 
+        self._log_ignored(chat)
+
         def sink(index: int) -> Callable[[TokenEvent | Failed], None]:
             def put(event: TokenEvent | Failed) -> None:
                 with suppress(RuntimeError):  # the loop has ended: nobody listens
@@ -116,6 +130,13 @@ class ChatService:
         with _as_api_errors(self.scheduler):
             self.scheduler.submit(*requests)
         return CompletionStream(self.model, chat, requests, events)
+
+    def _log_ignored(self, chat: ChatRequest) -> None:
+        """Each field once."""
+        names = {path.rpartition(".")[2][:MAX_FIELD_CHARS] for path in chat.ignored[:MAX_NAMED_FIELDS]}
+        for name in sorted(names - self._ignored)[: MAX_LOGGED_FIELDS - len(self._ignored)]:
+            self._ignored.add(name)
+            logger.warning("the field %r of requests has no effect", name)
 
     def close(self) -> None:
         """End the processes that prepare requests; there may be none any more."""

@@ -3,9 +3,11 @@
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+import string
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, cast
 
+import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -48,6 +50,38 @@ class ApiError(Exception):
 def busy(message: str) -> ApiError:
     """For a client that may come again in RETRY_AFTER seconds."""
     return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
+
+
+# Fields of OpenAI, vLLM and others that would change an answer and are not offered: the values that ask for nothing
+NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "mirostat"), (0,)),
+    **dict.fromkeys(("best_of", "length_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output", "continue_final_message", "echo"), (False,)),
+    **dict.fromkeys(("add_special_tokens", "early_stopping", "return_token_ids", "no_stop_trim", "prefix"), (False,)),
+    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "logits_processors", "documents"), ([],)),
+    **dict.fromkeys(("allowed_token_ids", "tool_calls"), ([],)),
+    **dict.fromkeys(("logit_bias", "chat_template_kwargs", "mm_processor_kwargs", "structured_outputs"), ({},)),
+    **dict.fromkeys(("chat_template", "guided_regex", "guided_grammar", "regex", "ebnf", "grammar", "suffix"), ("",)),
+    **dict.fromkeys(("guided_json", "guided_choice", "structural_tag", "json_schema", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("audio", "prediction", "web_search_options", "prompt_logprobs", "kv_transfer_params"), ()),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+}
+# That change no answer
+HARMLESS = {
+    *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_retention", "request_id", "priority", "cache_salt", "spaces_between_special_tokens"),
+    *("guided_decoding_backend", "name", "refusal", "annotations"),
+}
+SHOWN_IMAGE_DETAIL = (None, "auto", "high")  # an image is sized by the bundle's rule, whatever is asked for
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_HEX_DIGITS = np.array([int(chr(code), 16) if chr(code) in string.hexdigits else -1 for code in range(256)], np.int16)
+_DATA_HEAD = re.compile(r"data:\s*[\w.+-]+/[\w.+-]+\s*(;[^;]*)*;\s*base64\s*", re.IGNORECASE)
+MAX_DATA_HEAD_CHARS = 256
+MAX_NAMED_FIELDS, MAX_FIELD_CHARS = 16, 64  # of a header
 
 
 class _Part(BaseModel):
@@ -119,8 +153,10 @@ class ResponseFormat(_Part):
         return self.json_schema.schema_ if self.json_schema and self.type == "json_schema" else {"type": "object"}
 
 
-class ChatRequest(_Part):
+class ChatRequest(BaseModel):
     """A body of POST /v1/chat/completions. max_tokens and max_completion_tokens are the same; the latter counts."""
+
+    model_config = ConfigDict(extra="allow")
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
     model: str | None = None
@@ -136,14 +172,11 @@ class ChatRequest(_Part):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    ignore_eos: StrictBool = False  # not OpenAI's, but what load generators send
-    # known and not offered
-    tools: Any = None
-    functions: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
-    audio: Any = None
+    # as vLLM has them; the penalty is for tokens of the answer
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100, allow_inf_nan=False)
+    ignore_eos: StrictBool = False
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -164,13 +197,6 @@ class ChatRequest(_Part):
             raise ValueError("top_logprobs wants logprobs to be true")
         return value
 
-    @field_validator("tools", "functions", "frequency_penalty", "presence_penalty", "logit_bias", "audio")
-    @classmethod
-    def _not_offered(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("not offered by this server")
-        return value
-
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
@@ -180,8 +206,30 @@ class ChatRequest(_Part):
         """How tokens are chosen; without its seed, which differs between choices."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(self.top_k or 0, 0),
             top_p=1.0 if self.top_p is None else self.top_p,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            min_p=self.min_p or 0.0,
         )
+
+    @property
+    def others(self) -> Iterator[tuple[str, str, Any]]:
+        """(path, name, value) of the fields that it and its messages have besides those above."""
+        for name, value in (self.model_extra or {}).items():
+            yield name, name, value
+        for number, message in enumerate(self.messages):
+            for name, value in (message.model_extra or {}).items():
+                yield f"messages.{number}.{name}", name, value
+
+    @property
+    def ignored(self) -> list[str]:
+        """Paths of what has no effect and is not known to have none."""
+        found = [path for path, name, _ in self.others if name not in NOT_OFFERED and name not in HARMLESS]
+        for number, message in enumerate(self.messages):
+            for index, part in enumerate(message.content):
+                if part.type == "image_url" and part.image_url.detail not in SHOWN_IMAGE_DETAIL:
+                    found.append(f"messages.{number}.content.{index}.image_url.detail")
+        return found
 
     @property
     def choices(self) -> int:
@@ -189,11 +237,21 @@ class ChatRequest(_Part):
 
 
 def parsed(body: bytes) -> ChatRequest:
-    """A request from its JSON. Raises ApiError, which names the part that is wrong."""
+    """A request from its JSON. Raises ApiError, which names the part that is wrong or not offered."""
     try:
-        return ChatRequest.model_validate_json(body)
+        chat = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         raise _error_of(error) from error
+    for path, name, value in chat.others:
+        if name in NOT_OFFERED and value is not None and value not in NOT_OFFERED[name]:
+            raise ApiError(400, f"{path} is not offered by this server", param=path, code="unsupported_parameter")
+    return chat
+
+
+def ignored_header(fields: list[str]) -> dict[str, str]:
+    """The header that tells a client which fields of its request have no effect."""
+    names = [re.sub(r"[^\w.-]", "?", name[:MAX_FIELD_CHARS], flags=re.ASCII) for name in fields[:MAX_NAMED_FIELDS]]
+    return {"x-ignored-fields": ", ".join(names)} if names else {}
 
 
 def _error_of(error: ValidationError) -> ApiError:
@@ -277,19 +335,46 @@ def _text(parts: list[TextPart | ImagePart], placeholders: bool = False) -> str:
 
 
 def image_bytes(url: str, most: int) -> bytes:
-    """What a data URL holds. Raises ApiError for one that is no base64, or larger than `most`."""
-    head, comma, text = url.partition(",")
-    if not comma or not re.fullmatch(r"data:[\w.+-]+/[\w.+-]+(;[\w.=+-]+)*;base64", head):
+    """What a data URL holds, read as browsers do (https://fetch.spec.whatwg.org/#data-urls); URL-safe base64 too.
+
+    Raises ApiError for one that is no base64, or larger than `most`.
+    """
+    head, comma, text = url.strip().partition(",")
+    if not comma or len(head) > MAX_DATA_HEAD_CHARS or not _DATA_HEAD.fullmatch(head):
         raise _bad_image("a data URL of an image reads data:image/...;base64,...")
-    if len(text) > 4 * (most + 3) / 3:
-        raise too_large(most)
     try:
-        content = base64.b64decode(text, validate=True)
+        content = text.partition("#")[0].encode("ascii")
+    except UnicodeEncodeError as error:
+        raise _bad_image("an image's data URL is not base64: a character that is not ASCII") from error
+    content = _percent_decoded(content).translate(_URL_SAFE, b" \t\n\f\r")
+    if len(content) % 4 == 0:
+        content = content[:-2] + content[-2:].rstrip(b"=")
+    if len(content) > 4 * (most + 3) / 3:
+        raise too_large(most)
+    if b"=" in content:
+        raise _bad_image("an image's data URL is not base64: padding that does not fit")
+    try:
+        content = base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise _bad_image(f"an image's data URL is not base64: {error}") from error
     if len(content) > most:
         raise too_large(most)
     return content
+
+
+def _percent_decoded(text: bytes) -> bytes:
+    """As urllib's `unquote_to_bytes`, in numpy: a body may have millions of escapes."""
+    if b"%" not in text:
+        return text
+    codes = np.frombuffer(text, np.uint8)
+    at = np.flatnonzero(codes[:-2] == ord("%"))
+    high, low = _HEX_DIGITS[codes[at + 1]], _HEX_DIGITS[codes[at + 2]]
+    escapes = (high >= 0) & (low >= 0)
+    at = at[escapes]
+    decoded, kept = codes.copy(), np.ones(len(codes), bool)
+    decoded[at] = 16 * high[escapes] + low[escapes]
+    kept[at + 1] = kept[at + 2] = False
+    return decoded[kept].tobytes()
 
 
 def too_large(most: int) -> ApiError:

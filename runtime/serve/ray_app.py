@@ -70,13 +70,13 @@ class Replica:
             completion = await self._service.begin(body)
             if not completion.stream:
                 whole = await completion.whole()
-                yield {"status": 200, "stream": False}
+                yield {"status": 200, "stream": False, "headers": completion.headers}
                 yield json.dumps(whole)
                 return
             pieces = completion.chunks(raising=True)
             # the roles come at once, a token when it is there
             first = [await anext(pieces) for _ in range(completion.choices + 1)]
-            yield {"status": 200, "stream": True}
+            yield {"status": 200, "stream": True, "headers": completion.headers}
             for piece in first:
                 yield piece
             async for piece in pieces:
@@ -146,8 +146,8 @@ def _ingress(keys: tuple[str, ...], settings: Settings) -> serve.Deployment:
             if "body" in head:
                 return JSONResponse(head["body"], head["status"], head["headers"])
             if head["stream"]:
-                return event_stream(_texts(pieces))
-            return Response(await anext(pieces), media_type="application/json")
+                return event_stream(_texts(pieces), head["headers"])
+            return Response(await anext(pieces), media_type="application/json", headers=head["headers"])
 
         async def _begin(self, body: bytes) -> tuple[dict[str, Any], AsyncIterator[str]]:
             """The head of the answer and what comes after it, from whichever replica gets so far."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.model import Model
-from runtime.serve.protocol import ApiError, ChatRequest
+from runtime.serve.protocol import ApiError, ChatRequest, ignored_header
 from runtime.serve.types import Failed, Logprob, Request, TokenEvent
 from runtime.text.stop import Answer
 
@@ -33,6 +33,7 @@ class CompletionStream:
     Attributes:
         stream: whether the client wants `chunks`.
         choices: how many answers it wants.
+        headers: of the response.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class CompletionStream:
             requests: one for each choice, submitted.
             events: (index of the choice, event) from the scheduler.
         """
-        self.stream, self.choices = bool(chat.stream), len(requests)
+        self.stream, self.choices, self.headers = bool(chat.stream), len(requests), ignored_header(chat.ignored)
         self._model, self._requests, self._events = model, requests, events
-        stop = (*model.bundle.prompt.stop, *chat.stop)
+        # A grammar ends by itself, and its texts may hold what ends another answer
+        has_grammar = chat.response_format is not None and chat.response_format.schema_of is not None
+        stop = (*(() if has_grammar else model.bundle.prompt.stop), *chat.stop)
         self._answers = [Answer(model.tokenizer, stop) for _ in requests]
         self._with_usage = chat.stream_options is not None and chat.stream_options.include_usage
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.bundle.name}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -21,15 +22,18 @@ RANDOM = np.random.default_rng(0)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 1000])
 @pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
-def test_probabilities_are_transformers(temperature, top_k, top_p):
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.5, 1.0])
+def test_probabilities_are_transformers(temperature, top_k, top_p, min_p):
     logits = RANDOM.standard_normal(300, dtype=np.float32) * 3
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         processors.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         processors.append(TopPLogitsWarper(top_p))
+    if min_p:
+        processors.append(MinPLogitsWarper(min_p))
     expected = torch.softmax(processors(None, torch.from_numpy(logits)[None].double()), -1)[0].numpy()
-    found = _filtered(logits, Sampling(temperature, top_k, top_p))
+    found = _filtered(logits, Sampling(temperature, top_k, top_p, min_p=min_p))
     assert np.array_equal(found > 0, expected > 0)
     assert np.abs(found - expected).max() < 1e-12
 
@@ -58,6 +62,12 @@ def test_logits_that_are_no_numbers_are_an_error(temperature: float, bad: float)
         next_token(logits, [], Sampling(temperature), np.random.default_rng(0))
 
 
+def test_min_p_is_sampled_from_logits_on_the_host():
+    """A graph that samples on a device does not have it."""
+    assert Sampling(1.0, top_k=3, top_p=0.5).history_independent
+    assert not Sampling(1.0, min_p=0.1).history_independent
+
+
 def test_draws_follow_the_probabilities():
     logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
     random = np.random.default_rng(0)
@@ -72,7 +82,7 @@ def test_a_tiny_temperature_does_not_overflow():
 
 @pytest.mark.parametrize(
     "bad", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1},
-            {"repetition_penalty": 0.0}, {"seed": -1}]
+            {"repetition_penalty": 0.0}, {"seed": -1}, {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": float("nan")}]
 )  # fmt: skip
 def test_values_out_of_range_are_named(bad):
     with pytest.raises(UserError, match=next(iter(bad))):

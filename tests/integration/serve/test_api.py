@@ -26,7 +26,7 @@ from runtime.serve.metrics import Metrics
 from runtime.serve.protocol import ApiError
 from runtime.serve.scheduler import Scheduler
 from runtime.text.grammar import JsonGrammar
-from runtime.types import Options
+from runtime.types import Options, Sampling
 from tests.support.commands import ROOT
 from tests.support.served import WAIT, Served, asked, free_port, picture, scheduler_of, slow_down, wait_for
 
@@ -105,6 +105,28 @@ def test_choices_are_drawn_from_their_seeds(served):
     assert [choice.index for choice in one.choices] == [0, 1]
     second = create(served, asked(QUESTION), **options | {"n": 1, "seed": 6})
     assert second.choices[0].message.content == texts[0][1]
+
+
+@pytest.mark.parametrize(
+    "extra", [{"top_k": 2}, {"min_p": 0.3}, {"repetition_penalty": 1.8}, {"top_k": -1, "min_p": 0.0}], ids=str
+)
+def test_sampling_is_the_library_s(served, model, extra):
+    sampling = Sampling(**{"temperature": 1.5, "seed": 5} | extra | {"top_k": max(extra.get("top_k", 0), 0)})
+    *_, last = model.generate([], QUESTION, Options(max_new_tokens=12, sampling=sampling))
+    answer = create(served, asked(QUESTION), temperature=1.5, seed=5, max_tokens=12, extra_body=extra)
+    assert answer.choices[0].message.content == last.result.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ignored_fields_are_named_in_a_header_and_once_in_the_log(served, caplog, stream):
+    raw = served.client().chat.completions.with_raw_response
+    body = {"messages": asked(QUESTION), "model": served.model.bundle.name, "max_tokens": 2, "stream": stream}
+    assert "x-ignored-fields" not in raw.create(**body).headers
+    for _ in range(2):
+        assert raw.create(**body, extra_body={f"mood_{stream}": 1}).headers["x-ignored-fields"] == f"mood_{stream}"
+    assert [record.message for record in caplog.records if "mood" in record.message] == [
+        f"the field 'mood_{stream}' of requests has no effect"
+    ]
 
 
 def test_stop_strings_end_an_answer(served):

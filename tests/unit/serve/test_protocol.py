@@ -2,15 +2,30 @@
 
 import base64
 import json
+import urllib.parse
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from runtime.serve.protocol import ApiError, ChatRequest, conversation, image_bytes, parsed
+from runtime.serve.protocol import (
+    HARMLESS,
+    NOT_OFFERED,
+    ApiError,
+    ChatRequest,
+    _percent_decoded,
+    conversation,
+    ignored_header,
+    image_bytes,
+    parsed,
+)
 from runtime.text.template import CHATML, MARKED_IMAGE_LINE, VICUNA_V1, first_turn, next_turn
+from runtime.types import Sampling
 
 USER = {"role": "user", "content": "What is this?"}
+ANSWER = {"role": "assistant", "content": "x"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "high"}}
 
 
@@ -25,17 +40,91 @@ def test_a_flood_is_one_error():
         assert error.value.error_count() <= 2  # a content is a text or a list
 
 
-def test_unknown_fields_are_ignored_and_what_asks_for_nothing_is_taken():
-    body = {
-        "messages": [USER],
-        "store": True,
-        "metadata": {"a": "b"},
-        "frequency_penalty": 0,
-        "tools": [],
-        "user": "me",
-    }
-    chat = ChatRequest.model_validate(body)
-    assert (chat.limit, chat.stop, chat.choices) == (None, [], 1)
+def test_nothing_is_wanted_where_nothing_is_said():
+    chat = ChatRequest.model_validate({"messages": [USER]})
+    assert (chat.limit, chat.stop, chat.choices, chat.sampling) == (None, [], 1, Sampling(temperature=1.0))
+
+
+def test_fields_of_other_servers_work():
+    body = {"messages": [USER], "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2}
+    expected = Sampling(0.5, 7, 0.9, 1.2, min_p=0.1)
+    assert ChatRequest.model_validate(body).sampling == expected
+    assert ChatRequest.model_validate(body | {"top_k": -1}).sampling.top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", -1),
+        ("logit_bias", {"50": 1}),
+        ("audio", {"voice": "alloy"}),
+        ("modalities", ["text", "audio"]),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("guided_json", {"type": "object"}),
+        ("guided_regex", "a+"),
+        ("guided_choice", ["a"]),
+        ("guided_grammar", "root ::= 'a'"),
+        ("structured_outputs", {"choice": ["a"]}),
+        ("min_tokens", 3),
+        ("stop_token_ids", [2]),
+        ("bad_words", ["a"]),
+        ("best_of", 2),
+        ("use_beam_search", True),
+        ("length_penalty", 0.5),
+        ("include_stop_str_in_output", True),
+        ("skip_special_tokens", False),
+        ("add_generation_prompt", False),
+        ("continue_final_message", True),
+        ("echo", True),
+        ("chat_template", "{{ messages }}"),
+        ("chat_template_kwargs", {"a": 1}),
+        ("mm_processor_kwargs", {"size": 5}),
+        ("truncate_prompt_tokens", 5),
+        ("logits_processors", ["x"]),
+        ("reasoning_effort", "high"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(field, value):
+    with pytest.raises(ApiError, match=f"^{field} is not offered") as error:
+        parsed(json.dumps({"messages": [USER], field: value}).encode())
+    assert (error.value.status, error.value.param) == (400, field)
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "function_call", "audio"])
+def test_tools_in_messages_are_refused_by_name(field):
+    with pytest.raises(ApiError) as error:
+        parsed(json.dumps({"messages": [USER, ANSWER | {field: {"id": "x"}}]}).encode())
+    assert error.value.param == f"messages.1.{field}"
+
+
+def test_what_asks_for_nothing_passes():
+    for field, values in NOT_OFFERED.items():
+        for value in (None, *values):
+            assert parsed(json.dumps({"messages": [USER | {field: value}], field: value}).encode()).ignored == []
+    harmless = dict.fromkeys(HARMLESS, "x") | {"metadata": {"a": "b"}, "store": True}
+    assert parsed(json.dumps({"messages": [USER | {"name": "me"}], **harmless}).encode()).ignored == []
+
+
+def test_what_is_ignored_is_named():
+    low = {"type": "image_url", "image_url": {"url": "data:", "detail": "low"}}
+    body = {"messages": [USER, {"role": "user", "content": [IMAGE, low], "mood": "good"}], "temprature": 0.3}
+    ignored = parsed(json.dumps(body).encode()).ignored
+    assert ignored == ["temprature", "messages.1.mood", "messages.1.content.1.image_url.detail"]
+    assert ignored_header(ignored) == {"x-ignored-fields": ", ".join(ignored)}
+    assert ignored_header([]) == {}
+
+
+def test_the_header_of_ignored_fields_is_short_and_plain():
+    header = ignored_header(["a\r\nset-cookie: x", "é", "n" * 10_000, *map(str, range(1000))])["x-ignored-fields"]
+    assert header.startswith("a??set-cookie??x, ?, nnn")
+    assert header.isascii()
+    assert len(header) < 1000
 
 
 @pytest.mark.parametrize(
@@ -56,10 +145,10 @@ def test_unknown_fields_are_ignored_and_what_asks_for_nothing_is_taken():
         ("top_logprobs", 21),
         ("top_logprobs", 2),  # without logprobs
         ("stream", "yes"),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", 1),
-        ("logit_bias", {"50": 1}),
-        ("tools", [{"type": "function"}]),
+        ("top_k", -2),
+        ("min_p", 1.1),
+        ("min_p", float("nan")),
+        ("repetition_penalty", 0),
         ("response_format", {"type": "json_schema"}),
         ("response_format", {"type": "xml"}),
         ("messages", []),
@@ -153,18 +242,15 @@ def test_a_placeholder_in_a_text_is_no_image():
     assert len(images) == 2
 
 
-ANSWER = {"role": "assistant", "content": "x"}
-
-
 def test_a_conversation_may_begin_and_end_with_the_assistant():
     empty = {"role": "user", "content": ""}
-    for given, same in (
+    for found, same in (
         ([ANSWER, USER], [empty, ANSWER, USER]),
         ([USER, ANSWER], [USER, ANSWER, empty]),
         ([ANSWER], [empty, ANSWER, empty]),
         ([USER, ANSWER, {"role": "system", "content": "y"}], [{"role": "system", "content": "y"}, USER, ANSWER, empty]),
     ):
-        assert conversation(messages(*given), CHATML) == conversation(messages(*same), CHATML)
+        assert conversation(messages(*found), CHATML) == conversation(messages(*same), CHATML)
     prompt, _ = conversation(messages(USER, ANSWER), CHATML)
     assert prompt.endswith("assistant\nx<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")
 
@@ -241,9 +327,75 @@ def test_data_urls_are_decoded_within_a_limit():
     assert error.value.status == 413
 
 
+CONTENT = bytes(range(256)) * 3  # all letters of base64, two characters of padding short of nothing
+ENCODED = base64.b64encode(CONTENT[:-1]).decode()
+
+
 @pytest.mark.parametrize(
     "url",
-    ["data:image/png;base64,A", "data:image/png;base64,A*==", "data:image/png,AAAA", "data:;base64,AAAA", "data:x"],
+    [
+        "data:image/png;base64," + ENCODED,
+        "DATA:Image/PNG;Base64," + ENCODED,
+        "data:image/png;charset=utf-8;base64," + ENCODED,
+        "data:image/svg+xml;name=a b;base64," + ENCODED,
+        "data:image/png; base64 ," + ENCODED,
+        " data:image/png;base64," + ENCODED + " \n",
+        "data:image/png;base64," + "\r\n".join(ENCODED[at : at + 76] for at in range(0, len(ENCODED), 76)),
+        "data:image/png;base64," + " \t\f".join(ENCODED),
+        "data:image/png;base64," + base64.urlsafe_b64encode(CONTENT[:-1]).decode(),
+        "data:image/png;base64," + ENCODED.rstrip("="),
+        "data:image/png;base64," + ENCODED.rstrip("=").replace("+", "-"),
+        "data:image/png;base64," + urllib.parse.quote(ENCODED, safe=""),
+        "data:image/png;base64," + "".join(f"%{ord(one):02x}" for one in ENCODED),
+        "data:image/png;base64," + ENCODED.replace("=", "%3D%0A"),
+        "data:image/png;base64," + ENCODED + "#fragment",
+    ],
+    ids=range(15),
+)
+def test_data_urls_are_read_as_browsers_read_them(url):
+    assert "=" in ENCODED
+    assert image_bytes(url, len(CONTENT)) == CONTENT[:-1]
+
+
+@given(st.text("%aF0G=+/ ", max_size=12))
+def test_escapes_are_those_of_urllib(text):
+    assert _percent_decoded(text.encode()) == urllib.parse.unquote_to_bytes(text)
+
+
+@given(st.binary(max_size=40), st.sampled_from([0, 1, 2, 3, 57]))
+def test_data_urls_of_all_lengths(content, length):
+    content = content[:length] or content
+    for encoded in (base64.b64encode(content), base64.urlsafe_b64encode(content).rstrip(b"=")):
+        assert image_bytes(f"data:image/png;base64,{encoded.decode()}", 40) == content
+
+
+def test_spaces_do_not_count_for_the_size():
+    encoded = base64.b64encode(bytes(100)).decode()
+    assert image_bytes("data:image/png;base64," + "\n".join(encoded), 100) == bytes(100)
+    with pytest.raises(ApiError) as error:
+        image_bytes("data:image/png;base64," + "\n".join(encoded), 99)
+    assert error.value.status == 413
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:image/png;base64,A",
+        "data:image/png;base64,A*==",
+        "data:image/png;base64,AA=",
+        "data:image/png;base64,AA===",
+        "data:image/png;base64,A=A=",
+        "data:image/png;base64,AA==AAAA",
+        "data:image/png;base64,AAAA%",
+        "data:image/png;base64,AAAA%2",
+        "data:image/png;base64,AAAA%zz",
+        "data:image/png;base64,AAA\u00e9",
+        "data:image/png,AAAA",
+        "data:;base64,AAAA",
+        "data:x",
+        "data:image/png" + ";a" * 1_000_000 + ",AAAA",
+    ],
+    ids=range(14),
 )
 def test_other_data_urls_are_refused(url):
     with pytest.raises(ApiError) as error:
