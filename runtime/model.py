@@ -161,7 +161,7 @@ class _Answers:
         model, options = self._model, self._options
         grammar = model.grammars.of_schema(options.json_schema) if options.json_schema is not None else None
         generation = Generation(Sampler(options.sampling, grammar), limit, model.tokenizer.eos_token_ids)
-        answer = Answer(model.tokenizer, (*model.bundle.prompt.stop, *options.stop))
+        answer = Answer(model.tokenizer, (*(() if grammar else model.bundle.prompt.stop), *options.stop))
         next_token = generation.sampler.after
         if self._session is None:
             capacity = len(prompt.token_ids) + limit if self._single_turn else model.decoder.capacity

@@ -1,8 +1,11 @@
 """Answers that follow a JSON schema: which tokens may come next, by llguidance."""
 
 import json
+import re
 import threading
 from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,10 +34,13 @@ class Grammars:
         self._compiled: OrderedDict[str, Any] = OrderedDict()  # by their texts, the oldest first
         self._lock = threading.Lock()
         try:
-            self._tokenizer = llguidance.LLTokenizer(
-                str(tokenizer), vocab_size, sorted(eos_token_ids), slices=llguidance.LLTokenizer.json_slices()
+            plain, slices = (
+                without_special_texts(tokenizer.read_text(encoding="utf-8")),
+                llguidance.LLTokenizer.json_slices(),
             )
-        except (ValueError, RuntimeError) as error:
+            with _as_user_errors():
+                self._tokenizer = llguidance.LLTokenizer(plain, vocab_size, sorted(eos_token_ids), slices=slices)
+        except (OSError, ValueError, RuntimeError, UserError) as error:
             raise UserError(f"{tokenizer}: llguidance cannot read it: {error}") from error
 
     def known(self, schema: dict[str, Any]) -> bool:
@@ -61,13 +67,52 @@ class Grammars:
 
     def _compile(self, schema: str) -> Any:
         try:
-            grammar = self._lib.LLMatcher.grammar_from_json_schema(schema, overrides=COMPILING)
-            matcher = self._lib.LLMatcher(self._tokenizer, grammar, log_level=0)
+            with _as_user_errors():
+                grammar = self._lib.LLMatcher.grammar_from_json_schema(schema, overrides=COMPILING)
+                matcher = self._lib.LLMatcher(self._tokenizer, grammar, log_level=0)
         except (ValueError, TypeError) as error:
             raise UserError(f"a JSON schema: {error}") from error
         if matcher.is_error():
             raise UserError(f"a JSON schema: {matcher.get_error().splitlines()[0]}")
         return matcher
+
+
+def without_special_texts(tokenizer: str) -> str:
+    """A tokenizer.json in which no text reads as a special token.
+
+    llguidance tokenizes what a schema fixes, and would take a special token for its text, which is none. Its name is
+    put behind a control character, which no JSON text holds unescaped.
+    """
+    content = json.loads(tokenizer)
+    added = content.get("added_tokens") or []
+    # llguidance takes those between brackets for special, whatever is said of them
+    special = {one["content"] for one in added if one["special"] or re.fullmatch("<.*>", one["content"], re.DOTALL)}
+
+    def renamed(name: str) -> str:
+        return f"\x01{name}" if name in special else name
+
+    for token in added:
+        token["content"] = renamed(token["content"])
+    model, vocab = content["model"], content["model"]["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {renamed(name): token_id for name, token_id in cast(dict[str, int], vocab).items()}
+    else:  # of a unigram model
+        model["vocab"] = [[renamed(name), score] for name, score in vocab]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = renamed(model["unk_token"])
+    content["post_processor"] = None  # names special tokens; what a schema fixes has none
+    return json.dumps(content)
+
+
+@contextmanager
+def _as_user_errors() -> Generator[None]:
+    """A panic within llguidance, which pyo3 raises as an exception that is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"a JSON schema: llguidance failed: {str(error)[:200]!r}") from error
 
 
 def check_multiples(schema: object) -> None:
@@ -89,7 +134,8 @@ class JsonGrammar:
     def allow(self, logits: np.ndarray) -> np.ndarray:
         """A copy of logits [V] with minus infinity where a token may not come; the end of the sequence may, once the
         answer is whole. Raises UserError where the schema has become too much for llguidance."""
-        bits = self._matcher.compute_bitmask()
+        with _as_user_errors():
+            bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():  # it would allow the end alone
             raise UserError(f"a JSON schema: {self._matcher.get_error().splitlines()[0]}")
         mask = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
@@ -100,7 +146,8 @@ class JsonGrammar:
 
     def push(self, token: int) -> None:
         """The token that was chosen among those allowed."""
-        self._matcher.consume_token(token)
+        with _as_user_errors():
+            self._matcher.consume_token(token)
 
 
 def read_schema(file: Path) -> dict[str, Any]:

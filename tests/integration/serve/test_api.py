@@ -166,6 +166,16 @@ def test_answers_follow_a_schema(served, temperature):
     assert found["currency"] in ("EUR", "USD")
 
 
+@pytest.mark.parametrize(("stop", "expected"), [(None, '"x </s><s>"'), (["/s"], '"x <'), (["</s>"], '"x ')])
+def test_no_stop_string_of_the_template_cuts_in_a_schema(served, stop, expected):
+    wanted = {"type": "json_schema", "json_schema": {"name": "end", "schema": {"const": "x </s><s>"}}}
+    for stream in (False, True):
+        answer = create(served, asked(QUESTION), max_tokens=100, response_format=wanted, stop=stop, stream=stream)
+        choices = [chunk.choices[0] for chunk in answer] if stream else [answer.choices[0]]
+        text = "".join((choice.delta if stream else choice.message).content or "" for choice in choices)
+        assert (text, choices[-1].finish_reason) == (expected, "stop")
+
+
 @pytest.mark.parametrize(
     ("change", "status", "said"),
     [
