@@ -43,6 +43,7 @@ from calib.qdq import Calibrated, measure_means
 from calib.sensitivity import depthwise_of, groups_of, nodes_of
 from export.cli import BUILD
 from export.graphs.block_formats import BLOCK
+from export.graphs.load import load_graph
 from export.graphs.matmul_nbits import quantize_weights
 from export.graphs.variants import write_kernels
 from runtime import kernels
@@ -186,7 +187,7 @@ def nncf_encoder(source: Path, feeds: list[tuple[str, np.ndarray]], target: Path
 
     dataset = nncf.Dataset([pixels for _, pixels in feeds], lambda pixels: {"pixel_values": pixels})
     preset = nncf.QuantizationPreset.PERFORMANCE  # symmetric, as TensorRT has it
-    onnx.save(nncf.quantize(onnx.load(source), dataset, preset=preset, subset_size=len(feeds)), target)
+    onnx.save(nncf.quantize(load_graph(source), dataset, preset=preset, subset_size=len(feeds)), target)
 
 
 def speed(args: argparse.Namespace) -> None:

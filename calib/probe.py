@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from export.graphs.load import weights_file
 from runtime.backends.ort_session import open_session
 
 
@@ -21,13 +22,11 @@ class Probe:
         self._names, self._inner = names, [name for name in names if name not in inputs]
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._inner)
-        for data in {
-            entry.value
-            for tensor in model.graph.initializer
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }:
-            shutil.copyfile(source.with_name(data), folder / data)  # ONNX Runtime looks for it beside the graph
+        external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        for data in {weights_file(tensor, source) for tensor in external}:
+            copy = folder / data.relative_to(source.parent)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(data, copy)  # ONNX Runtime looks for it beside the graph
         file = folder / "probe.onnx"
         onnx.save(model, str(file))
         self._session = open_session(file, None)

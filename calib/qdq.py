@@ -21,6 +21,7 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
 from calib.activations import INPUT, KINDS, LARGEST, QUANTIZED
+from export.graphs.load import load_graph
 from runtime.backends.ort_session import open_session
 
 
@@ -69,7 +70,7 @@ def quantize(
         }
         save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache)
         quantize_static(
-            onnx.load(str(source)),  # of a path it writes a second file beside it
+            load_graph(source),  # of a path it writes a second file beside it
             str(target),
             None,
             quant_format=QuantFormat.QDQ,
@@ -90,7 +91,7 @@ def quantize(
                 "QuantizeBias": False,
             },
         )
-    model, original = onnx.load(str(target)), onnx.load(str(source))
+    model, original = onnx.load(str(target)), load_graph(source)
     _restore_other_readers(model.graph)
     if precision == "fp8":
         _to_fp8(model, original)
@@ -115,7 +116,7 @@ def measure_means(
     source: Path, ranges: dict[str, float], precision: str, images: Iterable[tuple[str, np.ndarray]]
 ) -> dict[str, Mean]:
     """The means of the tensors in `ranges` over `images`, each of which counts alike: (name, float32 [1, 3, H, W])."""
-    model = onnx.load(str(source))
+    model = load_graph(source)
     graph = model.graph
     maps = {node.input[0] for node in graph.node if node.op_type == "Conv"}  # [1, C, H, W]; products take [1, ..., C]
     outputs = []

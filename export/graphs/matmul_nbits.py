@@ -23,6 +23,7 @@ import onnx
 from onnx import external_data_helper, helper, numpy_helper
 
 from export.graphs.block_formats import BLOCK, Blocks, rounded
+from export.graphs.load import read_weights
 from runtime.errors import UserError
 
 FLOAT_COMPUTE, INT8_COMPUTE = 0, 4  # MatMulNBits' accuracy level; in INT8, activations are rounded on the fly
@@ -59,8 +60,9 @@ def quantize_weights(
     with open(f"{target}.data", "wb") as data:
         for name, tensor in tensors.items():
             read = onnx.TensorProto()
-            read.CopyFrom(tensor)  # some versions of onnx keep in it what they read from the file of weights
-            values = numpy_helper.to_array(read, str(source.parent))
+            read.CopyFrom(tensor)  # so that only one matrix is in memory
+            read_weights(read, source)
+            values = numpy_helper.to_array(read)
             if name in plans:
                 if rounding is None or name == head.input[1]:
                     blocks = rounded(values, *plans[name])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 
+from export.graphs.load import load_graph
 from export.graphs.mixed_precision import Kept, cast_embeds, half_graph, is_half
 from export.tensorrt.build import Options
 from runtime.bundle.engines import engine_folder
@@ -86,10 +87,7 @@ def engine_graph(source: Source, options: Options) -> tuple[onnx.ModelProto, lis
     Raises UserError where a quantised engine is asked of a graph without Q/DQ nodes, or a graph is no ONNX or takes
     images of one size.
     """
-    try:
-        model = onnx.load(str(source.file))
-    except Exception as error:  # protobuf's
-        raise UserError(f"{source.file}: cannot be read as ONNX: {error}") from error
+    model = load_graph(source.file)
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
     if "image_embeds" not in names or (options.part == "encoder") != ("pixel_values" in names):
         raise UserError(f"{source.file}: no {options.part} of this project, it has {', '.join(sorted(names)[:6])}")
