@@ -83,8 +83,8 @@ def without_special_texts(tokenizer: str) -> str:
     llguidance tokenizes what a schema fixes, and would take a special token for its text, which is none. Its name is
     put behind a control character, which no JSON text holds unescaped.
     """
-    content = json.loads(tokenizer)
-    added = content.get("added_tokens") or []
+    content: dict[str, Any] = json.loads(tokenizer)
+    added: list[dict[str, Any]] = content.get("added_tokens") or []
     # llguidance takes those between brackets for special, whatever is said of them
     special = {one["content"] for one in added if one["special"] or re.fullmatch("<.*>", one["content"], re.DOTALL)}
 
@@ -93,10 +93,11 @@ def without_special_texts(tokenizer: str) -> str:
 
     for token in added:
         token["content"] = renamed(token["content"])
-    model, vocab = content["model"], content["model"]["vocab"]
+    model: dict[str, Any] = content["model"]
+    vocab: dict[str, int] | list[tuple[str, float]] = model["vocab"]  # a list of a unigram model
     if isinstance(vocab, dict):
-        model["vocab"] = {renamed(name): token_id for name, token_id in cast(dict[str, int], vocab).items()}
-    else:  # of a unigram model
+        model["vocab"] = {renamed(name): token_id for name, token_id in vocab.items()}
+    else:
         model["vocab"] = [[renamed(name), score] for name, score in vocab]
     if model.get("unk_token") is not None:
         model["unk_token"] = renamed(model["unk_token"])

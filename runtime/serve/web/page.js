@@ -2,7 +2,10 @@
 
 const $ = (id) => document.getElementById(id);
 const BOX = /\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*\]/g;
-const MAX_BYTES = 15e6; // of an image's file; larger ones are drawn smaller
+// Of an image's file; what the server would not take is drawn anew, and smaller
+const MAX_BYTES = 15e6, MAX_PIXELS = 50e6;
+const SERVED = /^data:[^,]*,(iVBORw0KGgo|\/9j\/|R0lGOD|UklGR|Qk)/; // PNG, JPEG, GIF, WebP, BMP by their first bytes
+const REDRAWN_SIDE = 3072;
 
 let model = null;
 let messages = []; // of the conversation, as the server takes them
@@ -45,13 +48,16 @@ function boxesOf(text) {
   return found.filter(([left, top, right, bottom]) => left < right && top < bottom && right <= 1 && bottom <= 1);
 }
 
-function smaller(element) {
-  const factor = Math.min(1, 3072 / Math.max(element.naturalWidth, element.naturalHeight));
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.round(element.naturalWidth * factor);
-  canvas.height = Math.round(element.naturalHeight * factor);
-  canvas.getContext("2d").drawImage(element, 0, 0, canvas.width, canvas.height);
-  return canvas.toDataURL("image/jpeg", 0.92);
+function redrawn(element) {
+  const factor = Math.min(1, REDRAWN_SIDE / Math.max(element.naturalWidth, element.naturalHeight));
+  const canvas = document.createElement("canvas"), pen = canvas.getContext("2d");
+  canvas.width = Math.max(1, Math.round(element.naturalWidth * factor));
+  canvas.height = Math.max(1, Math.round(element.naturalHeight * factor));
+  pen.fillStyle = "#fff"; // as the server has what is transparent
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.drawImage(element, 0, 0, canvas.width, canvas.height);
+  const url = canvas.toDataURL("image/png");
+  return url.length <= MAX_BYTES ? url : canvas.toDataURL("image/jpeg", 0.92);
 }
 
 async function show(blob, name) {
@@ -69,7 +75,8 @@ async function show(blob, name) {
     say("error", `${name} is no image that this browser can show.`);
     return;
   }
-  if (blob.size > MAX_BYTES) url = smaller(element);
+  const pixels = element.naturalWidth * element.naturalHeight;
+  if (blob.size > MAX_BYTES || pixels > MAX_PIXELS || !SERVED.test(url)) url = redrawn(element);
   running?.abort();
   picture = { url, element, name };
   sent = false;

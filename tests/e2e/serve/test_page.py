@@ -1,10 +1,12 @@
 """The page in a real browser: Debian's Chromium, driven by Playwright."""
 
+import base64
 import io
 import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
@@ -116,6 +118,61 @@ def test_a_file_that_is_no_image_is_told(page):
         {"name": "a.png", "mimeType": "image/png", "buffer": b"no image"}
     )
     expect(page.locator("#log .error")).to_contain_text("a.png is no image")
+
+
+def encoded(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def left_half_opaque(side):
+    """Noise of which the right half is transparent; PNG cannot compress it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 4), np.uint8)
+    pixels[:, : side // 2] = (200, 10, 20, 255)
+    pixels[:, side // 2 :, 3] = 0
+    return Image.fromarray(pixels)
+
+
+SVG = b"""<svg xmlns="http://www.w3.org/2000/svg" width="200" height="100">
+<rect width="100" height="100" fill="rgb(200,10,20)"/></svg>"""
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("large.png", lambda: encoded(left_half_opaque(2200), "PNG", compress_level=0)),
+        ("small.avif", lambda: encoded(left_half_opaque(200), "AVIF", quality=100)),
+        ("an avif.png", lambda: encoded(left_half_opaque(200), "AVIF", quality=100)),
+        ("drawing.svg", lambda: SVG),
+        ("wide.png", lambda: encoded(left_half_opaque(200).resize((7100, 7100), 0).quantize(4), "PNG")),
+    ],
+)
+def test_what_the_server_would_refuse_is_drawn_on_white(page, name, make):
+    kind = "image/svg+xml" if name.endswith("svg") else f"image/{name[-3:]}"
+    page.get_by_label("Choose an image").set_input_files({"name": name, "mimeType": kind, "buffer": make()})
+    expect(page.get_by_role("img", name=name)).to_be_visible()
+    ask(page, "What is this?")
+    expect(page.locator("#log .error")).to_have_count(0)
+    url = bodies(page)[0]["messages"][0]["content"][1]["image_url"]["url"]
+    sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    assert sent.format in ("PNG", "JPEG")
+    assert max(sent.size) <= 3072
+    pixels = np.asarray(sent.convert("RGB")).astype(int)
+    middle = pixels.shape[1] // 2
+    assert np.abs(pixels[:, : middle - 4] - (200, 10, 20)).max() <= 8
+    assert np.abs(pixels[:, middle + 4 :] - 255).max() <= 4
+
+
+def test_what_the_server_takes_is_sent_as_it_is(page):
+    for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP"):
+        content = encoded(Image.new("RGB", (64, 48), (200, 10, 20)), form)
+        file = {"name": f"a.{form}", "mimeType": f"image/{form.lower()}", "buffer": content}
+        page.get_by_label("Choose an image").set_input_files(file)
+        expect(page.get_by_role("img", name=f"a.{form}")).to_be_visible()
+        ask(page, "What is this?", 2)
+        url = bodies(page)[-1]["messages"][0]["content"][1]["image_url"]["url"]
+        assert base64.b64decode(url.partition(",")[2]) == content
 
 
 def test_boxes_of_an_answer_are_drawn_on_the_image(page):
