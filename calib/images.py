@@ -1,6 +1,7 @@
 """Images to calibrate and to evaluate on, through the runtime's own preprocessing: what the encoder will see when it is
 deployed."""
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterator
@@ -82,20 +83,27 @@ def split(pages: list[Page], samples: int, questions: int) -> tuple[list[Page], 
     """(at most `samples` pages to calibrate on, others with about `questions` questions to evaluate on).
 
     Both are spread evenly over `pages`; the first does not depend on `questions`. What does not open is named on stderr
-    and passed over. Where fewer than `LEAST` would be left to calibrate on, none is held out.
-    Raises UserError where fewer than `LEAST` to calibrate on open.
+    and passed over; copies, blank images and questions asked twice are named there and stay. Where fewer than `LEAST`
+    would be left to calibrate on, none is held out.
+    Raises UserError where fewer than `LEAST` to calibrate on open, and where these are one blank picture.
     """
     enough = len(pages) >= LEAST + HELD_OUT
     chosen = spread(pages, min(samples, len(pages) - HELD_OUT) if enough else samples)
-    calibration = [page for page in chosen if _opens(page)]
+    pictures = Pictures()
+    calibration = [page for page in chosen if pictures.open(page)]
     if len(calibration) < LEAST:
         raise UserError(f"{len(calibration)} of {len(chosen)} images can be opened, at least {LEAST} are needed")
+    pictures.check()
     if not enough:
+        pictures.warn()
         return calibration, []
     taken = {page.file for page in chosen}
     others = [page for page in pages if page.file not in taken]
     per_page = max(sum(len(page.questions) for page in others) / len(others), 1)
-    return calibration, [p for p in spread(others, max(math.ceil(questions / per_page), HELD_OUT)) if _opens(p)]
+    chosen = spread(others, max(math.ceil(questions / per_page), HELD_OUT))
+    held_out = [page for page in chosen if pictures.open(page)]
+    pictures.warn()
+    return calibration, held_out
 
 
 def fewer_pages(pages: list[Page], questions: int) -> list[Page]:
@@ -112,13 +120,55 @@ def spread(items: list, count: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int).tolist()]
 
 
-def _opens(page: Page) -> bool:
-    try:
-        open_image(page.file)
-    except UserError as error:
-        print(f"skipped: {error}", file=sys.stderr)
-        return False
-    return True
+class Pictures:
+    """Images as they are opened one after the other, and which of them add nothing to the others."""
+
+    def __init__(self):
+        self._known: set[bytes] = set()  # hashes of pixels
+        self._copies: list[Path] = []
+        self._blank: list[Path] = []
+        self._asked_twice: list[tuple[Path, str]] = []
+        self._opened = self._questions = 0
+
+    def open(self, page: Page) -> bool:
+        """Whether the page's image opens; one that does not is named on stderr."""
+        try:
+            image = open_image(page.file)
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            return False
+        self._opened += 1
+        pixels = hashlib.sha256(str(image.size).encode() + image.tobytes()).digest()
+        if image.getcolors(1):  # not more than one
+            self._blank.append(page.file)
+        if pixels in self._known:
+            self._copies.append(page.file)
+        self._known.add(pixels)
+        prompts = [question.prompt for question in page.questions]
+        self._questions += len(prompts)
+        self._asked_twice += [(page.file, prompt) for i, prompt in enumerate(prompts) if prompt in prompts[:i]]
+        return True
+
+    def check(self) -> None:
+        """Raises UserError where all are one blank picture."""
+        if len(self._known) == 1 and self._blank:
+            raise UserError(
+                f"{self._blank[0]}: all {self._opened} images to calibrate with are this one blank picture, whose "
+                "activations say nothing of a deployment's; give images like those that the model will be asked about"
+            )
+
+    def warn(self) -> None:
+        """A line on stderr for each kind of what adds nothing: how many there are, and the first."""
+        for found, what in ((self._copies, "copies of others"), (self._blank, "blank")):
+            if found:
+                print(f"warning: {len(found)} of {self._opened} images are {what}, first {found[0]}", file=sys.stderr)
+        if self._asked_twice:
+            file, prompt = self._asked_twice[0]
+            count = f"{len(self._asked_twice)} of {self._questions}"
+            print(
+                f"warning: {count} questions repeat one about the same image, first {prompt!r} of {file}",
+                file=sys.stderr,
+            )
 
 
 def calibration_pixels(pages: list[Page], rule: ImageRule) -> Iterator[tuple[str, np.ndarray]]:

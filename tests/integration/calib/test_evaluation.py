@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from PIL import Image
 
 import calib.evaluation
 from calib.evaluation import Evaluation, Score, sqnr_db
@@ -167,7 +168,7 @@ def pages_of(count: int, questions: int = 2) -> list[Page]:
 
 @pytest.fixture
 def all_open(monkeypatch):
-    monkeypatch.setattr("calib.images.open_image", lambda file: None)
+    monkeypatch.setattr("calib.images.open_image", lambda file: Image.frombytes("L", (8, 1), f"{file:>8}".encode()))
 
 
 def test_images_are_held_out_where_there_are_enough(all_open):
