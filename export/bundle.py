@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from runtime.image.preprocess import ImageRule
 from runtime.text.template import MARKED_IMAGE_LINE, TEMPLATES, PromptTemplate
 from runtime.text.tokenizer import Tokenizer
-from train.model import Checkpoint, load_image_encoder
+from train.model import Checkpoint, check_finite, load_image_encoder
 
 CALIBRATE = (
     "; calib.quantize --part decoder --method gptq makes 4 bits of a bundle in float32 that lose less, "
@@ -189,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         check_options(portable_precision(args.decoder_precision), "portable", args.capacity)
     checkpoint = open_checkpoint(args.checkpoint)
     resolution = choose_resolution(args.res, checkpoint)
+    check_finite(checkpoint.vision_tensors(), checkpoint.projector_tensors(), checkpoint.language_tensors())
     out = args.out or DEMO_BUNDLE.parent / name_of(checkpoint)
     portable, precision = args.portable_decoder, args.decoder_precision
     export_bundle(checkpoint, out, resolution, args.precision, precision, portable, args.capacity, args.template)

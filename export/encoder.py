@@ -24,7 +24,7 @@ from export.parity import TOLERANCES, Difference, ParityError, compare, report
 from runtime.command import run
 from runtime.errors import UserError
 from runtime.image.preprocess import MAX_RESOLUTION
-from train.model import ImageEncoder, load_image_encoder
+from train.model import ImageEncoder, check_finite, load_image_encoder
 
 OPSET = 20  # the first with Gelu as one operator
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = open_checkpoint(args.checkpoint)
     stride = checkpoint.encoder_config.stride
     resolution = choose_resolution(args.res, checkpoint)
+    check_finite(checkpoint.vision_tensors(), checkpoint.projector_tensors())
     out = args.out or BUILD / "encoder" / name_of(checkpoint)
     if out.is_file():
         raise UserError(f"--out {out} is a file, expected a folder")

@@ -25,7 +25,7 @@ from train.model import (
     load_language_state,
     load_model,
 )
-from train.model.checkpoint.layout import folder_or_hub
+from train.model.checkpoint.layout import folder_or_hub, refuse_parts
 from train.model.checkpoint.tensors import read_json
 from train.model.configs import llava_config, preprocessor_config, sized, vision_config
 from train.recipe import Encoder, Recipe
@@ -112,6 +112,7 @@ def _check_projector(kind: str, in_features: int, out_features: int) -> None:
 def _open_llama(source: str) -> Checkpoint:
     """A Llama's folder or Hub id, as a checkpoint without an encoder."""
     folder = folder_or_hub(source)
+    refuse_parts(folder)
     config = read_json(folder / "config.json")
     if (kind := config.get("model_type")) != "llama":
         raise CheckpointError(f"{folder / 'config.json'}: model_type is {kind!r}, expected 'llama'")

@@ -14,6 +14,7 @@ from export.decoder.check import check_decoder
 from export.decoder.export import CAPACITY_HELP, PRECISIONS, check_options, export_decoder
 from export.parity import ParityError, report
 from runtime.command import run
+from train.model import check_finite
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     check_options(args.precision, args.graph, args.capacity)
     checkpoint = open_checkpoint(args.checkpoint)
+    check_finite(checkpoint.language_tensors())
     out = args.out or BUILD / "decoder" / f"{name_of(checkpoint)}-{args.precision}"
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:

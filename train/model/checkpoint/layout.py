@@ -65,6 +65,7 @@ class Checkpoint:
     def open(cls, source: str | Path) -> "Checkpoint":
         """`source`: a folder or a Hub id. Raises CheckpointError if a file is missing or is not what it should be."""
         folder = folder_or_hub(str(source))
+        refuse_parts(folder)
         config = read_json(folder / "config.json")
         if (kind := config.get("model_type")) != "llava_llama":
             raise CheckpointError(
@@ -208,6 +209,27 @@ def folder_or_hub(source: str) -> Path:
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{source}: no such folder, and the Hub gave none: {reason}") from error
+
+
+def refuse_parts(folder: Path) -> None:
+    """Raises CheckpointError for what training with LoRA, or of the projector alone, leaves: no whole model."""
+
+    def found(*names: str) -> str:
+        return ", ".join(name for name in names if (folder / name).is_file())
+
+    if (folder / "adapter_config.json").is_file():
+        weights = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+        files = found("adapter_config.json", *weights)
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder}: LoRA adapters ({files}), no whole model; merge them into their base model"
+            f"{f' {base}' if base else ''} (peft's merge_and_unload, LLaVA's merge_lora_weights.py) and give the result"
+        )
+    if not weight_files(folder) and (files := found("mm_projector.bin", "mm_projector.safetensors")):
+        raise CheckpointError(
+            f"{folder}: a projector ({files}), no whole model; give the checkpoint of the stage after it, or one with "
+            "the language model's weights and these together"
+        )
 
 
 def _find_vision_folder(folder: Path, config: dict) -> Path:

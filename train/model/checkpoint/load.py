@@ -1,5 +1,6 @@
 """Checkpoint -> PyTorch modules."""
 
+import itertools
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
@@ -69,6 +70,32 @@ def load_embedding(checkpoint: Checkpoint) -> Tensor:
     expected = {EMBEDDING: torch.empty(config.vocab_size, config.hidden_size, device="meta")}
     stored = (item for item in checkpoint.language_tensors() if item.name == EMBEDDING)
     return _collect(expected, stored, checkpoint.folder, str, torch.float32)[EMBEDDING]
+
+
+def check_finite(*sources: Iterable[StoredTensor]) -> None:
+    """Look for NaN and infinity in stored weights, a tensor at a time.
+
+    Args:
+        sources: such as `Checkpoint.language_tensors`.
+
+    Raises:
+        CheckpointError: naming the first tensor that has some, and how many.
+    """
+    first, others = "", 0
+    for item in itertools.chain(*sources):
+        tensor = item.tensor
+        if not tensor.is_floating_point() or not tensor.numel() or all(v.isfinite() for v in tensor.aminmax()):
+            continue
+        if first:
+            others += 1
+            continue
+        nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+        first = f"{item.file}: {item.key} has {nan} NaN and {infinite} infinite of {tensor.numel()} values"
+    if first:
+        more = f"; so have {others} other tensors" if others else ""
+        raise CheckpointError(
+            f"{first}{more}; the weights are damaged or training diverged, take an earlier checkpoint"
+        )
 
 
 def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> ConvLLaVA:

@@ -31,6 +31,7 @@ from tests.support.checkpoints import (
     write_sharded_safetensors,
     write_shards,
 )
+from tests.support.commands import assert_one_line_error, run_main
 from train.model import (
     Checkpoint,
     load_language_state,
@@ -220,6 +221,52 @@ def test_pointer_in_place_of_weights_is_named(name: str, folder: Path):
     assert message.startswith(f"{folder / name}: cannot be read as ")
     assert message.endswith("is the download complete?")
     assert "weights_only" not in message
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("config", [True, False], ids=["LLaVA's folder", "peft's folder"])
+@pytest.mark.parametrize("whole", [True, False], ids=["beside a model", "alone"])
+def test_adapters_are_no_model(weights: str, config: bool, whole: bool, folder: Path):
+    """Beside a whole model too: transformers would add them, and here they would count for nothing."""
+    if not whole:
+        (folder / "model.safetensors").unlink()
+    if not config:
+        (folder / "config.json").unlink()
+    write_json(folder / "adapter_config.json", {"base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "r": 128})
+    for name in (weights, "non_lora_trainables.bin"):
+        (folder / name).touch()
+    assert refusal(lambda: Checkpoint.open(folder)) == (
+        f"{folder}: LoRA adapters (adapter_config.json, {weights}, non_lora_trainables.bin), no whole model; merge "
+        "them into their base model lmsys/vicuna-7b-v1.5 (peft's merge_and_unload, LLaVA's merge_lora_weights.py) and "
+        "give the result"
+    )
+
+
+def test_adapters_whose_base_is_not_named(folder: Path):
+    write_json(folder / "adapter_config.json", {})
+    message = refusal(lambda: Checkpoint.open(folder))
+    assert message.startswith(f"{folder}: LoRA adapters (adapter_config.json), no whole model")
+    assert "into their base model (peft" in message
+
+
+@pytest.mark.parametrize("name", ["mm_projector.bin", "mm_projector.safetensors"])
+def test_a_projector_is_no_model(name: str, folder: Path):
+    (folder / name).touch()
+    Checkpoint.open(folder)  # beside a model it is nothing
+    (folder / "model.safetensors").unlink()
+    assert refusal(lambda: Checkpoint.open(folder)).startswith(f"{folder}: a projector ({name}), no whole model; give ")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "projector"])
+def test_parts_are_no_language_model_to_train(kind: str, folder: Path, tmp_path: Path):
+    (folder / "model.safetensors").unlink()
+    edit_json(folder / "config.json", model_type="llama")
+    write_json(folder / ("adapter_config.json" if kind == "adapter" else "mm_projector.bin"), {})
+    recipe = {"out": str(tmp_path / "run"), "language_model": str(folder), "encoder": {"variant": "tiny"}}
+    recipe |= {"projector": "linear", "train": ["projector"], "steps": 1, "learning_rate": 1e-3}
+    recipe |= {"global_batch": 1, "micro_batch": 1, "data": [{"records": str(tmp_path / "none.json")}]}
+    write_json(tmp_path / "recipe.yaml", recipe)
+    assert_one_line_error(run_main("train", tmp_path / "recipe.yaml"), folder, kind, "no whole model")
 
 
 class Trap:
