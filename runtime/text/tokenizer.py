@@ -98,7 +98,7 @@ class Tokenizer:
                 no embedding for.
         """
         front = [self.bos_token_id] if bos and self.bos_token_id is not None else []
-        return front + self._encode_opening(text)
+        return self._checked(front + self._encode_opening(text))
 
     def encode_prompt(self, text: str, image_tokens: list[int], continued: bool = False) -> list[int]:
         """Token ids of a prompt with images.
@@ -128,7 +128,7 @@ class Tokenizer:
             ids.extend(range(-embed - 1, -embed - 1 - count, -1))
             ids.extend(self._encode_opening(chunk))
             embed += count
-        return ids
+        return self._checked(ids)
 
     def detokenizer(self) -> "Detokenizer":
         """A fresh detokenizer, for one answer."""
@@ -179,9 +179,12 @@ class Tokenizer:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise UserError(f"prompt: it cannot be tokenized: {error}") from error
-        if self._embedding_rows is not None and (most := max(encoding.ids, default=0)) >= self._embedding_rows:
-            raise UserError(f"prompt: {self._without_embedding(most)}")
         return encoding
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if self._embedding_rows is not None and (most := max(ids, default=0)) >= self._embedding_rows:
+            raise UserError(f"prompt: {self._without_embedding(most)}")
+        return ids
 
     def _without_embedding(self, token_id: int) -> str:
         token = self._tokenizer.id_to_token(token_id)
