@@ -80,7 +80,8 @@ async def measure(server: Server, minutes: float) -> tuple[list[dict], dict]:
                 if time.monotonic() > end and number >= 2 * REQUESTS:
                     return
                 await attacked[kind].take(asked(client, kinds[kind](number)))
-                await asyncio.sleep(PAUSE_S)
+                print(kind, number, round(attacked[kind].seconds[-1], 2), flush=True)
+            await asyncio.sleep(PAUSE_S)
 
         await asyncio.gather(*(go_on(kind) for kind in kinds))
         for task in (*hostile, memory):

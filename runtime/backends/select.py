@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ from runtime.backends.ort_encoder import OnnxEncoder
 from runtime.backends.ort_session import PROVIDERS, open_device
 from runtime.bundle.engines import FLAVOURS, Engine, choose_engine
 from runtime.bundle.manifest import Bundle
-from runtime.device.cpuinfo import int8_sums_saturate, is_x86
+from runtime.device.cpuinfo import int8_sums_saturate, is_x86, lower_priority
 from runtime.device.cuda import Cuda, present_gpu
 from runtime.errors import UserError
 
@@ -38,6 +39,7 @@ class Backends:
     provider: of ONNX Runtime, a key of `PROVIDERS`.
     encoder_precision: which of the bundle's encoders or engines, or bf16 for OpenVINO's way of computing; None: the
     bundle's own (a float32 bundle's engines are fp16). threads: of one operator on the CPU; None: one a physical core.
+    encoder_nice: what is added to the niceness of the encoder's threads on the CPU, where a decoder runs beside it.
     Raises UserError for an unknown name or another number of threads than 1 to MAX_THREADS.
     """
 
@@ -46,6 +48,7 @@ class Backends:
     provider: str = "cpu"
     encoder_precision: str | None = None
     threads: int | None = None
+    encoder_nice: int = 0
 
     def __post_init__(self):
         for name, known in (("encoder", ENCODERS), ("decoder", DECODERS), ("provider", tuple(PROVIDERS))):
@@ -113,7 +116,12 @@ class _Devices:
 def open_components(bundle: Bundle, wanted: Backends) -> Components:
     """Load both components. Raises UserError where one cannot be had as wanted."""
     devices = _Devices(wanted.provider)
-    encoder, encoder_backend = _open_encoder(bundle, wanted, devices)
+    if wanted.encoder_nice and wanted.provider == "cpu":
+        with ThreadPoolExecutor(1, initializer=lower_priority, initargs=(wanted.encoder_nice,)) as thread:
+            opened = thread.submit(_open_encoder, bundle, wanted, devices)  # its own threads inherit the priority
+        encoder, encoder_backend = opened.result()
+    else:
+        encoder, encoder_backend = _open_encoder(bundle, wanted, devices)
     decoder, decoder_backend = _open_decoder(bundle, wanted, devices)
     for name, backend in (("encoder", encoder_backend), ("decoder", decoder_backend)):
         logger.info("%s on %s%s", name, backend, f": {backend.reason}" if backend.reason else "")

@@ -1,6 +1,8 @@
-"""What the processor can do."""
+"""What the processor can do, and for whom first."""
 
+import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -18,3 +20,9 @@ def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """The processor's features as Linux names them, such as `avx2`; empty on other systems."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+
+
+def lower_priority(nice: int) -> None:
+    """Add to the niceness of the calling thread, and of those that it starts; for good, where the system has such."""
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + nice)

@@ -15,6 +15,7 @@ from runtime.serve.metrics import Metrics
 from runtime.serve.origins import is_host, is_origin
 from runtime.serve.remote_images import Fetcher
 from runtime.serve.scheduler import Scheduler
+from runtime.serve.vision_worker import ENCODER_NICE
 
 
 class Settings(BaseModel):
@@ -93,7 +94,9 @@ class Settings(BaseModel):
         """Raises UserError as `runtime.load`."""
         return load(
             self.bundle or demo_bundle(),
-            backends=Backends(self.encoder, self.decoder, self.provider, self.encoder_precision, self.threads),
+            backends=Backends(
+                self.encoder, self.decoder, self.provider, self.encoder_precision, self.threads, ENCODER_NICE
+            ),
         )
 
     def service(self, model: Model, metrics: Metrics | None = None) -> ChatService:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Hashable
 import numpy as np
 
 from runtime.backends.base import Encoder
+from runtime.device.cpuinfo import lower_priority
 from runtime.device.memory import Array, copied
 from runtime.errors import UserError
 from runtime.image.embedding_cache import EmbeddingCache
 from runtime.serve.images import PreparedImage
 from runtime.serve.types import Callbacks, Failed, Request, failure
 
+ENCODER_NICE = 5  # on a CPU, where both need all cores, answers that go on come before pictures of the next ones
 Embeddings = dict[Hashable, Array]  # key of an image -> [T, D]
 
 
@@ -46,6 +48,8 @@ class VisionWorker:
 
     def run(self) -> None:
         """Work until `stop`. Raises what an encoder raises that can encode nothing any more."""
+        if not self._encoder.batches:
+            lower_priority(ENCODER_NICE)
         while (requests := self._jobs.get()) is not None:
             self._work(requests)
 
