@@ -29,7 +29,7 @@ def client(keys=(), hosts=(), origins=(), server=LOCAL) -> TestClient:
         async def events():
             yield "data: [DONE]\n\n"
 
-        return event_stream(events())
+        return event_stream(events(), {})
 
     add_page(app)
 
