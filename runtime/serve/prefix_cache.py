@@ -23,7 +23,7 @@ class PrefixCache:
         self._slots = slots
         self._prefixes = [CachedPrefix() for _ in range(len(slots))]
 
-    def place(self, keys: list[Hashable], first_idle: int) -> tuple[int, int]:
+    def place(self, keys: list[Hashable], idle: list[int]) -> tuple[int, int]:
         """Choose a slot for a prompt and make it hold as much of it as any slot does.
 
         A slot that holds mostly this prompt is taken as it is. Otherwise the one used least recently gets a copy: a
@@ -31,7 +31,7 @@ class PrefixCache:
 
         Args:
             keys: of the prompt's positions that need no prefill if they are cached.
-            first_idle: the slots from here on are free.
+            idle: slots that are free.
 
         Returns:
             The slot, and how many positions of the prompt it holds now.
@@ -40,7 +40,6 @@ class PrefixCache:
             min(common_prefix_length(prefix.keys, keys), self._slots[slot].length)
             for slot, prefix in enumerate(self._prefixes)
         ]
-        idle = range(first_idle, len(self._slots))
         best = max(range(len(self._slots)), key=lambda slot: (held[slot], slot in idle))
         if best in idle and 2 * held[best] >= len(self._prefixes[best].keys):
             slot = best

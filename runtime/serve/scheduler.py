@@ -1,11 +1,11 @@
 """Continuous batching: one thread prefills and decodes, one beside it encodes images. It knows nothing of text.
 
-Between two steps of the decode batch requests come and go. A prompt is prefilled in chunks of CHUNK tokens, one between
-two steps, and always in the same chunks, so that an answer does not depend on who else is there. An image is encoded
-only while no prompt is being prefilled: on a CPU both use all cores, and the answer that could begin must not wait for
-an image that comes after it. On a CPU images are encoded one request at a time, in their order: a batch of them takes
-as long as one after the other, and the first would wait for the last. On a GPU those that wait are encoded together,
-equal sizes in a batch. A request whose images are known, or that has none, does not wait for those.
+Between two steps of the decode batch requests come and go. Prompts are prefilled in chunks of CHUNK tokens, one chunk
+between two steps, and each always in the same chunks, so that an answer does not depend on who else is there. An image
+is encoded only while no prompt is being prefilled: on a CPU both use all cores, and the answer that could begin must
+not wait for an image that comes after it. On a CPU images are encoded one request at a time, in their order: a batch of
+them takes as long as one after the other, and the first would wait for the last. On a GPU those that wait are encoded
+together, equal sizes in a batch. A request whose images are known, or that has none, does not wait for those.
 
 A slot keeps its keys and values after its request has gone; a new request takes what it has in common with any slot.
 
@@ -40,12 +40,13 @@ DRAIN_POLL_S = 0.02
 MAX_ENCODE_REQUESTS = 8  # whose images are encoded together on a GPU
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A request in a slot."""
 
     request: Request
     prompt: Prompt
+    slot: int  # while it is prefilled
     last_token: float  # when it came, monotonic seconds
 
     @property
@@ -83,7 +84,8 @@ class Scheduler:
         self._slots = decoder.start_batch(slots, batch_invariant)
         self._prefixes = PrefixCache(self._slots)
         self._active: list[_Running] = []  # decoding, in the slots 0, 1, ...
-        self._prefilling: tuple[int, _Running] | None = None  # and its slot
+        self._prefilling: list[_Running] = []  # in slots after those, the oldest first
+        self._oldest_first = False  # whose turn it is to be prefilled
         self._waiting: deque[Request] = deque()  # until their images are encoded
         self._encoding: list[Request] = []  # handed to the encoder's thread, which may be with one that was dropped
         self._encoder_busy = False
@@ -148,7 +150,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests in a slot."""
-        return len(self._active) + (self._prefilling is not None)
+        return len(self._active) + len(self._prefilling)
 
     @property
     def accepting(self) -> bool:
@@ -200,10 +202,9 @@ class Scheduler:
 
     def _fail_all(self, failed: Failed) -> None:
         with self._lock:
-            requests = [running.request for running in self._active]
-            requests += [self._prefilling[1].request] if self._prefilling else []
+            requests = [running.request for running in (*self._active, *self._prefilling)]
             requests += [*self._encoding, *self._waiting, *(request for request, _ in self._ready)]
-            self._active, self._prefilling, self._encoding = [], None, []
+            self._active, self._prefilling, self._encoding = [], [], []
             self._waiting.clear()
             self._ready.clear()
         for request in {id(request): request for request in requests}.values():
@@ -238,7 +239,7 @@ class Scheduler:
         if self._active:
             self._step()
         if self._prefilling:
-            self._prefill_chunk(*self._prefilling)
+            self._prefill_chunk(self._next_to_prefill())
 
     def _drop_ended(self) -> None:
         """Let go of requests whose receiver needs no more, or whose deadline has come."""
@@ -248,9 +249,8 @@ class Scheduler:
             self._waiting = deque(request for request in self._waiting if request not in dropped)
             self._encoding = [request for request in self._encoding if request not in dropped]
             self._ready = deque(entry for entry in self._ready if entry[0] not in dropped)
-            if self._prefilling and self._prefilling[1].request.over:
-                dropped.append(self._prefilling[1].request)
-                self._prefilling = None
+            dropped += [running.request for running in self._prefilling if running.request.over]
+            self._prefilling = [running for running in self._prefilling if running.request not in dropped]
         for running in [running for running in self._active if running.request.over]:
             dropped.append(running.request)
             self._leave(running)
@@ -318,18 +318,36 @@ class Scheduler:
         self._fail(request, failed)
 
     def _admit(self) -> None:
-        """Give a slot to the next request whose images are encoded."""
+        """Give a slot to the next request whose images are encoded; one that shares more of its prompt with a prompt
+        that is being prefilled than is cached yet waits for that."""
         with self._lock:
-            if self._prefilling or not self._ready or not self._free:
+            if not self._free:
                 return
-            request, prompt = self._ready.popleft()
-            slot, cached = self._prefixes.place(prompt.keys[: -self._min_fed], len(self._active))
-            self._prefilling = slot, _Running(request, prompt, request.submitted)
+            found = next((entry for entry in self._ready if not self._grows_ahead(entry[1])), None)
+            if found is None:
+                return
+            self._ready.remove(found)
+            request, prompt = found
+            taken = {running.slot for running in self._prefilling}
+            idle = [slot for slot in range(len(self._active), len(self._slots)) if slot not in taken]
+            slot, cached = self._prefixes.place(prompt.keys[: -self._min_fed], idle)
+            self._prefilling.append(_Running(request, prompt, slot, request.submitted))
         request.cached_tokens = cached
         self._callbacks.prefilled(len(prompt.keys) - cached, cached)
 
-    def _prefill_chunk(self, slot: int, running: _Running) -> None:
-        request, sequence, length = running.request, self._slots[slot], len(running.prompt.keys)
+    def _grows_ahead(self, prompt: Prompt) -> bool:
+        ends = ((running.prompt.keys, self._slots[running.slot].length + 1) for running in self._prefilling)
+        return any(prompt.keys[:end] == keys[:end] for keys, end in ends)
+
+    def _next_to_prefill(self) -> _Running:
+        """The oldest and the one that has least to go take turns: a short prompt does not wait for a long one."""
+        self._oldest_first = not self._oldest_first
+        if self._oldest_first:
+            return self._prefilling[0]
+        return min(self._prefilling, key=lambda one: len(one.prompt.keys) - self._slots[one.slot].length)
+
+    def _prefill_chunk(self, running: _Running) -> None:
+        request, sequence, length = running.request, self._slots[running.slot], len(running.prompt.keys)
         end = min(sequence.length + CHUNK, length)
         end -= length - end == 1  # the last token is not left alone
         chunk = running.prompt.part(sequence.length, end)
@@ -340,17 +358,21 @@ class Scheduler:
             else:
                 token = sequence.forward_greedy(*chunk)
         except Exception as error:
-            self._forget(slot, error)
+            self._forget(running.slot, error)
             with self._lock:
-                self._prefilling = None
+                self._prefilling.remove(running)
             self._fail(request, failure(error))
             return
-        self._prefixes.record(slot, running.prompt.keys[:end])
+        self._prefixes.record(running.slot, running.prompt.keys[:end])
         if end < length:
             return
-        self._prefixes.move(slot, len(self._active))
+        place = len(self._active)
+        self._prefixes.move(running.slot, place)
+        for other in self._prefilling:
+            if other.slot == place:
+                other.slot = running.slot
         with self._lock:
-            self._prefilling = None
+            self._prefilling.remove(running)
             self._active.append(running)
         self._take(running, token, logits)
 

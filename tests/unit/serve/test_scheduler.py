@@ -307,6 +307,33 @@ def test_prompts_are_prefilled_in_chunks_between_steps():
     assert [fed for fed in scheduler._slots[1].runs if fed > 1] == [CHUNK, CHUNK, CHUNK - 1, 2]
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    scheduler = scheduler_of(slots=4, decoder=FakeDecoder(1000))
+    long = [Asked([token] * (8 * CHUNK), limit=2) for token in (6, 7)]
+    scheduler.submit(*(one.request for one in long))
+    scheduler._advance()
+    scheduler._advance()
+    short = Asked([5, 6], limit=1)
+    scheduler.submit(short.request)
+    for _ in range(3):
+        scheduler._advance()
+    assert short.ids() == short.expected()
+    assert all(one.events.empty() for one in long)
+    finish(scheduler)
+    assert [one.ids() for one in long] == [one.expected() for one in long]
+
+
+def test_equal_prompts_are_prefilled_once():
+    scheduler = scheduler_of(slots=3)
+    equal = [Asked([6] * (3 * CHUNK), limit=2) for _ in range(2)]
+    other = Asked([6] * CHUNK + [7] * CHUNK, limit=2)
+    scheduler.submit(*(one.request for one in equal), other.request)
+    finish(scheduler)
+    assert [one.ids() for one in (*equal, other)] == [one.expected() for one in (*equal, other)]
+    assert equal[1].request.cached_tokens == 3 * CHUNK - 2
+    assert other.request.cached_tokens >= CHUNK
+
+
 def test_who_needs_no_more_frees_the_slot(scheduler):
     long = [endless([5, i]) for i in range(3)]
     scheduler.submit(*(one.request for one in long))
