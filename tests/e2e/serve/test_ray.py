@@ -61,6 +61,13 @@ def test_answers_stream_or_come_whole(client):
     assert whole.usage.completion_tokens == 8
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_ignored_fields_are_named_through_the_ingress(client, stream):
+    body = {"model": client.models.list().data[0].id, "messages": asked("What?"), "max_tokens": 2, "stream": stream}
+    answer = client.chat.completions.with_raw_response.create(**body, extra_body={"mood": 1})
+    assert answer.headers["x-ignored-fields"] == "mood"
+
+
 def test_errors_pass_through_the_ingress(client):
     with pytest.raises(openai.BadRequestError, match="not an image"):
         create(client, asked("What?", b"no image"))

@@ -311,6 +311,47 @@ def test_errors_name_the_part_that_is_wrong(change, param):
     assert "Value error" not in str(error.value)
 
 
+KEYS = ["role", "content", "type", "text", "image_url", "url", "detail", "tool_calls", "schema", "json_schema", "name"]
+WORDS = [
+    "user",
+    "assistant",
+    "system",
+    "tool",
+    "text",
+    "image_url",
+    "data:image/png;base64,AA",
+    "<image>",
+    "\ud800",
+    "",
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = [*ChatRequest.model_fields, *NOT_OFFERED, "mood"]
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"])},
+    optional={"content": st.lists(st.sampled_from([IMAGE, *said("ab")])) | JSON, "tool_calls": JSON},
+)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3), st.lists(MESSAGE, min_size=1, max_size=4) | JSON)
+def test_whatever_is_sent_is_taken_or_an_error_of_the_request(body, sent):
+    """And the prompt has as many placeholders as images."""
+    try:
+        chat = parsed(json.dumps({"messages": sent} | body).encode())
+        prompt, images = conversation(chat.messages, CHATML)
+    except ApiError as error:
+        assert error.status == 400
+        assert "\n" not in str(error)
+        assert len(str(error)) < 500
+        return
+    assert prompt.count("<image>") == len(images)
+    assert chat.sampling.top_k >= 0
+    ignored_header(chat.ignored)
+
+
 def test_what_was_found_is_said():
     with pytest.raises(ApiError, match="found 'function'"):
         parsed(json.dumps({"messages": [{"role": "function", "content": "a"}]}).encode())
