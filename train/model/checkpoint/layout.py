@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import LlamaConfig
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from train.errors import CheckpointError
+from train.model.checkpoint.preprocessor import check_preprocessor, pixel_statistics, side_of
 from train.model.checkpoint.tensors import HARMLESS, WEIGHTS, StoredTensor, read_json, read_tensors, weight_files
 from train.model.encoder import EncoderConfig
 from train.model.names import hf_to_timm
@@ -73,13 +73,10 @@ class Checkpoint:
                 "layout that ConvLLaVA was released in"
             )
         vision_folder = _find_vision_folder(folder, config)
-        return cls(
-            folder,
-            vision_folder,
-            config,
-            read_json(vision_folder / "config.json"),
-            read_json(vision_folder / "preprocessor_config.json"),
-        )
+        file = vision_folder / "preprocessor_config.json"
+        checkpoint = cls(folder, vision_folder, config, read_json(vision_folder / "config.json"), read_json(file))
+        check_preprocessor(checkpoint.preprocessor, file, checkpoint.squares)
+        return checkpoint
 
     @property
     def encoder_config(self) -> EncoderConfig:
@@ -129,19 +126,18 @@ class Checkpoint:
         configured = self.config.get("mm_vision_resolution") or 256
         if configured > 256:
             return configured
-        size = self.preprocessor.get("crop_size", self.preprocessor.get("size"))
-        if isinstance(size, dict):
-            size = size.get("height", size.get("shortest_edge"))
-        if not isinstance(size, int):
-            raise CheckpointError(f"{self.vision_folder / 'preprocessor_config.json'}: no crop_size or size")
-        return size
+        return side_of(self.preprocessor, self.vision_folder / "preprocessor_config.json", self.squares)
 
     @property
-    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def squares(self) -> bool:
+        """Whether images are padded to a square, or sized as the encoder wants them, rather than cropped."""
+        return self.config.get("image_aspect_ratio") in ("pad", "any")
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Mean and standard deviation of each channel, of pixels from 0 to 1; CLIP's where the preprocessor has none,
         as in the original."""
-        image = self.preprocessor
-        return tuple(image.get("image_mean", OPENAI_CLIP_MEAN)), tuple(image.get("image_std", OPENAI_CLIP_STD))
+        return pixel_statistics(self.preprocessor, self.vision_folder / "preprocessor_config.json")
 
     @property
     def projector_type(self) -> str:

@@ -190,11 +190,18 @@ def test_resolution_is_the_configured_one_above_256(resolution: int | None, expe
     assert Checkpoint.open(folder).resolution == expected
 
 
-@pytest.mark.parametrize("size", [{"crop_size": 64}, {"size": 64}, {"size": {"shortest_edge": 64}}])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"crop_size": 64, "size": 64},
+        {"crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}},
+        {"size": {"shortest_edge": 224}},  # CLIPImageProcessor crops 224 where nothing else is said
+    ],
+)
 def test_resolution_is_read_from_every_kind_of_preprocessor(size: dict, folder: Path):
     file = folder / "vision_tower" / "preprocessor_config.json"
     write_json(file, size)
-    assert Checkpoint.open(folder).resolution == 64
+    assert Checkpoint.open(folder).resolution == (224 if "crop_size" not in size else 64)
     write_json(file, {})
     message = refusal(lambda: Checkpoint.open(folder).resolution)
     assert f"{file}: no crop_size or size" in message
