@@ -66,10 +66,22 @@ class OriginalTokenizer:
         legacy = True if legacy is None else legacy
         if not legacy:
             model.normalizer_spec.add_dummy_prefix = False
-        tokens, special, named = _added_tokens(files, {piece.piece: i for i, piece in enumerate(model.pieces)})
+        try:
+            tokens, special, named = _added_tokens(files, {piece.piece: i for i, piece in enumerate(model.pieces)})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise TokenizerError(
+                f"{files.folder}: added tokens cannot be read from tokenizer_config.json, special_tokens_map.json and "
+                f"added_tokens.json: {type(error).__name__}: {error}"
+            ) from error
+        try:
+            processor = SentencePieceProcessor(model_proto=model.SerializeToString())
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter where its own message is no text
+            raise TokenizerError(
+                f"{files.folder / SENTENCEPIECE_FILE}: cannot be read as a SentencePiece model: {error}"
+            ) from None
         return cls(
             model,
-            SentencePieceProcessor(model_proto=model.SerializeToString()),
+            processor,
             legacy,
             bool(config.get("add_prefix_space", True)),
             named["bos_token"] if config.get("add_bos_token", True) else None,

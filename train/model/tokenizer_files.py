@@ -50,7 +50,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{file}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{file}: expected a JSON object, found {type(content).__name__}")

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaConfig
 
@@ -40,6 +41,18 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
+# Of LLaVA's keys in config.json, and of the encoder's; transformers checks Llama's
+TYPES = {
+    "mm_vision_resolution": int | None,
+    "mm_vision_tower": str | None,
+    "mm_projector_type": str,
+    "mm_vision_select_layer": int | None,
+    "mm_use_im_start_end": bool | None,
+    "image_aspect_ratio": str | None,
+    "conversation_template": str,
+    "conversation_system": str,
+}
+VISION_TYPES = dict.fromkeys(("layer_scale_init_value", "drop_path_rate", "norm_eps"), int | float)
 PROJECTOR = "model.mm_projector."
 TOWER = "model.vision_tower."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -72,6 +85,7 @@ class Checkpoint:
                 f"{folder / 'config.json'}: model_type is {kind!r}, expected 'llava_llama': give a checkpoint in the "
                 "layout that ConvLLaVA was released in"
             )
+        _check_types(config, TYPES, folder / "config.json")
         vision_folder = _find_vision_folder(folder, config)
         file = vision_folder / "preprocessor_config.json"
         checkpoint = cls(folder, vision_folder, config, read_json(vision_folder / "config.json"), read_json(file))
@@ -91,6 +105,10 @@ class Checkpoint:
         for key, value in fixed.items():
             if (found := vision.get(key, value)) != value:
                 raise CheckpointError(f"{file}: {key} is {found!r}, expected {value!r}: no other encoder is supported")
+        _check_types(vision, VISION_TYPES, file)
+        for key in ("depths", "hidden_sizes"):
+            if key in vision and not _is_counts(vision[key]):
+                raise CheckpointError(f"{file}: {key} is {vision[key]!r}, expected a list of whole numbers above 0")
         try:
             if (stages := vision.get("num_stages", len(vision["depths"]))) != len(vision["depths"]):
                 raise ValueError(f"num_stages is {stages}, but depths are {vision['depths']}")
@@ -205,6 +223,20 @@ def folder_or_hub(source: str) -> Path:
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{source}: no such folder, and the Hub gave none: {reason}") from error
+
+
+def _check_types(content: dict, types: dict[str, Any], file: Path) -> None:
+    for key, kind in types.items():
+        value = content.get(key)
+        if key in content and (
+            not isinstance(value, kind) or (isinstance(value, bool) and key != "mm_use_im_start_end")
+        ):
+            expected = getattr(kind, "__name__", str(kind))
+            raise CheckpointError(f"{file}: {key} is {value!r}, expected {expected}")
+
+
+def _is_counts(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(type(value) is int and value > 0 for value in values)
 
 
 def refuse_parts(folder: Path) -> None:

@@ -83,7 +83,7 @@ def check_finite(*sources: Iterable[StoredTensor]) -> None:
     """
     first, others = "", 0
     for item in itertools.chain(*sources):
-        tensor = item.tensor
+        tensor = item.tensor.half() if item.tensor.element_size() == 1 else item.tensor  # float8 has no aminmax
         if not tensor.is_floating_point() or not tensor.numel() or all(v.isfinite() for v in tensor.aminmax()):
             continue
         if first:

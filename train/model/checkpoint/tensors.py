@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ def _shards(index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: no weight_map from keys to files, expected the index of a sharded checkpoint")
+    for key, name in weight_map.items():
+        if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+            raise CheckpointError(f"{index}: {key} lies in {name!r}, expected the name of a file beside the index")
     return {key: index.parent / name for key, name in weight_map.items()}
 
 
@@ -93,7 +97,9 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 def _read_bin(file: Path) -> dict[str, Tensor]:
     """A torch.save archive of tensors; anything else a pickle may hold is refused (`weights_only`)."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except Exception as error:
         # torch's own words on a pickle tell how to run its code after all
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
@@ -125,7 +131,7 @@ def read_json(file: Path) -> dict:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file, expected a checkpoint's configuration") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: expected a JSON object")

@@ -325,7 +325,7 @@ def test_other_models_are_refused(model_type: str, folder: Path):
         ({"num_stages": 4}, "num_stages is 4, but depths are [1, 1, 2, 1, 2]"),
         ({"depths": ...}, "no key 'depths'"),
         ({"hidden_sizes": WIDTHS[:4]}, "a depth and a width each"),
-        ({"hidden_sizes": None}, "NoneType"),
+        ({"hidden_sizes": None}, "hidden_sizes is None, expected a list of whole numbers above 0"),
     ],
 )
 def test_other_encoders_are_refused(change: dict, told: str, folder: Path):
