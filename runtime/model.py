@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,7 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.types import ImageSource, Options, Piece, Result, Timings, Trace
 
 Images = ImageSource | Sequence[ImageSource]
+SINGLE_IMAGES = (str, PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Image)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class Model:
 
     def open_images(self, images: Images, options: Options) -> list[ImageInput]:
         """Images opened and sized. Raises UserError as `ImageInput`."""
-        several = [images] if isinstance(images, str | bytes | PathLike | Image.Image) else images
+        single = isinstance(images, SINGLE_IMAGES) or hasattr(images, "read")
+        several = cast(Sequence[ImageSource], [images] if single else images)
         return [ImageInput(image, self.bundle.image, options) for image in several]
 
 

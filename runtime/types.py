@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from runtime.errors import UserError
 
-ImageSource = str | PathLike[str] | bytes | Image.Image
+# A path, the content of a file, a file opened for reading bytes, uint8 [H, W, 3] red first, or a Pillow image
+ImageSource = str | PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,22 @@ from PIL import ExifTags, Image
 
 from runtime.errors import UserError
 from runtime.image.limits import check_structure
+from runtime.types import ImageSource
 
 # Largest image that is decoded: the size at which Pillow refuses by default. In memory, 4 bytes a pixel: 683 MiB.
 MAX_PIXELS = 178_956_970
 # Opening untrusted bytes must neither start a program (EPS runs Ghostscript) nor open whatever a wrapper holds (IPTC).
 _REFUSED_FORMATS = frozenset({"EPS", "IPTC"})
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_OTHER_FORMATS = {
+    b"%PDF": "a PDF document",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML document, perhaps an SVG drawing",
+    b"\0\0\0\x0cJXL ": "a JPEG XL image",
+    b"\xff\x0a": "a JPEG XL image",
+    b"\x1a\x45\xdf\xa3": "a video (WebM)",
+    b"%!PS": "a PostScript document",
+}
 # What Pillow's plugins raise to say "not mine"; anything else means "mine, but broken".
 _NOT_IDENTIFIED = (SyntaxError, IndexError, TypeError, struct.error)
 # What undoes each EXIF orientation; 1 and invalid values need nothing.
@@ -47,13 +58,14 @@ _TIFF_WHITE_IS_ZERO, _TIFF_UNSIGNED = 0, 1  # values of the last two
 
 
 def open_image(
-    source: str | os.PathLike[str] | bytes | Image.Image,
+    source: ImageSource,
     max_pixels: int = MAX_PIXELS,
     formats: Collection[str] | None = None,
 ) -> Image.Image:
     """Decode an image as a viewer would show it.
 
-    source: a path, the bytes of an image file, or a Pillow image (which is loaded, but otherwise left as it is).
+    source: a path, the bytes of an image file, such a file opened for reading, an array uint8 [H, W, 3] (red first) or
+    [H, W], or a Pillow image (which is loaded, but otherwise left as it is).
     max_pixels: the largest width * height to decode; a larger image is refused once its header has been read, a larger
     icon (ICO, ICNS) once Pillow has decoded it, within MAX_PIXELS.
     formats: Pillow's names of those that are taken, from a path or bytes; None: all that are safe to open.
@@ -70,13 +82,15 @@ def open_image(
       applied: the models were trained without.
 
     Raises UserError, one line that names the file (or "image data", or "image"), if there is no such file, or it is
-    empty, not an image, truncated, corrupt, without pixels or larger than `max_pixels`.
+    empty, not an image, truncated, corrupt, without pixels or larger than `max_pixels`, and for another kind of source.
     """
+    if isinstance(source, np.ndarray):
+        source = _of_array(source)
     if isinstance(source, Image.Image):
         with _damage_as_user_error("image"):
             return _decode(source, "image", max_pixels)
-    if isinstance(source, bytes):
-        return _open_stream(BytesIO(source), len(source), "image data", max_pixels, formats)
+    if not isinstance(source, str | os.PathLike):
+        return _open_content(source, max_pixels, formats)
     path = os.fsdecode(source)
     name = path if path.isprintable() else repr(path)
     try:
@@ -92,6 +106,23 @@ def open_image(
         raise UserError(f"{name}: {error.strerror or error}") from error
     except ValueError as error:  # no file system takes such a path: it has a null byte, for one
         raise UserError(f"{name}: not a path ({error})") from error
+
+
+def _of_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+        found = f"{pixels.dtype} {list(pixels.shape)}"
+        raise UserError(f"image: an array of {found}; expected uint8 [height, width, 3], red first")
+    return Image.fromarray(pixels)
+
+
+def _open_content(source: Any, max_pixels: int, formats: Collection[str] | None) -> Image.Image:
+    """The content of a file, or a file opened for reading."""
+    content = source.read() if hasattr(source, "read") else source
+    if not isinstance(content, bytes | bytearray | memoryview):
+        found = type(content).__name__ if content is source else f"a file of {type(content).__name__}"
+        raise UserError(f"image: {found} is none; expected a path, bytes, a file opened with 'rb' or an array")
+    stream = BytesIO(cast(bytes, content))
+    return _open_stream(stream, stream.getbuffer().nbytes, "image data", max_pixels, formats)
 
 
 def _open_stream(
@@ -149,7 +180,15 @@ def _identify(stream: BinaryIO, name: str, formats: Collection[str] | None) -> I
     if suspicion:
         raise UserError(f"{name}: unsupported, truncated or corrupt image ({suspicion})")
     usual = "PNG, JPEG, WebP, GIF, TIFF, BMP or another format Pillow reads"
-    raise UserError(f"{name}: not an image; expected {usual if formats is None else ', '.join(formats)}")
+    what = f"{known}, which is not supported" if (known := _known_format(prefix)) else "not an image"
+    raise UserError(f"{name}: {what}; expected {usual if formats is None else ', '.join(formats)}")
+
+
+def _known_format(prefix: bytes) -> str | None:
+    """Names what begins with these 16 bytes, of formats that people send and nobody here opens."""
+    if prefix[4:8] == b"ftyp":
+        return "a HEIC image" if prefix[8:12] in _HEIC_BRANDS else "a video (MP4)"
+    return next((name for start, name in _OTHER_FORMATS.items() if prefix.lstrip().startswith(start)), None)
 
 
 def _formats() -> Iterator[str]:

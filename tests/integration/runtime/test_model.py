@@ -1,7 +1,10 @@
 """The model: prompts of several images, chats, and many questions about the same images."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 import runtime
 import runtime.image.decode
@@ -245,3 +248,16 @@ def test_a_question_that_fails_does_not_harm_the_next(model, picture, monkeypatc
             list(questions.ask("And is this what it was?"))
     *_, again = questions.ask("What is this?")
     assert again.result.token_ids == first.result.token_ids
+
+
+def test_one_image_may_come_in_any_form(model):
+    """Its content, an open file, an array, a Pillow image: the same answer, alone and in a list."""
+    pixels = np.random.default_rng(3).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    answers = set()
+    for form in (pixels, file.getvalue(), bytearray(file.getvalue()), Image.fromarray(pixels)):
+        for images in (form, [form], io.BytesIO(file.getvalue())):
+            *_, last = model.generate(images, "What is it?", runtime.Options(max_new_tokens=4))
+            answers.add(tuple(last.result.token_ids))
+    assert len(answers) == 1

@@ -383,7 +383,7 @@ def test_another_method_is_refused_with_those_that_are_allowed(served):
 def test_images_in_other_formats_are_refused_before_they_are_decoded(served, form):
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, form)
-    with pytest.raises(openai.BadRequestError, match="expected PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+    with pytest.raises(openai.BadRequestError, match="expected PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF"):
         create(served, asked(QUESTION, file.getvalue()), max_tokens=1)
 
 

@@ -2,11 +2,12 @@
 
 import math
 import random
+import re
 import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -333,9 +334,14 @@ def test_grey_of_unstated_range(dtype: type, values: list, expected: list[int]):
     [
         (b"", "empty"),
         (b"hello, this is no picture at all\n", "not an image"),
-        (b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n", "not an image"),
+        (b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n", "a PDF document, which is not supported"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image, which is not supported"),
+        (b"\0\0\0\x18ftypisom\0\0\2\0isomiso2", "a video"),
+        (b"\n <svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
+        (b"\xff\x0a\xfa\x7f\x01\x90\x08\x06\x01\0", "a JPEG XL image"),
+        (b"\x1a\x45\xdf\xa3\x01\0\0\0", "a video"),
         (bytes(5000), "not an image"),
-        (encoded(noise(20, 20), "EPS"), "not an image"),  # would run Ghostscript
+        (encoded(noise(20, 20), "EPS"), "a PostScript document"),  # would run Ghostscript
         (encoded(noise(20, 20), "PNG")[:20], "truncated"),
         (encoded(noise(20, 20), "PNG")[:300], "truncated"),
         (encoded(noise(20, 20), "JPEG")[:400], "truncated"),
@@ -499,3 +505,32 @@ def test_many_threads_and_no_global_change():
             results = list(pool.map(both, list(range(len(good))) * 4))
     assert results == expected * 4
     assert state() == before
+
+
+def test_content_may_come_in_any_usual_form():
+    picture = noise(20, 30)
+    content, pixels = encoded(picture, "PNG"), np.asarray(picture)
+    for source in (bytearray(content), memoryview(content), BytesIO(content), pixels, pixels[::1, ::1]):
+        np.testing.assert_array_equal(np.asarray(open_image(source)), pixels)
+    grey = open_image(pixels[..., 0])
+    np.testing.assert_array_equal(np.asarray(grey), np.stack([pixels[..., 0]] * 3, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (5, "int is none; expected a path"),
+        (None, "NoneType is none"),
+        (StringIO("text"), "a file of str is none"),
+        (np.zeros((4, 4, 3), np.float32), "float32 [4, 4, 3]; expected uint8"),
+        (np.zeros((4, 4, 4), np.uint8), "uint8 [4, 4, 4]"),
+        (np.zeros((3, 4, 4), np.uint8), "uint8 [3, 4, 4]"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "uint8 [1, 4, 4, 3]"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (bytearray(), "is empty"),
+    ],
+)
+def test_what_is_no_image_is_told_what_is_expected(source, said):
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        open_image(source)
+    assert "\n" not in str(error.value)
