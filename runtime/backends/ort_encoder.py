@@ -5,7 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.backends.ort_session import bind_input, bind_output, input_dtype, open_session, run_options
+from runtime.backends.ort_session import (
+    FLOATS,
+    bind_input,
+    bind_output,
+    check_graph,
+    input_dtype,
+    open_session,
+    run_options,
+)
 from runtime.device.memory import Array, Cpu, Device
 from runtime.graph_io import IMAGE_EMBEDS, PIXEL_VALUES
 from runtime.image.preprocess import visual_tokens
@@ -38,6 +46,8 @@ class OnnxEncoder:
         self.device: Device = device or Cpu()
         self.batches = not isinstance(self.device, Cpu)
         self._session = open_session(file, threads, provider, self.device, channels_last=channels_last)
+        outputs = {IMAGE_EMBEDS: (FLOATS, (None, None, None))}
+        check_graph(self._session, file, {PIXEL_VALUES: (FLOATS, (None, 3, None, None))}, outputs)
         self._stride = stride
         self.dtype = np.dtype(input_dtype(self._session, PIXEL_VALUES))
         self._hidden = self._session.get_outputs()[0].shape[2]

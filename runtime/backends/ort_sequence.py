@@ -9,11 +9,31 @@ import numpy as np
 from onnxruntime import InferenceSession, IOBinding
 
 from runtime.backends.graph_sequence import GraphSequence
-from runtime.backends.ort_session import bind_input, bind_output, input_dtype, open_session, run_options
+from runtime.backends.ort_session import (
+    FLOATS,
+    INT64,
+    Contract,
+    bind_input,
+    bind_output,
+    check_graph,
+    input_dtype,
+    open_session,
+    run_options,
+)
 from runtime.bundle.manifest import DecoderPart
 from runtime.device.memory import Array, Cpu, Device
 from runtime.generate.kv_cache import KVCache
-from runtime.graph_io import ATTENTION_MASK, IMAGE_EMBEDS, INPUT_IDS, LOGITS, NEXT_TOKEN, PAST, PRESENT
+from runtime.graph_io import (
+    ATTENTION_MASK,
+    IMAGE_EMBEDS,
+    INPUT_IDS,
+    KINDS,
+    LOGITS,
+    NEXT_TOKEN,
+    PAST,
+    PRESENT,
+    cache_name,
+)
 
 # Shortest prompt (tokens) for which dequantizing to float32 matmuls beats INT8 dot products on processors without VNNI
 # (AVX2, two cores: 0.6 s either way in 4 bits, 0.75 against 1.0 s in 8)
@@ -59,6 +79,9 @@ class DecoderGraph:
         self.batch_invariant = self.kernels or part.precision not in ("int4", "int8", "w4a16")
         self.session = open_session(file, threads, provider, self.device, operators, activation_bits, cuda_graph)
         self.prefill_session = open_session(prefill, threads, provider, self.device) if prefill else None
+        check_graph(self.session, file, *_contract(part))
+        if prefill and self.prefill_session:
+            check_graph(self.prefill_session, prefill, *_contract(part))
         self.embeds_dtype = np.dtype(input_dtype(self.session, IMAGE_EMBEDS))
         hidden = next(value.shape[1] for value in self.session.get_inputs() if value.name == IMAGE_EMBEDS)
         self.no_images = self.device.zeros((0, hidden), self.embeds_dtype)
@@ -68,6 +91,20 @@ class DecoderGraph:
     def capacity(self) -> int:
         """Positions of the longest sequence."""
         return self.part.context_length
+
+
+def _contract(part: DecoderPart) -> tuple[Contract, Contract]:
+    """Inputs and outputs of a fused graph of `part`."""
+    floats = ("tensor(float)" if part.kv_dtype == "float32" else "tensor(float16)",)
+    cache = (floats, (None, part.kv_heads, None, part.head_dim))
+    past, present = (
+        {cache_name(side, layer, kind): cache for layer in range(part.layers) for kind in KINDS}
+        for side in (PAST, PRESENT)
+    )
+    rows = (None, None)
+    inputs: Contract = {INPUT_IDS: (INT64, rows), IMAGE_EMBEDS: (FLOATS, rows), ATTENTION_MASK: (INT64, rows), **past}
+    outputs: Contract = {LOGITS: (floats, (None, 1, part.vocab_size)), **present}
+    return inputs, outputs
 
 
 class OnnxSequence(GraphSequence):

@@ -1,6 +1,7 @@
 """ONNX Runtime sessions, opened and bound one way, on any provider."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,34 @@ def bind_input(binding: onnxruntime.IOBinding, name: str, array: Array, device: 
 
 def bind_output(binding: onnxruntime.IOBinding, name: str, array: Array, device: Device) -> None:
     binding.bind_output(name, device.name, 0, array.dtype.type, array.shape, pointer(array))
+
+
+FLOATS = ("tensor(float)", "tensor(float16)")
+INT64 = ("tensor(int64)",)
+Contract = Mapping[str, tuple[tuple[str, ...], tuple[int | None, ...]]]  # name -> types, and dimensions (None: any)
+
+
+def check_graph(session: onnxruntime.InferenceSession, file: Path, inputs: Contract, outputs: Contract) -> None:
+    """Compare a graph with what `runtime.graph_io` and its bundle's manifest say of it.
+
+    Raises:
+        UserError: an input or output is missing or of another type or shape, or the graph wants another input.
+    """
+    for side, values, expected in (("input", session.get_inputs(), inputs), ("output", session.get_outputs(), outputs)):
+        found = {value.name: value for value in values}
+        for name, (types, shape) in expected.items():
+            if name not in found:
+                raise UserError(f"{file}: no {side} {name!r}; it is not the graph that the manifest describes")
+            value, dims = found[name], list(found[name].shape)
+            pairs = zip(shape, dims, strict=False)
+            fits = len(dims) == len(shape) and all(a is None or not isinstance(b, int) or a == b for a, b in pairs)
+            if value.type not in types or not fits:
+                raise UserError(
+                    f"{file}: {side} {name!r} is {value.type} {dims}, expected {' or '.join(types)} {list(shape)}; "
+                    "it is not the graph that the manifest describes"
+                )
+        if side == "input" and (others := sorted(found.keys() - expected.keys())):
+            raise UserError(f"{file}: unknown input {others[0]!r}; it is not the graph that the manifest describes")
 
 
 def input_dtype(session: onnxruntime.InferenceSession, name: str) -> type[np.floating]:
