@@ -138,6 +138,10 @@ class ChatService:
             self._ignored.add(name)
             logger.warning("the field %r of requests has no effect", name)
 
+    def start(self) -> None:
+        """Start the processes that open images, which the first image would wait for."""
+        self._images.start()
+
     def close(self) -> None:
         """End the processes that prepare requests; there may be none any more."""
         self._images.close()

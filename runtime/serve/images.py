@@ -66,6 +66,9 @@ class ImageOpener:
         self._rule, self._cache = rule, cache
         self._seen: OrderedDict[bytes, tuple[Hashable, int]] = OrderedDict()  # digest of a file -> key, tokens
 
+    def start(self) -> None:
+        self._sandbox.start()
+
     def close(self) -> None:
         self._sandbox.close()
 

@@ -64,6 +64,11 @@ class Sandbox:
         self._threads = ThreadPoolExecutor(count, job)  # each waits for a process
         self._idle: deque[subprocess.Popen[bytes]] = deque()
 
+    def start(self) -> None:
+        """Start its processes before there are jobs."""
+        for _ in range(self.count):
+            self._idle.append(self._started())
+
     async def run(self, content: bytes) -> tuple[dict[str, Any], bytes]:
         """Run one job; whoever is cancelled while waiting for it ends it.
 

@@ -106,7 +106,9 @@ class Settings(BaseModel):
         )
         scheduler.start()
         hosts = listed(self.allow_remote_images)
-        return ChatService(model, scheduler, self.limits, Fetcher(hosts, self.max_image_bytes) if hosts else None)
+        service = ChatService(model, scheduler, self.limits, Fetcher(hosts, self.max_image_bytes) if hosts else None)
+        service.start()
+        return service
 
 
 def listed(value: str) -> tuple[str, ...]:

@@ -80,6 +80,15 @@ def test_who_waits_no_longer_ends_the_job_and_those_that_wait_go_on(tmp_path):
     asyncio.run(scene())
 
 
+def test_processes_that_were_started_before_take_the_jobs():
+    box = sandbox(count=2)
+    box.start()
+    started = {process.pid for process in box._idle}
+    assert len(started) == 2
+    assert {run(box, b"echo 1")[0]["pid"] for _ in range(3)} <= started
+    box.close()
+
+
 def test_a_process_ends_with_its_sandbox():
     box = sandbox()
     pid = run(box, b"echo 1")[0]["pid"]
