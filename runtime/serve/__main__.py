@@ -62,6 +62,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--max-image-bytes", type=int, metavar="N", help="default: 20 MiB; a body may have 64 MiB, or what one needs"
     )
     settings.add_argument("--max-image-pixels", type=int, metavar="N", help="default: 50 million")
+    settings.add_argument(
+        "--image-cache-bytes", type=int, metavar="N", help="of embeddings of images seen before; default: 256 MiB"
+    )
     settings.add_argument("--max-output", type=int, metavar="N", help="new tokens of an answer; default: 4096")
     settings.add_argument("--timeout", type=float, metavar="S", help="seconds that a request may take; default: 300")
     settings.add_argument("--encoder", choices=ENCODERS, help="default: auto")

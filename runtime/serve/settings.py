@@ -3,11 +3,12 @@
 import re
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from runtime.backends.select import MAX_THREADS, Backends
 from runtime.demo import demo_bundle
 from runtime.errors import UserError
+from runtime.image.embedding_cache import DEFAULT_BYTES
 from runtime.model import Model, load
 from runtime.serve.chat import ChatService
 from runtime.serve.limits import Limits
@@ -21,8 +22,8 @@ from runtime.serve.vision_worker import ENCODER_NICE
 class Settings(BaseModel):
     """bundle: None for the demo model's. max_batch: answers decoded at once. max_queue: requests that may wait.
     threads: of one operator. allow_remote_images: hosts, with commas between them. max_images: of a request.
-    max_output: new tokens of an answer. timeout: seconds that a request may take. allowed_host, cors_origin: as
-    `OriginCheck`, with commas between them."""
+    image_cache_bytes: of embeddings of images seen before. max_output: new tokens of an answer. timeout: seconds that a
+    request may take. allowed_host, cors_origin: as `OriginCheck`, with commas between them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,6 +40,7 @@ class Settings(BaseModel):
     max_images: PositiveInt = Limits.images
     max_image_bytes: PositiveInt = Limits.image_bytes
     max_image_pixels: PositiveInt = Limits.image_pixels
+    image_cache_bytes: NonNegativeInt = DEFAULT_BYTES
     max_output: PositiveInt = Limits.output_tokens
     timeout: float = Field(default=Limits.seconds, gt=0, allow_inf_nan=False)
     allowed_host: str = ""
@@ -97,6 +99,7 @@ class Settings(BaseModel):
             backends=Backends(
                 self.encoder, self.decoder, self.provider, self.encoder_precision, self.threads, ENCODER_NICE
             ),
+            cache_bytes=self.image_cache_bytes,
         )
 
     def service(self, model: Model, metrics: Metrics | None = None) -> ChatService:
