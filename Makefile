@@ -83,7 +83,7 @@ $(PEERS)/llama.cpp/.installed:
 
 $(PEERS)/locust/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(LOCUST)
+	$(@D)/bin/python -m pip install --quiet $(LOCUST) $$(grep '^openai==' constraints.txt)
 	touch $@
 
 # optimum-onnx wants transformers < 4.58 and what goes with it

@@ -50,12 +50,13 @@ SCHEMA = {"type": "array", "items": ITEM, "minItems": TOKENS}  # longer than an 
 class Server:
     """`python -m runtime.serve` as a user starts it."""
 
-    def __init__(self, bundle: str | None, batch: int):
+    def __init__(self, bundle: str | None, batch: int, *options: object):
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         command = [sys.executable, "-m", "runtime.serve", "--port", self.url.rpartition(":")[2]]
         command += ["--max-batch", str(batch), "--max-queue", "1000", *(["--bundle", bundle] if bundle else [])]
+        command += map(str, options)
         self._process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
         end = time.monotonic() + WAIT
         while not self._ready():
@@ -80,9 +81,10 @@ class Server:
     def client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=3600)
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """Returns its exit code; below 0 it is the signal that has ended it."""
         self._process.terminate()
-        self._process.wait()
+        return self._process.wait()
 
 
 @dataclass
