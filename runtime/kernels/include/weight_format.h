@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
 namespace convllava {
 
@@ -28,6 +29,18 @@ struct StoredMatrix {
   int zero_point(int64_t row, int64_t block) const;
   int code(int64_t row, int64_t column) const;
 };
+
+// A tensor of a graph; data null: there is none.
+template <typename T>
+struct Tensor {
+  const T* data = nullptr;
+  std::vector<int64_t> shape;
+};
+
+// The matrix that tensors hold; zeros may be none.
+// Throws KernelError for bits that the format does not have, and for shapes that do not fit together.
+StoredMatrix stored_matrix(const Tensor<uint8_t>& codes, const Tensor<float>& scales, const Tensor<uint8_t>& zeros,
+                           int64_t bits);
 
 // Bytes of a packed block's codes, and of the whole: codes, GROUP scales, GROUP offsets.
 constexpr size_t code_bytes(int bits) { return GROUP * BLOCK * bits / 8; }
@@ -61,7 +74,8 @@ struct PackedMatrix {
 };
 
 // Args: columns: K, a multiple of 32. activation_bits: 8 or 24.
-// Throws KernelError for bits, a K or a number of blocks that the format does not have.
+// Throws KernelError for bits, a K or a number of blocks that the format does not have, and for scales and offsets that
+// are not finite.
 PackedMatrix pack(const StoredMatrix& stored, int64_t columns, int activation_bits);
 
 // The code of a packed block at (lane, column); of 8 bits with its sign.

@@ -46,42 +46,27 @@ std::vector<int64_t> dims(const ort::Api& api, const ort::Value* value) {
   return found;
 }
 
+// An input that does not change; without data where there is none.
 template <typename T>
-struct Constant {
-  const T* data = nullptr;  // null where there is none
-  std::vector<int64_t> shape;
+Tensor<T> constant(const ort::Api& api, const ort::Info* info, size_t index) {
+  int is_constant = 0;
+  const ort::Value* value = nullptr;
+  check(api, api.constant(info, index, &is_constant, &value));
+  if (!is_constant || !value) return {};
+  void* memory = nullptr;
+  check(api, api.data(value, &memory));
+  return {static_cast<const T*>(memory), dims(api, value)};
+}
 
-  Constant(const ort::Api& api, const ort::Info* info, size_t index) {
-    int is_constant = 0;
-    const ort::Value* value = nullptr;
-    check(api, api.constant(info, index, &is_constant, &value));
-    if (!is_constant || !value) return;
-    shape = dims(api, value);
-    void* memory = nullptr;
-    check(api, api.data(value, &memory));
-    data = static_cast<const T*>(memory);
-  }
-  int64_t count() const {
-    int64_t count = 1;
-    for (int64_t side : shape) count *= side;
-    return count;
-  }
-};
+size_t first_input(size_t matrix) { return 1 + 3 * matrix; }
 
 PackedMatrix pack_input(const ort::Api& api, const ort::Info* info, int matrix, int activation_bits) {
   int64_t columns = 0, bits = 0;
   check(api, api.integer(info, "K", &columns));
   check(api, api.integer(info, "bits", &bits));
-  const size_t first = 1 + 3 * matrix;
-  const Constant<uint8_t> codes(api, info, first), zeros(api, info, first + 2);
-  const Constant<float> scales(api, info, first + 1);
-  if (!codes.data || !scales.data || codes.shape.size() != 3 || codes.shape[2] != BLOCK * bits / 8)
-    throw KernelError("expected constant weights [N, blocks, bytes of 32 weights] and constant scales");
-  const int64_t rows = codes.shape[0], blocks = codes.shape[1];
-  if (scales.count() != rows * blocks) throw KernelError("expected a scale for each block");
-  if (zeros.data && zeros.count() != rows * (bits == 8 ? blocks : (blocks + 1) / 2))
-    throw KernelError("expected a zero point for each block");
-  return pack({codes.data, scales.data, zeros.data, rows, blocks, static_cast<int>(bits)}, columns, activation_bits);
+  const size_t first = first_input(matrix);
+  const auto codes = constant<uint8_t>(api, info, first), zeros = constant<uint8_t>(api, info, first + 2);
+  return pack(stored_matrix(codes, constant<float>(api, info, first + 1), zeros, bits), columns, activation_bits);
 }
 
 struct Task {
@@ -105,8 +90,10 @@ class Kernel {
  public:
   Kernel(const ort::Api& api, const ort::Info* info, int matrices, int activation_bits)
       : api_(api), kernels_(chosen_kernels()) {
-    for (int matrix = 0; matrix < matrices; ++matrix)
+    for (int matrix = 0; matrix < matrices; ++matrix) {
       weights_.push_back(pack_input(api, info, matrix, activation_bits));
+      has_zeros_.push_back(constant<uint8_t>(api, info, first_input(matrix) + 2).data != nullptr);
+    }
     if (weights_[0].rows != weights_.back().rows) throw KernelError("expected two matrices of one size");
   }
 
@@ -115,6 +102,10 @@ class Kernel {
   void compute(ort::Context* context) const {
     const PackedMatrix& w = weights_[0];
     const ort::Value* input = nullptr;
+    for (size_t matrix = 0; matrix < weights_.size(); ++matrix) {  // there was no telling whether one would come
+      check(api_, api_.input(context, first_input(matrix) + 2, &input));
+      if (input && !has_zeros_[matrix]) throw KernelError("expected constant zero points");
+    }
     check(api_, api_.input(context, 0, &input));
     std::vector<int64_t> shape = dims(api_, input);
     if (shape.empty() || shape.back() != w.blocks * BLOCK) throw KernelError("expected x with K columns");
@@ -145,6 +136,7 @@ class Kernel {
   ort::Api api_;
   const KernelSet& kernels_;
   std::vector<PackedMatrix> weights_;
+  std::vector<bool> has_zeros_;
 };
 
 // Runs `call`; what it throws becomes a status of ONNX Runtime's.

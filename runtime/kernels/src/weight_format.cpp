@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <string>
 
 #include "kernel_error.h"
 
@@ -19,6 +20,17 @@ float block_offset(const StoredMatrix& stored, int64_t blocks, int64_t row, int6
   const int64_t column = blocks * BLOCK + block, its_block = column / BLOCK;  // multiplied by the mean of x's block
   const int code = stored.code(row, column) - stored.zero_point(row, its_block);
   return offset + stored.scale(row, its_block) * code / BLOCK;
+}
+
+void check_finite(const StoredMatrix& stored, int64_t blocks) {
+  for (int64_t row = 0; row < stored.rows; ++row) {
+    for (int64_t block = 0; block < stored.blocks; ++block) {
+      const float scale = stored.scale(row, block);
+      const bool is_offset_finite = block >= blocks || std::isfinite(block_offset(stored, blocks, row, block, scale));
+      if (!std::isfinite(scale) || !is_offset_finite)
+        throw KernelError("expected finite scales and offsets, found others in row " + std::to_string(row));
+    }
+  }
 }
 
 // Smallest power of two above every scale and offset, but at least 2^-100: its inverse must not be infinite.
@@ -51,12 +63,31 @@ void pack_codes(const uint8_t* in, int bits, int64_t lane, uint8_t* packed_block
 }
 
 template <typename T>
+int64_t count(const Tensor<T>& tensor) {
+  int64_t product = 1;
+  for (int64_t side : tensor.shape) product *= side;
+  return product;
+}
+
+template <typename T>
 void store_pair(uint8_t* scales, int64_t lane, T scale, T offset) {
   std::memcpy(scales + sizeof(T) * lane, &scale, sizeof(T));
   std::memcpy(scales + sizeof(T) * (GROUP + lane), &offset, sizeof(T));
 }
 
 }  // namespace
+
+StoredMatrix stored_matrix(const Tensor<uint8_t>& codes, const Tensor<float>& scales, const Tensor<uint8_t>& zeros,
+                           int64_t bits) {
+  if (bits != 4 && bits != 8) throw KernelError("expected 4 or 8 bits");
+  if (!codes.data || !scales.data || codes.shape.size() != 3 || codes.shape[2] != BLOCK * bits / 8)
+    throw KernelError("expected constant weights [N, blocks, bytes of 32 weights] and constant scales");
+  const int64_t rows = codes.shape[0], blocks = codes.shape[1];
+  if (count(scales) != rows * blocks) throw KernelError("expected a scale for each block");
+  if (zeros.data && count(zeros) != rows * (bits == 8 ? blocks : (blocks + 1) / 2))
+    throw KernelError("expected a zero point for each block");
+  return {codes.data, scales.data, zeros.data, rows, blocks, static_cast<int>(bits)};
+}
 
 int StoredMatrix::zero_point(int64_t row, int64_t block) const {
   if (!zeros) return bits == 8 ? 128 : 8;
@@ -78,8 +109,9 @@ PackedMatrix pack(const StoredMatrix& stored, int64_t columns, int activation_bi
   if ((stored.bits != 4 && stored.bits != 8) || columns <= 0 || columns % BLOCK)
     throw KernelError("expected 4 or 8 bits, and K in blocks of 32");
   const int64_t blocks = columns / BLOCK, groups = (stored.rows + GROUP - 1) / GROUP;
-  if (stored.blocks != blocks && stored.blocks != (columns + blocks + BLOCK - 1) / BLOCK)
+  if (stored.blocks != blocks && stored.blocks != blocks + (blocks + BLOCK - 1) / BLOCK)
     throw KernelError("expected as many blocks as K has, or as K and the means of its blocks");
+  check_finite(stored, blocks);
 
   const int scale_exponent = activation_bits == 24 ? 0 : largest_exponent(stored, blocks) - 14;
   const float unit = std::ldexp(1.0f, scale_exponent), per_unit = 1 / unit;

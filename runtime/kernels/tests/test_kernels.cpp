@@ -225,12 +225,98 @@ bool throws(const Call& call) {
 
 void test_malformed_weights_are_refused() {
   const Matrix stored(9, 64, 4, true, false);
-  for (int64_t columns : {-32, 0, 16, 33, 96}) EXPECT(throws([&] { pack(stored.view(), columns, 8); }));
+  const int64_t largest = std::numeric_limits<int64_t>::max();
+  for (int64_t columns : {-32L, 0L, 16L, 33L, 96L, largest - 31, -largest - 1})
+    EXPECT(throws([&] { pack(stored.view(), columns, 8); }));
   StoredMatrix two_bits = stored.view();
   two_bits.bits = 2;
   EXPECT(throws([&] { pack(two_bits, 64, 8); }));
   const Matrix none(0, 64, 4, true, false);
   EXPECT(pack(none.view(), 64, 8).groups == 0);
+}
+
+// The tensors of a stored matrix, as a graph has them.
+struct Tensors {
+  Tensor<uint8_t> codes, zeros;
+  Tensor<float> scales;
+  int64_t bits;
+
+  explicit Tensors(const Matrix& of) : bits(of.bits) {
+    codes = {of.codes.data(), {of.rows, of.blocks, BLOCK * of.bits / 8}};
+    scales = {of.scales.data(), {of.rows, of.blocks}};
+    if (!of.zeros.empty()) zeros = {of.zeros.data(), {static_cast<int64_t>(of.zeros.size())}};
+  }
+  StoredMatrix matrix() const { return stored_matrix(codes, scales, zeros, bits); }
+};
+
+void test_tensors_that_do_not_fit_together_are_refused() {
+  for (int trial = 0; trial < 200; ++trial) {
+    const Matrix stored(uniform(1, 20), BLOCK * uniform(1, 12), trial % 2 ? 8 : 4, trial / 2 % 2, trial / 4 % 2);
+    const Tensors good(stored);
+    const StoredMatrix whole = good.matrix();
+    EXPECT(whole.rows == stored.rows && whole.blocks == stored.blocks && whole.bits == stored.bits);
+    EXPECT(pack(whole, stored.columns, trial / 8 % 2 ? 24 : 8).rows == stored.rows);
+
+    for (size_t axis = 0; axis < 3; ++axis) {  // of truncated and of longer codes, scales and zero points
+      for (int64_t by : {-1, 1}) {
+        Tensors changed = good;
+        changed.codes.shape[axis] += by;
+        EXPECT(throws([&] { changed.matrix(); }));
+        if (axis == 2) continue;
+        changed = good;
+        changed.scales.shape[axis] += by;
+        EXPECT(throws([&] { changed.matrix(); }));
+        if (good.zeros.data) {
+          changed = good;
+          changed.zeros.shape[0] += by;
+          EXPECT(throws([&] { changed.matrix(); }));
+        }
+      }
+    }
+    for (int64_t bits : {0L, -4L, 2L, 16L, 12L - stored.bits, (1L << 32) + stored.bits, 1L << 62}) {
+      Tensors changed = good;
+      changed.bits = bits;
+      EXPECT(throws([&] { changed.matrix(); }));
+    }
+    for (int64_t rank : {0, 1, 2, 4}) {
+      Tensors changed = good;
+      changed.codes.shape.resize(rank, 1);
+      EXPECT(throws([&] { changed.matrix(); }));
+    }
+    Tensors changed = good;
+    changed.codes.data = nullptr;
+    EXPECT(throws([&] { changed.matrix(); }));
+    changed = good;
+    changed.scales.data = nullptr;
+    EXPECT(throws([&] { changed.matrix(); }));
+  }
+}
+
+void test_scales_that_are_not_finite_are_refused_and_others_are_bounded() {
+  const float infinity = std::numeric_limits<float>::infinity(), largest = std::numeric_limits<float>::max();
+  const KernelSets supported = supported_kernels();
+  for (int trial = 0; trial < 160; ++trial) {
+    const int bits = trial % 2 ? 8 : 4, activation_bits = trial / 2 % 2 ? 24 : 8;
+    Matrix stored(uniform(1, 20), BLOCK * uniform(1, 12), bits, trial / 4 % 2, trial / 8 % 2);
+    const size_t at = uniform(0, stored.scales.size() - 1);
+    const float before = stored.scales[at];
+    for (float value : {std::nanf(""), infinity, -infinity}) {
+      stored.scales[at] = value;
+      EXPECT(throws([&] { pack(stored.view(), stored.columns, activation_bits); }));
+    }
+    for (uint8_t& zero : stored.zeros) zero = trial / 16 % 2 ? 255 : 0;
+    const std::vector<float> x = random_rows(2, stored.columns);
+    for (float value : {0.0f, -before, 1e-45f, 1e-38f, 1e30f, -1e30f}) {  // kept, and alike on all
+      stored.scales[at] = value;
+      const PackedMatrix w = pack(stored.view(), stored.columns, activation_bits);
+      const std::vector<float> expected = gemm(REFERENCE, w, nullptr, x, 2);
+      for (int i = 0; i < supported.count; ++i) EXPECT(same_bits(gemm(*supported.sets[i], w, nullptr, x, 2), expected));
+    }
+    if (!stored.zeros.empty()) continue;
+    stored.scales[at] = largest;  // times a zero point of 8: no float
+    const bool is_mean = static_cast<int64_t>(at) % stored.blocks >= stored.columns / BLOCK;
+    if (!is_mean && bits == 4) EXPECT(throws([&] { pack(stored.view(), stored.columns, activation_bits); }));
+  }
 }
 
 }  // namespace
@@ -242,6 +328,8 @@ int main() {
   test_instruction_sets_give_the_references_bits();
   test_what_is_not_finite_stays_so();
   test_malformed_weights_are_refused();
+  test_tensors_that_do_not_fit_together_are_refused();
+  test_scales_that_are_not_finite_are_refused_and_others_are_bounded();
   const KernelSets supported = supported_kernels();
   for (int i = 0; i < supported.count; ++i) std::printf("%s ", supported.sets[i]->name);
   std::printf(failures ? "FAILED: %d\n" : "passed\n", failures);

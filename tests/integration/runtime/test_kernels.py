@@ -281,6 +281,31 @@ def test_what_does_not_fit_is_said_when_the_graph_is_opened(tmp_path):
         run(file, np.zeros((1, 32), np.float32))
 
 
+@needs_kernels
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scales_that_are_not_finite_are_refused(value, tmp_path):
+    blocks = blocks_of(16, 64, 4, True)
+    blocks.scales[3, 1] = value
+    with pytest.raises(UserError, match="finite scales and offsets, found others in row 3"):
+        session(write(tmp_path, "BlockMatMul", [blocks], 64, 4))
+
+
+@needs_kernels
+@pytest.mark.parametrize("matrix", [0, 1])
+def test_zero_points_that_are_an_input_are_refused(matrix, tmp_path):
+    """Not taken for none, which would be another matrix."""
+    file = write(tmp_path, "GatedBlockMatMul", [blocks_of(16, 64, 4, True)] * 2, 64, 4)
+    model = onnx.load(file)
+    name = f"{matrix}/zeros"
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    model.graph.initializer.remove(tensor)
+    model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.UINT8, tensor.dims))
+    onnx.save(model, file)
+    feeds = {"x": np.zeros((1, 1, 64), np.float32), name: numpy_helper.to_array(tensor)}
+    with pytest.raises(Exception, match="expected constant zero points"):
+        session(file).run(None, feeds)
+
+
 def test_inputs_that_are_no_multiple_of_a_block_are_left_to_onnx_runtime(tmp_path):
     """All or nothing: what a sequence gets would else depend on how many others there are."""
     weights = np.random.default_rng(0).standard_normal((80, 64)).astype(np.float32)
