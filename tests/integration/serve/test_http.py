@@ -81,6 +81,23 @@ def test_who_leaves_is_noticed_behind_middleware(served, monkeypatch, stream):
     assert cancelled(served) == before + 1, "3,000 tokens were not all decoded"
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_closes_half_of_the_connection_has_left(served, monkeypatch, stream):
+    slow_down(monkeypatch, served.scheduler)
+    before = cancelled(served)
+    options = {"max_tokens": 3000, "stream": stream, "ignore_eos": True}
+    body = json.dumps({"messages": asked("What?"), **options}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=WAIT) as connection:
+        connection.sendall(head.encode() + body)
+        wait_for(lambda: served.scheduler.running == 1)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert b"[DONE]" not in answer
+    wait_for(lambda: served.scheduler.running == 0)
+    assert cancelled(served) == before + 1, "3,000 tokens were not all decoded"
+
+
 def cancelled(served) -> float:
     """Requests whose clients left."""
     lines = [line for line in served.get("/metrics")[1].splitlines() if 'finish="cancelled"' in line]
