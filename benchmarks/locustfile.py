@@ -32,6 +32,7 @@ OVERSIZE = 21 << 20  # bytes, above the server's default
 NEW_IMAGES = 0.2  # of all; the others were seen before
 PATIENCE_S = 400  # more than the server gives a request
 SMALL_BUFFER = 4096  # bytes, that a slow reader's socket takes ahead
+SLOW_TOKENS, SLOW_PAUSE_S = 120, 0.1
 SCHEMA = {
     "type": "object",
     "properties": {"total": {"type": "string", "maxLength": 12}, "paid": {"type": "boolean"}},
@@ -78,7 +79,7 @@ class Attempt:
                 self.pieces.append(time.perf_counter())
             chunks.append(chunk)
             if self.is_slow:
-                time.sleep(0.1)
+                time.sleep(SLOW_PAUSE_S)
         return chunks
 
 
@@ -162,9 +163,10 @@ class Client(User):
 
         self.take(Attempt("schema beyond the limits"), send, "400")
 
-    def streamed(self, attempt: Attempt, client: openai.OpenAI) -> None:
+    def streamed(self, attempt: Attempt, client: openai.OpenAI, **options) -> None:
         def send(attempt: Attempt) -> str | None:
-            chunks = attempt.read(client.chat.completions.create(**self.body(stream=True, logprobs=True)))
+            body = self.body(stream=True, logprobs=True) | options
+            chunks = attempt.read(client.chat.completions.create(**body))
             ended = chunks and chunks[-1].choices[0].finish_reason in ("stop", "length")
             return None if ended else f"wrong: it ends with {chunks[-1:]}"
 
@@ -176,7 +178,9 @@ class Client(User):
 
     @task(2)
     def slow_reader(self) -> None:
-        self.streamed(Attempt("stream, read slowly", is_slow=True), self.slow_openai)
+        """More than sockets hold: the server has to wait for it."""
+        more = {"max_tokens": SLOW_TOKENS, "top_logprobs": 20, "extra_body": {"ignore_eos": True}}
+        self.streamed(Attempt("stream, read slowly", is_slow=True), self.slow_openai, **more)
 
     @task(4)
     def leave(self) -> None:

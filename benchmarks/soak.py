@@ -46,6 +46,13 @@ KILL_EVERY_S = 60
 STOP_TIMEOUT_S = 30  # the server's default
 DRAIN_S = 330  # a request may take 300
 AT_ONCE_S = 1  # a request begun so shortly before SIGTERM may not have reached the server
+NO_CONNECTION = (
+    "APIConnectionError",
+    "RemoteProtocolError",
+    "ReadError",
+    "ConnectionRefusedError",
+    "ConnectionResetError",
+)
 REPLICA = "SERVE_REPLICA::default#Replica#"
 
 
@@ -156,15 +163,8 @@ def terminate(locust: Locust, server: Server, seconds: float) -> tuple[list[dict
 def is_of_stop(line: dict, at: float) -> bool:
     """Whether a request was refused as one is of a server that was told to stop then, or was given up after its time
     to stop."""
-    if line["begin"] > at - AT_ONCE_S:
-        return line["said"] in (
-            "503 stopping",
-            "503",
-            "APIConnectionError",
-            "ConnectionRefusedError",
-            "ConnectionResetError",
-        )
-    return "stopping" in line["said"] and line["begin"] + line["seconds"] >= at + STOP_TIMEOUT_S
+    refused = "stopping" in line["said"] or line["said"] in NO_CONNECTION
+    return refused and (line["begin"] > at - AT_ONCE_S or line["begin"] + line["seconds"] >= at + STOP_TIMEOUT_S)
 
 
 def kill_replicas(locust: Locust, bundle: str | None, seconds: float) -> tuple[list[dict], int]:

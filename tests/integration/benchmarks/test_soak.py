@@ -55,7 +55,10 @@ def test_a_phase_without_answers_has_a_row():
         (noted("503 stopping", begin=90, seconds=15), False),  # given up before the time to stop was over
         (noted("503 stopping", begin=90, seconds=45), True),
         (noted("error stopping", begin=90, seconds=45), True),
+        (noted("RemoteProtocolError", begin=90, seconds=20), False),
+        (noted("RemoteProtocolError", begin=90, seconds=45), True),
         (noted("500 internal", begin=101), False),
+        (noted("500 internal", begin=90, seconds=45), False),
     ],
 )
 def test_what_sigterm_may_end(line, asked_for):
