@@ -35,6 +35,8 @@ class PrefixCache:
 
         Returns:
             The slot, and how many positions of the prompt it holds now.
+
+        Raises whatever the slots raise; what is held by others stays as it was.
         """
         held = [
             min(common_prefix_length(prefix.keys, keys), self._slots[slot].length)
@@ -46,6 +48,7 @@ class PrefixCache:
             self._slots[slot].rewind(held[slot])
         else:
             slot = min(idle, key=lambda slot: self._prefixes[slot].used)
+            self._prefixes[slot].keys = []  # until it is whole
             self._slots.copy(best, slot, held[best])
         self._prefixes[slot].keys = keys[: held[best]]
         return slot, held[best]

@@ -326,12 +326,23 @@ class Scheduler:
             found = next((entry for entry in self._ready if not self._grows_ahead(entry[1])), None)
             if found is None:
                 return
-            self._ready.remove(found)
             request, prompt = found
             taken = {running.slot for running in self._prefilling}
             idle = [slot for slot in range(len(self._active), len(self._slots)) if slot not in taken]
-            slot, cached = self._prefixes.place(prompt.keys[: -self._min_fed], idle)
-            self._prefilling.append(_Running(request, prompt, slot, request.submitted))
+            try:
+                slot, cached = self._prefixes.place(prompt.keys[: -self._min_fed], idle)
+            except Exception as error:
+                slot, cached, failed = idle[0], 0, error
+            else:
+                failed = None
+                self._ready.remove(found)
+                self._prefilling.append(_Running(request, prompt, slot, request.submitted))
+        if failed is not None:
+            self._forget(slot, failed)
+            with self._lock:
+                self._ready.remove(found)
+            self._fail(request, failure(failed))
+            return
         request.cached_tokens = cached
         self._callbacks.prefilled(len(prompt.keys) - cached, cached)
 
@@ -386,10 +397,17 @@ class Scheduler:
         for slot, token in enumerate(tokens):
             self._prefixes.append(slot, token)
         self._callbacks.step(len(batch))
-        logits = self._slots.logits(len(batch)) if any(one.request.needs_logits for one in batch) else None
+        needing = [running for running in batch if running.request.needs_logits]
+        logits = None
+        try:
+            logits = self._slots.logits(len(batch)) if needing else None
+        except Exception as error:
+            self._fail_running([(running, error) for running in needing])
         for slot, running in enumerate(batch):
-            needed = logits is not None and running.request.needs_logits
-            self._take(running, greedy[slot], logits[slot] if needed and logits is not None else None)
+            if running not in needing:
+                self._take(running, greedy[slot], None)
+            elif logits is not None:
+                self._take(running, greedy[slot], logits[slot])
 
     def _fed(self, tokens: list[int]) -> list[int | None] | None:
         """Feed a token to each running request; returns the argmax of each. Where that raises, fail those whose token
@@ -403,12 +421,15 @@ class Scheduler:
                     return self._slots.step(tokens)  # memory may have been short for a moment
                 except Exception:
                     failed = [(running, error) for running in self._active]
-            for running, own in failed:
-                self._forget(self._active.index(running), own)
-            for running, own in failed:
-                self._leave(running)
-                self._fail(running.request, failure(own))
+            self._fail_running(failed)
             return None
+
+    def _fail_running(self, failed: list[tuple[_Running, Exception]]) -> None:
+        for running, error in failed:
+            self._forget(self._active.index(running), error)
+        for running, error in failed:
+            self._leave(running)
+            self._fail(running.request, failure(error))
 
     def _failing_alone(self, tokens: list[int]) -> list[tuple[_Running, Exception]]:
         failed: list[tuple[_Running, Exception]] = []

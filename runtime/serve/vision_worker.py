@@ -65,7 +65,7 @@ class VisionWorker:
                 except Exception as error:
                     failed[id(request)] = failure(error)
                     if not isinstance(error, UserError):
-                        self._check_encoder(request.images[0], error)
+                        self._check_encoder(next(one for one in request.images if one.embeddings is None), error)
         self._done(requests, found, failed)
 
     def _encode(self, requests: list[Request], found: Embeddings) -> None:

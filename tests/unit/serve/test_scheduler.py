@@ -223,6 +223,69 @@ def test_a_request_that_a_graph_cannot_run_fails_alone(scheduler, poison):
     assert scheduler.accepting
 
 
+def test_an_image_that_fails_beside_a_known_one_fails_its_request_alone():
+    class Poisoned(FakeEncoder):
+        def __call__(self, images):
+            if any(pixels[0, 0, 0] == 2 for pixels in images):
+                raise RuntimeError("no memory for the convolution")
+            return super().__call__(images)
+
+    class Known(FakeImage):  # as one from the cache, it has no pixels any more
+        shape = pixel_values = property(lambda self: self.gone(), lambda self, value: None)
+
+        def gone(self):
+            raise AssertionError("only where the embeddings are known")
+
+    scheduler = scheduler_of(slots=2, encoder=Poisoned())
+    known = Known(1)
+    known.embeddings = np.array(known.rows(), np.float32)
+    wrong, right = Asked([known, FakeImage(2), 5]), Asked([known, FakeImage(3), 5])
+    scheduler.submit(wrong.request, right.request)
+    finish(scheduler)
+    assert [failed.reason for failed in wrong.wait()] == ["internal"]
+    assert right.ids() == right.expected()
+
+
+@pytest.mark.parametrize("call", ["copy", "rewind"])
+def test_a_slot_that_cannot_be_prepared_fails_the_request_alone(call, monkeypatch):
+    scheduler = scheduler_of(slots=2)
+    first = Asked([5, 6, 7, 8], limit=60 if call == "copy" else 2, eos=frozenset())
+    scheduler.submit(first.request)
+    advance(scheduler, lambda: len(first.events.queue) >= 2)
+    failing = True
+
+    def once(wanted):
+        def run(*arguments):
+            nonlocal failing
+            if failing:
+                failing = False
+                raise MemoryError
+            return wanted(*arguments)
+
+        return run
+
+    for owner in [scheduler._slots] if call == "copy" else list(scheduler._slots._slots):
+        monkeypatch.setattr(owner, call, once(getattr(owner, call)))
+    wrong, after = Asked([5, 6, 7, 8, 9, 9]), Asked([5, 6, 7, 8, 9, 10])
+    scheduler.submit(wrong.request, after.request)
+    finish(scheduler)
+    assert [failed.reason for failed in wrong.wait()] == ["internal"]
+    assert (first.ids(), after.ids()) == (first.expected(), after.expected())
+
+
+def test_logits_that_cannot_be_had_fail_those_that_need_them(monkeypatch):
+    scheduler = scheduler_of(slots=3)
+    sampled, greedy = Asked([5, 6], sampling=Sampling(temperature=1.0, seed=1), limit=20), Asked([5, 7], limit=20)
+    scheduler.submit(sampled.request, greedy.request)
+    advance(scheduler, lambda: len(scheduler._active) == 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler._slots, "logits", lambda count: [][count])
+        scheduler._advance()
+    finish(scheduler)
+    assert sampled.wait()[-1].reason == "internal"
+    assert greedy.ids() == greedy.expected()
+
+
 def test_a_receiver_or_a_grammar_that_raises_ends_its_request_alone(scheduler):
     class Broken:
         def allow(self, logits):
