@@ -92,20 +92,41 @@ class Sandbox:
             process.wait()
 
     def _run(self, job: "_Job") -> tuple[dict[str, Any], bytes]:
-        try:
-            process = self._idle.pop()
-        except IndexError:
-            process = self._started()
+        if job.ended:
+            return {}, b""  # nobody waits for it
+        found = self._tried(job)
+        if found == -signal.SIGKILL and not job.ended:  # by somebody else, or for memory that there may be by now
+            found = self._tried(job)
+        if not isinstance(found, int):
+            return found
+        if found > 0:
+            raise RuntimeError(f"a sandbox's process ends with {found}")
+        raise UserError(f"{self._what}: {WAYS_TO_END.get(-found, f'ended its process by signal {-found}')}")
+
+    def _tried(self, job: "_Job") -> tuple[dict[str, Any], bytes] | int:
+        """What the job returned, or how the process ended on it."""
+        process = self._taken()
         try:
             return job.run_in(process)
         except (OSError, EOFError):
             process.kill()
-            if (code := process.wait()) > 0:
-                raise RuntimeError(f"a sandbox's process ends with {code}") from None
-            raise UserError(f"{self._what}: {WAYS_TO_END.get(-code, f'ended its process by signal {-code}')}") from None
+            return process.wait()
         finally:
-            if process.poll() is None:
+            if job.ended:  # it may have been killed just when the job was done
+                process.kill()
+                process.wait()
+            elif process.poll() is None:
                 self._idle.append(process)
+
+    def _taken(self) -> subprocess.Popen[bytes]:
+        """One that is idle, or a new one."""
+        while True:
+            try:
+                process = self._idle.pop()
+            except IndexError:
+                return self._started()
+            if process.poll() is None:  # else somebody else has ended it
+                return process
 
     def _started(self) -> subprocess.Popen[bytes]:
         path = os.pathsep.join([str(Path(runtime.__file__).parents[1]), *filter(None, sys.path)])
@@ -121,14 +142,14 @@ class _Job:
         self._content = content
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None  # while it runs there
-        self._ended = False
+        self.ended = False  # nobody waits for it
 
     def run_in(self, process: subprocess.Popen[bytes]) -> tuple[dict[str, Any], bytes]:
         """Raises EOFError or OSError where the process has died."""
         assert process.stdin is not None and process.stdout is not None
         with self._lock:
-            if self._ended:
-                return {}, b""  # nobody waits for it
+            if self.ended:
+                return {}, b""
             self._process = process
         try:
             send(process.stdin, {}, self._content)
@@ -144,6 +165,6 @@ class _Job:
     def end(self) -> None:
         """Kill the process that runs it; it is not begun where it still waits."""
         with self._lock:
-            self._ended = True
+            self.ended = True
             if self._process is not None:
                 self._process.kill()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -59,11 +60,14 @@ def schema_job(settings: dict[str, Any]) -> Callable[[bytes], Result]:
 def main() -> None:
     (module, job), settings = sys.argv[1].split(":"), json.loads(sys.argv[2])
     memory_bytes, cpu_seconds = map(int, sys.argv[3:])
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all of a terminal or a service; the server ends this
+        signal.signal(number, signal.SIG_IGN)
     os.nice(NICE_INCREMENT)
     warnings.simplefilter("ignore")  # of Pillow, about metadata
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file is written to
-    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", closefd=False)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no result
     run: Callable[[bytes], Result] = getattr(import_module(module), job)(settings)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     while (received := receive(stdin)) is not None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from runtime.errors import UserError
@@ -16,6 +17,13 @@ def work(settings):
                 Path(argument).symlink_to("begun")  # no file may be written to
             while True:
                 pass
+        if what in ("once", "wait"):
+            begun, again = Path(argument), Path(argument).is_symlink()
+            if not again:
+                begun.symlink_to("begun")
+            while begun.is_symlink() and not again:
+                time.sleep(0.01)
+            argument = "1"
         if what == "eat":
             held = []
             while True:
@@ -26,6 +34,9 @@ def work(settings):
             raise SystemExit(3)
         if what == "refuse":
             raise UserError("not this")
+        if what == "print":
+            print("{}", flush=True)
+            os.system("echo noise")
         if what == "write":
             Path(argument).write_bytes(bytes(10))
         return {"pid": os.getpid(), **settings}, content * int(argument or 1)

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import signal
 import time
 
 import pytest
 
 from runtime.errors import UserError
-from runtime.serve.sandbox import Sandbox
+from runtime.serve.sandbox import Sandbox, _Job
 
 WAIT = 30  # seconds, that a test waits for what must come
 
@@ -97,3 +98,59 @@ def test_a_process_ends_with_its_sandbox():
     while is_running(pid) and time.monotonic() < end:
         time.sleep(0.01)
     assert not is_running(pid)
+
+
+def test_what_a_job_prints_is_no_result():
+    box = sandbox()
+    for content in (b"print 1", b"echo 1", b"print 3"):
+        assert run(box, content)[1] == content * int(content[-1:])
+
+
+def test_a_process_that_somebody_else_ends_costs_no_job(tmp_path):
+    box, begun = sandbox(cpu_seconds=1000), tmp_path / "begun"
+    pid = run(box, b"echo 1")[0]["pid"]
+    os.kill(pid, signal.SIGKILL)  # idle
+    head, content = run(box, b"echo 2")
+    assert (content, head["pid"] != pid) == (b"echo 2echo 2", True)
+
+    async def scene():
+        job = asyncio.create_task(box.run(f"once {begun}".encode()))  # ends the second time
+        while not begun.is_symlink():
+            await asyncio.sleep(0.01)
+        os.kill(head["pid"], signal.SIGKILL)
+        return await asyncio.wait_for(job, WAIT)
+
+    assert asyncio.run(scene())[0]["pid"] != head["pid"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_for_the_server_do_not_end_jobs(tmp_path, number):
+    box, begun = sandbox(cpu_seconds=1000), tmp_path / "begun"
+
+    async def scene():
+        pid = (await box.run(b"echo 1"))[0]["pid"]
+        job = asyncio.create_task(box.run(f"wait {begun}".encode()))
+        while not begun.is_symlink():
+            await asyncio.sleep(0.01)
+        os.kill(pid, number)
+        begun.unlink()
+        assert (await asyncio.wait_for(job, WAIT))[0]["pid"] == pid
+
+    asyncio.run(scene())
+
+
+def test_a_process_killed_at_the_end_of_its_job_is_not_used_again(monkeypatch):
+    box = sandbox()
+    run_in = _Job.run_in
+
+    def ended_late(job, process):
+        found = run_in(job, process)
+        if found[1] == b"echo 1":
+            process.kill()  # by `end`, when the result had come
+            job.ended = True
+        return found
+
+    monkeypatch.setattr(_Job, "run_in", ended_late)
+    for _ in range(3):
+        run(box, b"echo 1")
+        assert run(box, b"echo 2")[1] == b"echo 2echo 2"
