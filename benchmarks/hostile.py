@@ -18,8 +18,10 @@ import multiprocessing
 import os
 import random
 import re
+import struct
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
@@ -33,11 +35,12 @@ from benchmarks import record
 from benchmarks.serve import Server
 
 REQUESTS = 200
+SLOTS = 8
 TOKENS = 16  # of each answer
 PAUSE_S = 0.5  # between two questions of a measured client
 WARM_UP_MINUTES = 2
 CLIENTS = 2  # of each hostile kind
-PATIENCE_S = 60
+PATIENCE_S = 180
 ATTACKERS_NICE = 10
 
 
@@ -47,7 +50,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="default: %(default)g; more than two")
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/hostile.json")
     args = parser.parse_args()
-    server = Server(args.bundle, 8)
+    server = Server(args.bundle, SLOTS)
     try:
         rows, about = asyncio.run(measure(server, args.minutes))
     finally:
@@ -70,11 +73,14 @@ async def measure(server: Server, minutes: float) -> tuple[list[dict], dict]:
             for number in range(REQUESTS):
                 await idle[kind].take(asked(client, content(number)))
         attacked = {kind: Times() for kind in kinds}
+        large = [image(content) for content in large_pngs()]
         memory = asyncio.create_task(private_memory(server.pid))
         ours, theirs = multiprocessing.Pipe()
         attackers = multiprocessing.get_context("spawn").Process(target=attack_until_told, args=(server.url, theirs))
         attackers.start()
         end = time.monotonic() + 60 * minutes
+        # What a server may take at most of its KV cache it takes at once
+        longest = [asyncio.create_task(asked(client, [*large, text(f"Count to {slot}.")])) for slot in range(SLOTS)]
 
         async def go_on(kind: str) -> None:
             for number in itertools.count(REQUESTS):
@@ -84,6 +90,7 @@ async def measure(server: Server, minutes: float) -> tuple[list[dict], dict]:
                 await asyncio.sleep(PAUSE_S)
 
         await asyncio.gather(*(go_on(kind) for kind in kinds))
+        await asyncio.gather(*longest)
         ours.send("stop")
         statuses: Counter[str] = await asyncio.to_thread(ours.recv)
         attackers.join()
@@ -130,6 +137,18 @@ def png(pixels: np.ndarray, form: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form, **options)
     return file.getvalue()
+
+
+def large_pngs() -> list[bytes]:
+    """Of 49 million pixels each, some 50 KB."""
+    return [png(np.full((7000, 7000), shade, np.uint8)) for shade in range(8)]
+
+
+def renewed(content: bytes) -> bytes:
+    """The same picture in a PNG that was not seen before."""
+    comment = b"tEXtComment\0" + random.randbytes(8).hex().encode()
+    chunk = struct.pack(">I", len(comment) - 4) + comment + struct.pack(">I", zlib.crc32(comment))
+    return content[:33] + chunk + content[33:]  # after its header
 
 
 def body(content: list[dict], **options) -> dict:
@@ -182,7 +201,7 @@ def attack_until_told(url: str, pipe: Connection) -> None:
 
 def attacks(url: str) -> dict[str, Attack]:
     """Each sends once and says what came of it."""
-    large = [png(np.full((7000, 7000), shade, np.uint8)) for shade in range(8)]  # 49 million pixels each, 60 KB
+    large = large_pngs()
     slow = png(np.zeros((7000, 7000), np.uint8), "JPEG", progressive=True)
     last, end = slow.rindex(b"\xff\xda"), slow.rindex(b"\xff\xd9")
     scans = slow[:last] + slow[last:end] * 1000 + slow[end:]
@@ -207,7 +226,7 @@ def attacks(url: str) -> dict[str, Attack]:
     host, port = url.removeprefix("http://").split(":")
 
     async def large_images(client: httpx.AsyncClient) -> str:
-        return await asked(client, [*map(image, random.sample(large, 8)), text(f"What is {random.random()}?")])
+        return await asked(client, [*(image(renewed(one)) for one in large), text(f"What is {random.random()}?")])
 
     async def many_scans(client: httpx.AsyncClient) -> str:
         return await asked(client, [image(scans), text("What?")])
@@ -221,7 +240,7 @@ def attacks(url: str) -> dict[str, Attack]:
         return await asked(client, [text("What?")], response_format={"type": "json_schema", "json_schema": schema})
 
     async def disconnects(client: httpx.AsyncClient) -> str:
-        content = random.choice([[text("Count.")], [image(random.choice(large)), text("What?")]])
+        content = random.choice([[text("Count.")], [image(renewed(random.choice(large))), text("What?")]])
         try:
             options = {"max_tokens": 500, "stream": random.random() < 0.5}
             await client.post("/v1/chat/completions", json=body(content) | options, timeout=random.uniform(0.05, 1))

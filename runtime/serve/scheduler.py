@@ -318,13 +318,12 @@ class Scheduler:
         self._fail(request, failed)
 
     def _admit(self) -> None:
-        """Give a slot to the next request whose images are encoded; one that shares more of its prompt with a prompt
-        that is being prefilled than is cached yet waits for that."""
+        """Give a slot to the next request whose images are encoded; while others are prefilled, only to one that has
+        less to prefill than they have left."""
         with self._lock:
-            if not self._free:
-                return
-            found = next((entry for entry in self._ready if not self._grows_ahead(entry[1])), None)
-            if found is None:
+            shortest = min(map(self._left, self._prefilling), default=float("inf"))
+            found = next((entry for entry in self._ready if len(entry[1].keys) < shortest), None)
+            if found is None or not self._free:
                 return
             request, prompt = found
             taken = {running.slot for running in self._prefilling}
@@ -346,16 +345,14 @@ class Scheduler:
         request.cached_tokens = cached
         self._callbacks.prefilled(len(prompt.keys) - cached, cached)
 
-    def _grows_ahead(self, prompt: Prompt) -> bool:
-        ends = ((running.prompt.keys, self._slots[running.slot].length + 1) for running in self._prefilling)
-        return any(prompt.keys[:end] == keys[:end] for keys, end in ends)
+    def _left(self, running: _Running) -> int:
+        """Positions of its prompt that are to be prefilled."""
+        return len(running.prompt.keys) - self._slots[running.slot].length
 
     def _next_to_prefill(self) -> _Running:
-        """The oldest and the one that has least to go take turns: a short prompt does not wait for a long one."""
+        """The oldest and the one that has least left take turns: a short prompt does not wait for a long one."""
         self._oldest_first = not self._oldest_first
-        if self._oldest_first:
-            return self._prefilling[0]
-        return min(self._prefilling, key=lambda one: len(one.prompt.keys) - self._slots[one.slot].length)
+        return self._prefilling[0] if self._oldest_first else min(self._prefilling, key=self._left)
 
     def _prefill_chunk(self, running: _Running) -> None:
         request, sequence, length = running.request, self._slots[running.slot], len(running.prompt.keys)

@@ -386,6 +386,24 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
     assert [one.ids() for one in long] == [one.expected() for one in long]
 
 
+def test_long_prompts_leave_slots_for_short_ones():
+    scheduler = scheduler_of(slots=2, decoder=FakeDecoder(1000), queue_size=8)
+    long = [Asked([token] * (8 * CHUNK), limit=2) for token in (6, 7, 8)]
+    scheduler.submit(*(one.request for one in long))
+    for _ in range(3):
+        scheduler._advance()
+    assert (scheduler.running, scheduler.waiting) == (1, 2)
+    for token in (20, 21, 22):
+        short = Asked([5, token], limit=1)
+        scheduler.submit(short.request)
+        for _ in range(2):
+            scheduler._advance()
+        assert short.ids() == short.expected()
+    assert all(one.events.empty() for one in long)
+    finish(scheduler)
+    assert [one.ids() for one in long] == [one.expected() for one in long]
+
+
 def test_equal_prompts_are_prefilled_once():
     scheduler = scheduler_of(slots=3)
     equal = [Asked([6] * (3 * CHUNK), limit=2) for _ in range(2)]
