@@ -65,14 +65,14 @@ def test_who_leaves_is_noticed_behind_middleware(served, monkeypatch, stream):
     slow_down(monkeypatch, served.scheduler)
     before = cancelled(served)
     impatient = openai.OpenAI(
-        base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=0.5, default_headers={"Origin": ORIGIN}
+        base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=3, default_headers={"Origin": ORIGIN}
     )
     options = {"max_tokens": 3000, "stream": stream, "extra_body": {"ignore_eos": True}}
     name = impatient.models.list().data[0].id
     if stream:
         answer = impatient.chat.completions.create(model=name, messages=asked("What?"), **options)
         next(iter(answer))
-        assert served.scheduler.running == 1
+        wait_for(lambda: served.scheduler.running == 1)
         answer.close()
     else:
         with pytest.raises(openai.APITimeoutError):
