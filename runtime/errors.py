@@ -10,6 +10,10 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str):
+        # Other libraries' messages and names out of files, which many quote, may hold line breaks
+        super().__init__(" ".join(message.splitlines()))
+
 
 class InvalidLogitsError(UserError):
     """The decoder returned NaN or Inf logits, as where values grew beyond float16."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from export.bundle import image_rule, prompt_template
 from export.cli import choose_resolution
@@ -50,6 +51,7 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict:
         header({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, data=12),
         header({"a": entry("F32", [2], 8, 0)}, data=8),
         header({"a": entry("Q4", [2], 0, 8)}, data=8),
+        header({"a": entry("F3\n2", [2], 0, 8)}, data=8),
         header({"a": entry("F32", [2], 0, 8)}, data=4),
         header({"a": entry("F32", [3], 0, 8)}, data=8),
         header({"a": entry("F32", [1 << 40, 1 << 40], 0, 8)}, data=8),
@@ -63,7 +65,7 @@ def test_safetensors_with_a_header_that_cannot_be(content: bytes, folder: Path, 
     file = folder / "model.safetensors"
     file.write_bytes(content)
     message = refusal(lambda: read_all(folder))
-    assert message.startswith(f"{file}: cannot be read as safetensors: ")
+    assert message.startswith(f"{file}: cannot be read as safetensors: ") and "\n" not in message
     done = run_main("export.bundle", "--checkpoint", folder, "--out", tmp_path / "out")
     assert_one_line_error(done, file)
 
@@ -213,6 +215,36 @@ def test_garbage_is_no_sentencepiece_model(content: bytes, conformance: Path, tm
         with pytest.raises(UserError, match=r"tokenizer\.model: (cannot be read|not supported)") as error:
             read(folder)
         assert "\n" not in str(error.value)
+
+
+def not_utf8(model: ModelProto) -> bytes:
+    piece = next(piece for piece in model.pieces if piece.type == piece.NORMAL)
+    piece.piece = "~~~~"
+    return model.SerializeToString().replace(b"~~~~", b"\xff" * 4)
+
+
+def without_normal_pieces(model: ModelProto) -> bytes:
+    kept = [piece for piece in model.pieces if piece.type != piece.NORMAL]
+    del model.pieces[:]
+    model.pieces.extend(kept)
+    return model.SerializeToString()
+
+
+def with_charsmap(model: ModelProto) -> bytes:
+    model.normalizer_spec.precompiled_charsmap = struct.pack("<II", 1 << 10, 0) + bytes(2048)
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("damage", [not_utf8, without_normal_pieces, with_charsmap])
+@pytest.mark.parametrize("kind", [TrainerSpec.BPE, TrainerSpec.UNIGRAM])
+def test_a_sentencepiece_model_that_cannot_be_used(damage: Callable, kind: int, conformance: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(conformance / "checkpoint", tmp_path / "checkpoint"))
+    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    model.trainer_spec.model_type = kind
+    (folder / "tokenizer.model").write_bytes(damage(model))
+    with pytest.raises(UserError, match=r"tokenizer\.model: (cannot be|not supported)") as error:
+        export_tokenizer(folder, tmp_path / "out")
+    assert "\n" not in str(error.value)
 
 
 def test_float8_weights_are_looked_at(folder: Path):
