@@ -1,4 +1,4 @@
-# make demo | setup | lint | audit | test | test-all | test-release | test-gpu | kernels-test | tables | peers
+# make demo | setup | lint | audit | test | test-all | test-release | test-gpu | fuzz | kernels-test | tables | peers
 # PYTHON=python3.12 chooses the interpreter of a new .venv
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ LLAMA_CPP := llama-cpp-python==0.3.36
 LOCUST := locust==2.47.0
 PIP_AUDIT := pip-audit==2.10.1
 
-.PHONY: demo setup lint audit test test-all test-release test-gpu kernels-test tables peers
+.PHONY: demo setup lint audit test test-all test-release test-gpu fuzz kernels-test tables peers
 
 demo: $(VENV)/.demo
 	$(RUN) -m runtime.cli demo
@@ -58,6 +58,11 @@ test test-all test-release: setup
 test-gpu:
 	@command -v nvidia-smi > /dev/null || { echo 'make test-gpu needs a GPU: there is no nvidia-smi here' >&2; exit 2; }
 	$(PYTHON) tests/gpu/run.py
+
+# Longer than `make test-all` does, e.g. make fuzz SECONDS=3600; what it finds goes to build/fuzz
+SECONDS := 600
+fuzz: setup
+	$(RUN) -m tests.fuzz all --seconds $(SECONDS)
 
 # The kernels' C++ tests, with sanitizers. ORT_INCLUDE: a folder with onnxruntime_c_api.h, to compare ort_abi.h with it
 SANITIZED := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined

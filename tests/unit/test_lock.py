@@ -25,7 +25,8 @@ def setup_requirements() -> list[Requirement]:
     extras = re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], variables["SETUP"]).split(",")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     of_extras = [name for extra in extras for name in project["optional-dependencies"][extra]]
-    return [Requirement(name) for name in (*project["dependencies"], *of_extras)]
+    requirements = [Requirement(name) for name in (*project["dependencies"], *of_extras)]
+    return [found for found in requirements if found.marker is None or found.marker.evaluate()]
 
 
 def installed(requirements: list[Requirement]) -> dict[str, str]:
