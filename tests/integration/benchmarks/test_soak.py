@@ -66,11 +66,12 @@ def test_what_sigterm_may_end(line, asked_for):
 
 
 def test_memory_is_that_of_a_process_and_of_its_children():
-    wait = "import sys; sys.stdin.read()"
-    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{wait}']); print('there', flush=True)"
-    command = [sys.executable, "-c", f"hold = bytearray(b'1') * (64 << 20); {start}; sys.stdin.read()"]
+    child = "import sys; print(1, flush=True); sys.stdin.read()"
+    start = f"subprocess.Popen([sys.executable, '-c', '{child}'])"
+    code = f"import subprocess, sys; hold = bytearray(b'1') * (64 << 20); {start}; sys.stdin.read()"
+    command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"there\n"
+        assert process.stdout.readline() == b"1\n", "the child is there"
         assert soak.memory_of(process.pid, "RssAnon") >= 64
         assert soak.memory_of(process.pid, "VmRSS") >= soak.memory_of(process.pid, "RssAnon")
         (child,) = soak.children_of(process.pid)
