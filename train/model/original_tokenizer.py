@@ -148,6 +148,7 @@ def _read_model(file: Path) -> sentencepiece_model_pb2.ModelProto:
     unsupported = {
         "no pieces that stand for text": not any(piece.type == Piece.NORMAL for piece in model.pieces),
         "pieces that are not UTF-8": not all(isinstance(piece.piece, str) for piece in model.pieces),
+        "no unknown piece": not any(piece.type == Piece.UNKNOWN for piece in model.pieces),
         "a piece twice": len({piece.piece for piece in model.pieces}) < len(model.pieces),
         "unused pieces": any(piece.type == Piece.UNUSED for piece in model.pieces),
         "a model that is neither BPE nor Unigram": model.trainer_spec.model_type

@@ -230,12 +230,18 @@ def without_normal_pieces(model: ModelProto) -> bytes:
     return model.SerializeToString()
 
 
+def without_an_unknown_piece(model: ModelProto) -> bytes:
+    """SentencePiece itself lets it pass."""
+    next(piece for piece in model.pieces if piece.type == piece.UNKNOWN).type = model.SentencePiece.CONTROL
+    return model.SerializeToString()
+
+
 def with_charsmap(model: ModelProto) -> bytes:
     model.normalizer_spec.precompiled_charsmap = struct.pack("<II", 1 << 10, 0) + bytes(2048)
     return model.SerializeToString()
 
 
-@pytest.mark.parametrize("damage", [not_utf8, without_normal_pieces, with_charsmap])
+@pytest.mark.parametrize("damage", [not_utf8, without_normal_pieces, without_an_unknown_piece, with_charsmap])
 @pytest.mark.parametrize("kind", [TrainerSpec.BPE, TrainerSpec.UNIGRAM])
 def test_a_sentencepiece_model_that_cannot_be_used(damage: Callable, kind: int, conformance: Path, tmp_path: Path):
     folder = Path(shutil.copytree(conformance / "checkpoint", tmp_path / "checkpoint"))
