@@ -42,7 +42,7 @@ MAX_JSON_ITEMS = 1 << 18  # of a body, about; so many take a tenth of a second t
 IMAGE_CPU_SECONDS = 10  # an image of 50 million pixels takes 1 to 2
 MAX_WAITING_PIXEL_BYTES = 1 << 30  # of sized images that wait for the encoder
 SCHEMA_JOB = "runtime.serve.sandbox_worker:schema_job"
-SCHEMA_CPU_SECONDS, SCHEMA_BYTES = 2, 1 << 30  # for compiling one
+SCHEMA_CPU_SECONDS, SCHEMA_BYTES = 1, 1 << 26  # for compiling one, which then stays in memory
 
 
 @dataclass(frozen=True)

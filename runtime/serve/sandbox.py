@@ -55,7 +55,7 @@ class Sandbox:
             job: what they do, `module:function`; see those of `sandbox_worker`.
             settings: for all jobs, JSON.
             count: how many run at once; other jobs wait, first come, first served.
-            memory_bytes: that one may have as private memory.
+            memory_bytes: private memory that a job may take beside what its process has from the start.
             cpu_seconds: processor time of one job.
         """
         self._command = [sys.executable, "-P", "-m", "runtime.serve.sandbox_worker"]

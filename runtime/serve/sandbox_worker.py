@@ -57,6 +57,13 @@ def schema_job(settings: dict[str, Any]) -> Callable[[bytes], Result]:
     return run
 
 
+def own_memory() -> int:
+    """Private memory of this process as RLIMIT_DATA counts it, bytes; 0 where the system does not say."""
+    with suppress(FileNotFoundError), open("/proc/self/statm") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
+    return 0
+
+
 def main() -> None:
     (module, job), settings = sys.argv[1].split(":"), json.loads(sys.argv[2])
     memory_bytes, cpu_seconds = map(int, sys.argv[3:])
@@ -69,6 +76,7 @@ def main() -> None:
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", closefd=False)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no result
     run: Callable[[bytes], Result] = getattr(import_module(module), job)(settings)
+    memory_bytes += own_memory()
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     while (received := receive(stdin)) is not None:
         limit = int(time.process_time()) + 1 + cpu_seconds

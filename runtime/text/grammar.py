@@ -14,7 +14,7 @@ import numpy as np
 from runtime.errors import UserError
 
 # One space where there may be any: a model that is unsure of an answer would go on with spaces for ever
-MAX_COMPILED = 8  # schemas that are kept; the largest that a server takes have some hundred MiB
+MAX_COMPILED = 8  # schemas that are kept; the largest that a server takes have some 50 MiB
 MAX_MULTIPLE = 100_000  # of `multipleOf`, its zeros at the end aside: a third of a second
 COMPILING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

@@ -154,11 +154,16 @@ def test_a_remote_image_is_not_waited_for_by_a_client_that_has_left(model):
     server.close()
 
 
-def test_a_schema_that_explodes_is_refused_and_others_are_served_meanwhile(served):
-    schema = {
-        "type": "json_schema",
-        "json_schema": {"name": "n", "schema": {"type": "integer", "multipleOf": 10000019}},
-    }
+EXPLOSIVE = [
+    {"type": "integer", "multipleOf": 10000019},
+    {"type": "array", "items": {"type": "integer", "multipleOf": 999983}},
+    {"allOf": [{"type": "integer", "multipleOf": 997}, {"type": "integer", "multipleOf": 991}]},
+]
+
+
+@pytest.mark.parametrize("explosive", EXPLOSIVE)
+def test_a_schema_that_explodes_is_refused_and_others_are_served_meanwhile(served, explosive):
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": explosive}}
     failed = []
 
     def ask():
