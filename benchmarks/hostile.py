@@ -122,7 +122,8 @@ class Times:
     def row(self) -> dict:
         p50, p95, p100 = (round(float(np.percentile(self.seconds, p)), 3) for p in (50, 95, 100))
         count = len(self.seconds)
-        return {"requests": count, "failed": dict(self.failures), "p50_s": p50, "p95_s": p95, "longest_s": p100}
+        failures = {"failed": sum(self.failures.values()), "failures": dict(self.failures)}
+        return {"requests": count, **failures, "p50_s": p50, "p95_s": p95, "longest_s": p100}
 
 
 def text(content: str) -> dict:
