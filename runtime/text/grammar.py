@@ -1,11 +1,13 @@
 """Answers that follow a JSON schema: which tokens may come next, by llguidance."""
 
 import json
+import math
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +17,7 @@ from runtime.errors import UserError
 
 # One space where there may be any: a model that is unsure of an answer would go on with spaces for ever
 MAX_COMPILED = 8  # schemas that are kept; the largest that a server takes have some 50 MiB
-MAX_MULTIPLE = 100_000  # of `multipleOf`, its zeros at the end aside: a third of a second
+MAX_MULTIPLE = 100_000  # of `multipleOf`, without its point: a third of a second
 COMPILING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -121,9 +123,18 @@ def check_multiples(schema: object) -> None:
     for value in cast(list[object], schema) if isinstance(schema, list) else ():
         check_multiples(value)
     for key, value in cast(dict[str, object], schema).items() if isinstance(schema, dict) else ():
-        if key == "multipleOf" and isinstance(value, int) and int(str(value).rstrip("0") or 0) > MAX_MULTIPLE:
+        if key == "multipleOf" and type(value) in (int, float) and _has_many_states(cast(float, value)):
             raise UserError(f"a JSON schema: multipleOf {value} is not supported, at most {MAX_MULTIPLE}")
         check_multiples(value)
+
+
+def _has_many_states(multiple: float) -> bool:
+    """llguidance builds a state for each remainder, few of them where one digit has zeros after it."""
+    if not math.isfinite(multiple):
+        return False  # which is no JSON
+    _, digits, exponent = Decimal(str(multiple)).normalize().as_tuple()
+    whole = int("".join(map(str, digits))) * 10 ** max(0, int(exponent))
+    return whole > MAX_MULTIPLE and len(digits) > 1
 
 
 class JsonGrammar:

@@ -122,3 +122,25 @@ def test_what_is_no_panic_passes_through():
 
     with pytest.raises(KeyboardInterrupt):
         JsonGrammar(Interrupted()).allow(np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize("multiple", [999_983.0, 1.0000019e7, 999_910, 640_000, 123_456.5, -999_983])
+def test_a_multiple_of_many_states_is_refused_at_once(vocabulary, multiple):
+    file, tokenizer, size, _ = vocabulary
+    grammars = Grammars(file, size, tokenizer.eos_token_ids)
+    for schema in ({"type": "number", "multipleOf": multiple}, {"items": [{"anyOf": [{"multipleOf": multiple}]}]}):
+        with pytest.raises(UserError, match=r"multipleOf .* is not supported"):
+            grammars.of_schema(schema)
+
+
+@pytest.mark.parametrize("multiple", [True, None, "7", [], float("inf"), float("nan")])
+def test_a_multiple_that_is_no_number_is_named(vocabulary, multiple):
+    file, tokenizer, size, _ = vocabulary
+    with pytest.raises(UserError, match="a JSON schema: "):
+        Grammars(file, size, tokenizer.eos_token_ids).of_schema({"type": "integer", "multipleOf": multiple})
+
+
+@pytest.mark.parametrize("multiple", [1, 7, 0.01, 12, 250, 1500, 5_000_000, 100_000, 1e5, 99_991])
+def test_usual_multiples_are_taken(vocabulary, multiple):
+    file, tokenizer, size, _ = vocabulary
+    Grammars(file, size, tokenizer.eos_token_ids).of_schema({"type": "number", "multipleOf": multiple})
