@@ -66,10 +66,12 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         async with bodies.read(request) as body:
             completion = await _unless_gone(request, service.begin(body))
+        del body  # it may be large, and does not count any more
         if completion.stream:
             return event_stream(completion.chunks(), completion.headers)
         try:
-            return JSONResponse(await _unless_gone(request, completion.whole()), headers=completion.headers)
+            whole = await _unless_gone(request, completion.whole())
+            return await asyncio.to_thread(JSONResponse, whole, headers=completion.headers)
         finally:
             completion.cancel()
 

@@ -5,10 +5,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from runtime.errors import UserError
 from runtime.generate.sampler import Sampler
@@ -36,6 +37,7 @@ from runtime.text.grammar import JsonGrammar
 
 MAX_TOKEN_CHARS = 256
 MAX_LOGGED_FIELDS = 100
+STOP_POLL_S = 0.25  # after which a request that is being prepared looks whether the scheduler stops
 MAX_FETCHES = 8  # remote images at once, of all requests
 SMALL_BODY_BYTES = 1 << 18  # what is longer waits for its like while it is parsed and tokenized
 MAX_JSON_ITEMS = 1 << 18  # of a body, about; so many take a tenth of a second to parse
@@ -106,7 +108,7 @@ class ChatService:
         try:
             async with asyncio.timeout(self.limits.seconds):
                 chat = await loop.run_in_executor(lane, _parsed, body)
-                prepared = await self._prepare(chat, lane)
+                prepared = await self._while_accepting(self._prepare(chat, lane))
         except TimeoutError as error:
             raise api_error(Failed("deadline", "the request has reached its deadline")) from error
 
@@ -130,6 +132,17 @@ class ChatService:
         with _as_api_errors(self.scheduler):
             self.scheduler.submit(*requests)
         return CompletionStream(self.model, chat, requests, events)
+
+    async def _while_accepting(self, wanted: Coroutine[Any, Any, _Prepared]) -> _Prepared:
+        """What is wanted, which is given up where the scheduler stops or crashes meanwhile."""
+        task = asyncio.create_task(wanted)
+        try:
+            while not (await asyncio.wait({task}, timeout=STOP_POLL_S))[0]:
+                with _as_api_errors(self.scheduler):
+                    self.scheduler.check_room(0)
+            return task.result()
+        finally:
+            task.cancel()
 
     def _log_ignored(self, chat: ChatRequest) -> None:
         """Each field once."""

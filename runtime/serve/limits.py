@@ -41,19 +41,22 @@ class Bodies:
         Raises ApiError for one that is too large, once so many bytes have come, or too slow, and where there is no room
         for it now; whatever `Request.stream` raises where the client goes.
         """
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             try:
                 async with asyncio.timeout(self._seconds):
                     async for piece in request.stream():
                         body += piece
+                        size += len(piece)
                         self._held += len(piece)
-                        self._check(len(body))
+                        self._check(size)
             except TimeoutError:
                 raise ApiError(408, f"the body has not come within {self._seconds:g} s", code="body_too_slow") from None
-            yield bytes(body)
+            content = bytes(body)
+            body.clear()
+            yield content
         finally:
-            self._held -= len(body)
+            self._held -= size
 
     def _check(self, size: int) -> None:
         if size > self._each:

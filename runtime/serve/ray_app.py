@@ -71,7 +71,7 @@ class Replica:
             if not completion.stream:
                 whole = await completion.whole()
                 yield {"status": 200, "stream": False, "headers": completion.headers}
-                yield json.dumps(whole)
+                yield await asyncio.to_thread(json.dumps, whole)
                 return
             pieces = completion.chunks(raising=True)
             # the roles come at once, a token when it is there
@@ -143,6 +143,7 @@ def _ingress(keys: tuple[str, ...], settings: Settings) -> serve.Deployment:
         async def chat_completions(self, request: Request) -> Response:
             async with self._bodies.read(request) as body:
                 head, pieces = await self._begin(body)
+            del body  # it may be large, and does not count any more
             if "body" in head:
                 return JSONResponse(head["body"], head["status"], head["headers"])
             if head["stream"]:

@@ -70,6 +70,9 @@ class CompletionStream:
         async for delta in self._deltas():
             if delta.logprob:
                 logprobs[delta.index].append(delta.logprob)
+        return await asyncio.to_thread(self._completion, logprobs)  # log-probabilities of many tokens take seconds
+
+    def _completion(self, logprobs: list[list[Logprob]]) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for index, answer in enumerate(self._answers):
             message = {"role": "assistant", "content": answer.text, "refusal": None}

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -262,6 +263,39 @@ def test_who_disconnects_frees_the_slot(served, monkeypatch):
         )
     wait_for(lambda: served.scheduler.running == 0)
     assert cancelled(served) == before + 2
+
+
+def test_a_body_is_let_go_when_its_request_is_prepared(served, monkeypatch):
+    slow_down(monkeypatch, served.scheduler)
+    bodies, begin = [], served.service.begin
+
+    async def kept(body):
+        completion = await begin(body)
+        bodies.append(body)
+        return completion
+
+    monkeypatch.setattr(served.service, "begin", kept)
+    waiting = threading.Thread(
+        target=create, args=(served, asked(QUESTION)), kwargs=LONG | {"stream": False, "max_tokens": 100}
+    )
+    waiting.start()
+    wait_for(lambda: served.scheduler.running == 1)
+    body = bodies.pop()
+    wait_for(lambda: sys.getrefcount(body) == 2)  # here, and the argument of the call
+    assert served.scheduler.running == 1
+    waiting.join(WAIT)
+
+
+def test_writing_a_long_answer_holds_nobody_up(served, monkeypatch):
+    """Log-probabilities of many tokens are megabytes of JSON."""
+    threads = []
+    named = served.model.tokenizer.token_bytes
+    monkeypatch.setattr(
+        served.model.tokenizer, "token_bytes", lambda token: threads.append(threading.current_thread()) or named(token)
+    )
+    answer = create(served, asked(QUESTION), max_tokens=5, logprobs=True, top_logprobs=3)
+    assert len(answer.choices[0].logprobs.content) == len(threads) / 4
+    assert served._thread not in threads
 
 
 def cancelled(served) -> float:

@@ -179,3 +179,29 @@ def test_a_schema_that_explodes_is_refused_and_others_are_served_meanwhile(serve
         time.sleep(0.01)
     assert (failed[0].status_code, failed[0].body["param"]) == (400, "response_format")
     assert served.get("/ready")[0] == 200
+
+
+@pytest.mark.parametrize("way", ["stop", "crash"])
+def test_who_is_being_prepared_is_told_that_the_engine_ends(slow_image, model, way, monkeypatch):
+    monkeypatch.setattr(chat, "IMAGE_CPU_SECONDS", 1000)
+    server = Served(model, slots=2, queue_size=8)
+    errors = []
+
+    def ask():
+        try:
+            create(server, asked("What?", slow_image))
+        except openai.APIStatusError as error:
+            errors.append((error.status_code, error.body["code"]))
+
+    waiting = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    wait_for(lambda: begun(server) == 2)
+    if way == "stop":
+        server.scheduler.stop(WAIT)
+    else:
+        server.scheduler.crashed = RuntimeError("broken")
+    for thread in waiting:
+        thread.join(WAIT)
+    assert errors == [(503, "stopping") if way == "stop" else (500, "crash")] * 2
+    server.close()

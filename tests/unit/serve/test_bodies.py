@@ -1,6 +1,7 @@
 """Bodies: whole ones come through, and what is held never grows beyond what there is room for."""
 
 import asyncio
+import tracemalloc
 
 import pytest
 from fastapi import Request
@@ -68,5 +69,17 @@ def test_together_they_have_so_much_room_and_give_it_back():
         with pytest.raises(ApiError):
             await held(bodies, sending(b"1234", b"56789"), until)
         assert await held(bodies, sending(b"87654321"), until) == b"87654321", "everything was given back"
+
+    asyncio.run(run())
+
+
+def test_what_was_read_in_pieces_is_not_kept_twice():
+    async def run():
+        bodies = Bodies(100 << 20, seconds=10)
+        tracemalloc.start()
+        async with bodies.read(sending(*[bytes(1 << 20)] * 32)) as body:
+            size, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert len(body) <= size < 1.5 * len(body)
 
     asyncio.run(run())
