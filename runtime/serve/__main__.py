@@ -144,7 +144,8 @@ def serve(
 
     to_say_so = 5  # seconds
     patience = math.ceil(stop_seconds) + to_say_so
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=patience)
+    # httptools, which uvicorn would prefer, takes headers without end
+    config = uvicorn.Config(app, http="h11", log_level="warning", timeout_graceful_shutdown=patience)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which uvicorn raises again once it has stopped
     Server(config).run(sockets=[address])
 

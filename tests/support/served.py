@@ -35,7 +35,7 @@ class Served:
         app = create_app(self.service, metrics, **options)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
+        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", http="h11"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         wait_for(lambda: self._server.started)

@@ -573,6 +573,21 @@ def test_sigterm_finishes_what_runs_and_takes_no_more(conformance_bundle):
         client.models.list()
 
 
+@pytest.mark.parametrize("begin", [b"GET /" + b"a" * 100, b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: "])
+def test_headers_without_end_are_cut_off(conformance_bundle, begin):
+    server = Process("--bundle", conformance_bundle)
+    wait_for(server.ready)
+    for more in (b"a" * 1000, b"a\r\nX-Next: " * 100):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as client:
+            client.sendall(begin)
+            with pytest.raises(OSError):
+                for _ in range(50_000):
+                    client.sendall(more)
+    assert server.ready()
+    server.process.terminate()
+    server.process.communicate(timeout=WAIT)
+
+
 def test_sigterm_tells_those_that_take_too_long(conformance_bundle):
     server = Process("--bundle", conformance_bundle, "--stop-timeout", 0.1)
     wait_for(server.ready)
