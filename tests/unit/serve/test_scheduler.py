@@ -198,13 +198,16 @@ def test_invalid_logits_fail_their_request_alone_and_leave_nothing():
     finish(scheduler)
     assert [one.wait()[0].reason for one in (broken, sampled)] == ["numbers", "numbers"]
     assert whole.ids() == whole.expected()
-    image, right = Asked([FakeImage(9), 5]), Asked([FakeImage(9), 5])
-    image.request.images[0].embeddings = np.full((3, 2), np.nan, np.float32)
-    for one in (image, right):
-        scheduler.submit(one.request)
-        finish(scheduler)
-    assert image.wait()[0].reason == "numbers"
-    assert right.ids() == right.expected()
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        image, right = Asked([FakeImage(9), 5, 5], sampling=sampling), Asked([FakeImage(9), 5, 5])
+        image.request.images[0].embeddings = np.full((3, 2), np.nan, np.float32)
+        for one in (image, right):
+            scheduler.submit(one.request)
+            finish(scheduler)
+        assert image.wait()[0].reason == "numbers"
+        assert right.ids() == right.expected()
+        assert right.request.cached_tokens == 0
+        scheduler = scheduler_of(slots=3)
 
 
 @pytest.mark.parametrize("poison", [POISON, LATE_POISON])
@@ -271,6 +274,47 @@ def test_a_slot_that_cannot_be_prepared_fails_the_request_alone(call, monkeypatc
     finish(scheduler)
     assert [failed.reason for failed in wrong.wait()] == ["internal"]
     assert (first.ids(), after.ids()) == (first.expected(), after.expected())
+    assert wrong.events.empty()
+
+
+def test_an_engine_for_other_sizes_is_not_broken():
+    class BuiltForOneSize(FakeEncoder):
+        def __call__(self, images):
+            if not images[0].any():
+                raise UserError("built for other sizes")  # what the worker tries after a failure
+            if images[0][0, 0, 0] == 2:
+                raise RuntimeError("no memory for the convolution")
+            return super().__call__(images)
+
+    scheduler = scheduler_of(slots=2, encoder=BuiltForOneSize())
+    wrong, right = Asked([FakeImage(2), 5]), Asked([FakeImage(3), 5])
+    scheduler.submit(wrong.request, right.request)
+    finish(scheduler)
+    assert wrong.wait()[0].reason == "internal"
+    assert right.ids() == right.expected()
+
+
+def test_an_image_waits_until_prompts_are_prefilled():
+    """On a CPU both take all cores."""
+    scheduler = scheduler_of(slots=2)
+    text, image = Asked([5] * (3 * CHUNK)), Asked([FakeImage(1), 5])
+    scheduler.submit(text.request)
+    scheduler._advance()
+    scheduler.submit(image.request)
+    while scheduler._prefilling:
+        assert scheduler._vision._jobs.empty()
+        scheduler._advance()
+    finish(scheduler)
+    assert (text.ids(), image.ids()) == (text.expected(), image.expected())
+
+
+def test_cached_embeddings_do_not_keep_alive_those_encoded_with_them():
+    cache, images = EmbeddingCache(), [FakeImage(seed) for seed in (1, 2, 3)]
+    scheduler = Scheduler(FakeEncoder(batches=True), FakeDecoder(), cache, 3)
+    asked = [Asked([image, 5]) for image in images]
+    scheduler.submit(*(one.request for one in asked))
+    finish(scheduler)
+    assert all(cache.get(image.key).base is None for image in images)
 
 
 def test_logits_that_cannot_be_had_fail_those_that_need_them(monkeypatch):
