@@ -156,7 +156,7 @@ class CompletionStream:
 def api_error(failed: Failed) -> ApiError:
     """What the client is told of a request that failed."""
     if failed.reason == "request":
-        return ApiError(400, str(failed), param="messages")
+        return ApiError(400, str(failed), param=failed.param)
     status = {"deadline": 504, "stopping": 503, "numbers": 500, "internal": 500, "crash": 500}[failed.reason]
     return ApiError(status, str(failed), "server_error", code=failed.reason)
 

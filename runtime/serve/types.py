@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from runtime.errors import InvalidLogitsError, UserError
 from runtime.generate.session import Generation
 from runtime.serve.images import PreparedImage
+from runtime.text.grammar import SchemaError
 
 logger = logging.getLogger("convllava.serve")
 
@@ -22,11 +23,12 @@ class Failed(Exception):
     Attributes:
         reason: `request` (the message says what is wrong with it), `deadline`, `stopping`, `numbers` (the model
             returned NaN or Inf for it), `internal` (something of ours failed for it alone) or `crash`.
+        param: the field of a `request` that is wrong.
     """
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str, param: str = "messages"):
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.param = reason, param
 
 
 def failure(error: Exception) -> Failed:
@@ -34,7 +36,7 @@ def failure(error: Exception) -> Failed:
     if isinstance(error, InvalidLogitsError):
         return Failed("numbers", str(error))
     if isinstance(error, UserError):
-        return Failed("request", str(error))
+        return Failed("request", str(error), "response_format" if isinstance(error, SchemaError) else "messages")
     logger.error("a request has failed", exc_info=error)
     return Failed("internal", f"the engine failed on this request: {type(error).__name__}")
 

@@ -21,6 +21,10 @@ MAX_MULTIPLE = 100_000  # of `multipleOf`, without its point: a third of a secon
 COMPILING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+class SchemaError(UserError):
+    """A JSON schema that cannot be followed."""
+
+
 class Grammars:
     """Makes grammars over a bundle's vocabulary. vocab_size: width of the logits.
 
@@ -115,7 +119,7 @@ def _as_user_errors() -> Generator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"a JSON schema: llguidance failed: {str(error)[:200]!r}") from error
+        raise SchemaError(f"a JSON schema: llguidance failed: {str(error)[:200]!r}") from error
 
 
 def check_multiples(schema: object) -> None:
@@ -145,11 +149,11 @@ class JsonGrammar:
 
     def allow(self, logits: np.ndarray) -> np.ndarray:
         """A copy of logits [V] with minus infinity where a token may not come; the end of the sequence may, once the
-        answer is whole. Raises UserError where the schema has become too much for llguidance."""
+        answer is whole. Raises SchemaError where the schema has become too much for llguidance."""
         with _as_user_errors():
             bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():  # it would allow the end alone
-            raise UserError(f"a JSON schema: {self._matcher.get_error().splitlines()[0]}")
+            raise SchemaError(f"a JSON schema: {self._matcher.get_error().splitlines()[0]}")
         mask = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
         allowed = logits.copy()
         allowed[: len(mask)][mask[: len(logits)] == 0] = -np.inf

@@ -354,8 +354,9 @@ def test_a_schema_that_grows_too_large_is_an_error_and_no_broken_json(served, mo
     )
     monkeypatch.setattr(served.model.grammars, "of_schema", lambda schema: JsonGrammar(matcher))
     wanted = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string"}}}
-    with pytest.raises(openai.BadRequestError, match="a JSON schema: too many expressions"):
+    with pytest.raises(openai.BadRequestError, match="a JSON schema: too many expressions") as error:
         create(served, asked(QUESTION), response_format=wanted, max_tokens=400, extra_body={"ignore_eos": True})
+    assert error.value.body["param"] == "response_format"
     assert len(asked_for) == 5
     assert served.get("/ready")[0] == 200
 

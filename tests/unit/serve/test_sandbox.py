@@ -154,3 +154,12 @@ def test_a_process_killed_at_the_end_of_its_job_is_not_used_again(monkeypatch):
     for _ in range(3):
         run(box, b"echo 1")
         assert run(box, b"echo 2")[1] == b"echo 2echo 2"
+
+
+def test_a_job_that_was_ended_just_before_it_begins_is_not_begun():
+    box = sandbox()
+    run(box, b"echo 1")
+    job = _Job(b"crash")
+    job.end()
+    assert job.run_in(box._idle[0]) == ({}, b"")
+    assert run(box, b"echo 2")[1] == b"echo 2echo 2"
