@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -153,7 +154,29 @@ def test_a_process_killed_at_the_end_of_its_job_is_not_used_again(monkeypatch):
     monkeypatch.setattr(_Job, "run_in", ended_late)
     for _ in range(3):
         run(box, b"echo 1")
+        assert not box._idle
         assert run(box, b"echo 2")[1] == b"echo 2echo 2"
+
+
+def test_processes_that_somebody_else_ends_while_they_wait_cost_no_job():
+    box = sandbox(count=3)
+
+    async def scene():
+        return [head["pid"] for head, _ in await asyncio.gather(*(box.run(b"echo 1000000") for _ in range(3)))]
+
+    pids = set(asyncio.run(scene())) | {process.pid for process in box._idle}
+    assert len(pids) == 3
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_until_dead(box)
+    assert run(box, b"echo 2")[1] == b"echo 2echo 2"
+
+
+def wait_until_dead(box):
+    end = time.monotonic() + WAIT
+    while any(Path(f"/proc/{process.pid}/stat").read_text().split()[2] != "Z" for process in box._idle):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_job_that_was_ended_just_before_it_begins_is_not_begun():
