@@ -70,8 +70,9 @@ def test_texts_and_seen_images_pass_by_an_image_that_is_slow_to_open(slow_image,
 
 
 @pytest.mark.parametrize("way", ["disconnect", "deadline"])
-def test_an_image_that_is_slow_to_open_ends_with_its_request(slow_image, model, way):
-    server = Served(model, limits=Limits(seconds=1.5 if way == "deadline" else 300))
+def test_an_image_that_is_slow_to_open_ends_with_its_request(slow_image, model, way, monkeypatch):
+    monkeypatch.setattr(chat, "IMAGE_CPU_SECONDS", 1000)
+    server = Served(model, limits=Limits(seconds=8 if way == "deadline" else 300))
     if way == "deadline":
         with pytest.raises(openai.APIStatusError) as error:
             create(server, asked("What?", slow_image))
