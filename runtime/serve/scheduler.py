@@ -1,11 +1,11 @@
 """Continuous batching: one thread prefills and decodes, one beside it encodes images. It knows nothing of text.
 
 Between two steps of the decode batch requests come and go. Prompts are prefilled in chunks of CHUNK tokens, one chunk
-between two steps, and each always in the same chunks, so that an answer does not depend on who else is there. An image
-is encoded only while no prompt is being prefilled: on a CPU both use all cores, and the answer that could begin must
-not wait for an image that comes after it. On a CPU images are encoded one request at a time, in their order: a batch of
-them takes as long as one after the other, and the first would wait for the last. On a GPU those that wait are encoded
-together, equal sizes in a batch. A request whose images are known, or that has none, does not wait for those.
+after every other step, and each always in the same chunks, so that an answer does not depend on who else is there. An
+image is encoded only while no prompt is being prefilled: on a CPU both use all cores, and the answer that could begin
+must not wait for an image that comes after it. On a CPU images are encoded one request at a time, in their order: a
+batch of them takes as long as one after the other, and the first would wait for the last. On a GPU those that wait are
+encoded together, equal sizes in a batch. A request whose images are known, or that has none, does not wait for those.
 
 A slot keeps its keys and values after its request has gone; a new request takes what it has in common with any slot.
 
@@ -35,6 +35,7 @@ from runtime.serve.vision_worker import Embeddings, VisionWorker
 logger = logging.getLogger("convllava.serve")
 
 CHUNK = 48  # tokens; with 4-bit weights and AVX2 alone a quarter of a second
+STEPS_A_CHUNK = 2  # decode steps for each chunk: one takes about a third of a chunk's time
 POLL_INTERVAL_S = 0.2  # after which an idle thread looks for deadlines
 DRAIN_POLL_S = 0.02
 MAX_ENCODE_REQUESTS = 8  # whose images are encoded together on a GPU
@@ -86,6 +87,7 @@ class Scheduler:
         self._active: list[_Running] = []  # decoding, in the slots 0, 1, ...
         self._prefilling: list[_Running] = []  # in slots after those, the oldest first
         self._oldest_first = False  # whose turn it is to be prefilled
+        self._steps = 0  # that were decoded
         self._waiting: deque[Request] = deque()  # until their images are encoded
         self._encoding: list[Request] = []  # handed to the encoder's thread, which may be with one that was dropped
         self._encoder_busy = False
@@ -231,14 +233,15 @@ class Scheduler:
                 self._wake.clear()
 
     def _advance(self) -> None:
-        """Let requests come and go, then one decode step and one prefill chunk."""
+        """Let requests come and go, then one decode step and, after every other, one prefill chunk."""
         self._drop_ended()
         self._skip_encoder()
         self._hand_to_encoder()
         self._admit()
         if self._active:
             self._step()
-        if self._prefilling:
+            self._steps += 1
+        if self._prefilling and (not self._active or self._steps % STEPS_A_CHUNK == 0):
             self._prefill_chunk(self._next_to_prefill())
 
     def _drop_ended(self) -> None:
