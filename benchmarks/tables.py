@@ -1,13 +1,15 @@
-"""Writes README's figures from the results files, between `<!-- table NAME -->` and `<!-- end -->`, and draws charts.
+"""Writes the figures of README and docs/verification.md from the results files, and draws charts.
 
     python -m benchmarks.tables [--check]
 
---check changes nothing and exits with 1 where README says something else than the files, or a chart was drawn from
+They stand between `<!-- table NAME -->` and `<!-- end -->`.
+--check changes nothing and exits with 1 where a page says something else than the files, or a chart was drawn from
 another state of its file.
 """
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,7 +17,8 @@ from pathlib import Path
 from benchmarks import charts
 from benchmarks.record import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "verification.md")
 ACCURACY = [
     ("split", "pages"),
     ("res", "resolution"),
@@ -170,6 +173,15 @@ COLUMNS = {
         ("peak_mib", "our memory, MiB"),
         ("peer_peak_mib", "theirs, MiB"),
     ],
+    "hostile": [
+        ("requests_of", "requests of"),
+        ("load", "load"),
+        ("requests", "requests"),
+        ("failed", "failed"),
+        ("p50_s", "p50, s"),
+        ("p95_s", "p95, s"),
+        ("longest_s", "longest, s"),
+    ],
     "load": [
         ("decoder", "decoder"),
         ("start", "start"),
@@ -193,9 +205,27 @@ COLUMNS = {
         ("ratio", "times as good"),
     ],
     "soak": [
+        ("phase", "phase"),
+        ("requests", "requests"),
+        ("failures", "failures"),
+        ("asked_for_failures", "failures that were asked for"),
+        ("p50_s", "p50, s"),
+        ("p99_s", "p99, s"),
+        ("longest_gap_s", "longest gap between tokens, s"),
+    ],
+    "soak.kinds": [
         ("request", "what clients do"),
         ("requests", "times"),
         ("failures", "failures"),
+        ("p50_s", "p50, s"),
+        ("p99_s", "p99, s"),
+    ],
+    "soak.memory": [
+        ("memory", "memory"),
+        ("begin_mib", "after warm-up, MiB"),
+        ("end_mib", "at the end, MiB"),
+        ("slope_percent", "slope, %"),
+        ("most_mib", "most, MiB"),
     ],
     "warm_up": [
         ("resolution", "resolution of training"),
@@ -221,9 +251,9 @@ SHOWN = {
 }
 
 
-def table(name: str) -> str:
+def table(name: str, results: str) -> str:
     """The results file as a Markdown table with its machine and command below. name: of the file; behind a dot the key
-    of its rows, if that is not `rows`."""
+    of its rows, if that is not `rows`. results: the folder that has it, from where the page is."""
     file, _, key = name.partition(".")
     content = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     keys, titles = zip(*COLUMNS[name], strict=True)
@@ -234,7 +264,7 @@ def table(name: str) -> str:
     source = (
         f"`{content['command']}`, {content['date']}, {machine['processor']}{instructions}, {machine['cores']} cores, "
         f"onnxruntime {versions['onnxruntime']}, torch {versions['torch']}; "
-        f"[results file](benchmarks/results/{file}.json)"
+        f"[results file]({results}/{file}.json)"
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{source}"
 
@@ -243,28 +273,30 @@ def _text(value: object) -> str:
     return f"{value:.1e}" if isinstance(value, float) and 0 < abs(value) < 0.01 else str(value)
 
 
-def fill(text: str) -> str:
-    """`text` with each marked place filled from its file."""
+def filled(page: Path) -> str:
+    """A page's text with each marked place filled from its file."""
+    results = os.path.relpath(RESULTS, page.parent)
     return re.sub(
         r"(<!-- table ([\w.]+) -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{table(match[2])}\n{match[3]}",
-        text,
+        lambda match: f"{match[1]}{table(match[2], results)}\n{match[3]}",
+        page.read_text(encoding="utf-8"),
         flags=re.DOTALL,
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether pages and charts are up to date")
     check = parser.parse_args().check
-    before = README.read_text(encoding="utf-8")
-    after, pictures = fill(before), list(charts.outdated())
-    if check and (before != after or pictures):
-        what = ", ".join([*(["README.md"] if before != after else []), *(picture.name for picture in pictures)])
+    pages = {page: text for page in PAGES if (text := filled(page)) != page.read_text(encoding="utf-8")}
+    pictures = list(charts.outdated())
+    if check and (pages or pictures):
+        what = ", ".join(file.name for file in (*pages, *pictures))
         print(f"not what benchmarks/results/ says: {what}; run `make tables`", file=sys.stderr)
         return 1
     if not check:
-        README.write_text(after, encoding="utf-8")
+        for page, text in pages.items():
+            page.write_text(text, encoding="utf-8")
         for picture in pictures:
             charts.draw(picture)
     return 0
