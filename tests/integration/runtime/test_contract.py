@@ -16,7 +16,7 @@ ENCODER, DECODER = "encoder/fp32.onnx", "decoder/model.onnx"
 
 @pytest.fixture
 def bundle(tmp_path) -> Path:
-    return Path(shutil.copytree(exported(), tmp_path / "bundle"))
+    return Path(shutil.copytree(exported("--res", 256), tmp_path / "bundle"))
 
 
 def edit(bundle: Path, section: str, **changes: object) -> None:
