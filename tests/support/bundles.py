@@ -15,6 +15,7 @@ SOURCES = ("export", "runtime", "train/model")  # what an export runs
 
 def exported(*options: object) -> Path:
     """The folder that `python -m export.bundle` writes with `options`. Copy it before changing it."""
+    assert options, "they name the folder"
     folder = CACHE / _version()
     name = "-".join(str(option).strip("-") for option in options)
     with _lock():
