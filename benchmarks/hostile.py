@@ -79,7 +79,7 @@ async def measure(server: Server, minutes: float) -> tuple[list[dict], dict]:
         attackers = multiprocessing.get_context("spawn").Process(target=attack_until_told, args=(server.url, theirs))
         attackers.start()
         end = time.monotonic() + 60 * minutes
-        # What a server may take at most of its KV cache it takes at once
+        # Long prompts all at once; as they share their images, they fill a few slots of the KV cache only
         longest = [asyncio.create_task(asked(client, [*large, text(f"Count to {slot}.")])) for slot in range(SLOTS)]
 
         async def go_on(kind: str) -> None:

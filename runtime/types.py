@@ -15,11 +15,11 @@ ImageSource = str | PathLike[str] | bytes | bytearray | memoryview | BinaryIO | 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token; otherwise the filters apply in transformers' order.
+    """temperature 0 takes the most probable token; otherwise the filters apply in transformers' order.
 
-    temperature: logits are divided by it. top_k: the k likeliest remain (0: all). top_p: the smallest set of likeliest
-    tokens whose probabilities reach p remains (1: all). min_p (arXiv 2407.01082): tokens with at least this fraction of
-    the likeliest one's probability remain (0: all). repetition_penalty (CTRL, arXiv 1909.05858): logits of tokens
+    temperature: logits are divided by it. top_k: the k most probable remain (0: all). top_p: the smallest set of most
+    probable tokens whose probabilities reach p remains (1: all). min_p (arXiv 2407.01082): tokens with at least this
+    fraction of the most probable one's remain (0: all). repetition_penalty (CTRL, arXiv 1909.05858): logits of tokens
     generated before are divided by it where positive and multiplied where negative, at temperature 0 too. seed: of the
     draw; None takes fresh entropy. Raises UserError for a value out of range.
     """
@@ -33,7 +33,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always the one."""
+        """Whether the most probable token is always the one."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
     @property

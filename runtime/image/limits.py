@@ -10,7 +10,7 @@ from runtime.errors import UserError
 
 # Pillow's names of what a server takes: formats that it decodes in C, and not before their size is known
 SERVED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# Each scan of a progressive JPEG goes over all of its pixels: a second or so at this limit. Encoders make 10 to 14
+# Each scan of a progressive JPEG goes over all of its pixels: a third of a second at this limit. Encoders make 10 to 14
 MAX_SCANS, MAX_SCANNED_PIXELS = 20, 1_000_000_000
 MAX_SEGMENTS = 4096  # of a JPEG; a profile or XMP is cut into some hundred at most
 MAX_FILL_BYTES = 1 << 16  # of a JPEG, between segments

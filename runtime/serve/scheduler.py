@@ -35,7 +35,7 @@ from runtime.serve.vision_worker import Embeddings, VisionWorker
 logger = logging.getLogger("convllava.serve")
 
 CHUNK = 48  # tokens; with 4-bit weights and AVX2 alone a quarter of a second
-STEPS_A_CHUNK = 2  # decode steps for each chunk: one takes about a third of a chunk's time
+STEPS_A_CHUNK = 2  # decode steps for each chunk, which takes longer than a step
 POLL_INTERVAL_S = 0.2  # after which an idle thread looks for deadlines
 DRAIN_POLL_S = 0.02
 MAX_ENCODE_REQUESTS = 8  # whose images are encoded together on a GPU

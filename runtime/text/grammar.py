@@ -15,9 +15,9 @@ import numpy as np
 
 from runtime.errors import UserError
 
-# One space where there may be any: a model that is unsure of an answer would go on with spaces for ever
-MAX_COMPILED = 8  # schemas that are kept; the largest that a server takes have some 50 MiB
+MAX_COMPILED = 8  # schemas that are kept; a server lets one take 64 MiB
 MAX_MULTIPLE = 100_000  # of `multipleOf`, without its point: a third of a second
+# One space where there may be any: a model that is unsure of an answer would go on with spaces for ever
 COMPILING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -40,10 +40,8 @@ class Grammars:
         self._compiled: OrderedDict[str, Any] = OrderedDict()  # by their texts, the oldest first
         self._lock = threading.Lock()
         try:
-            plain, slices = (
-                without_special_texts(tokenizer.read_text(encoding="utf-8")),
-                llguidance.LLTokenizer.json_slices(),
-            )
+            plain = without_special_texts(tokenizer.read_text(encoding="utf-8"))
+            slices = llguidance.LLTokenizer.json_slices()
             with _as_user_errors():
                 self._tokenizer = llguidance.LLTokenizer(plain, vocab_size, sorted(eos_token_ids), slices=slices)
         except (OSError, ValueError, RuntimeError, UserError) as error:

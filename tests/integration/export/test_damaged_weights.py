@@ -1,4 +1,4 @@
-"""Weights that are no numbers are said to be, before anything is exported."""
+"""NaN and infinite weights are named before anything is exported."""
 
 import math
 import shutil
