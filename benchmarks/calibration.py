@@ -43,7 +43,7 @@ from calib.qdq import Calibrated, measure_means
 from calib.sensitivity import depthwise_of, groups_of, nodes_of
 from export.cli import BUILD
 from export.graphs.block_formats import BLOCK
-from export.graphs.load import load_graph
+from export.graphs.load import load_graph, open_graph
 from export.graphs.matmul_nbits import quantize_weights
 from export.graphs.variants import write_kernels
 from runtime import kernels
@@ -269,7 +269,7 @@ def nncf_decoder(source: Path, target: Path, feeds: list[dict[str, np.ndarray]])
 
     with tempfile.TemporaryDirectory() as folder:
         head = Path(folder, "decoder.onnx")
-        quantize_weights(source, head, None)
+        quantize_weights(*open_graph(source), head, None)
         model = nncf.compress_weights(
             onnx.load(str(head), load_external_data=False),
             mode=nncf.CompressWeightsMode.INT4_SYM,

@@ -18,6 +18,7 @@ from calib.images import HELD_OUT, LEAST, Page, fewer_pages, find_pages, pixels_
 from calib.report import write_decoder_report
 from export.bundle_writer import new_bundle, write_manifest
 from export.graphs.block_formats import METHODS as BLOCK_METHODS
+from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import check_whole_blocks, quantize_weights
 from export.graphs.variants import write_variants
 from runtime.backends.ort_decoder import OnnxDecoder
@@ -136,9 +137,9 @@ def quantize_decoder(
     """
     check_options(precision, method)
     if method == "gptq":
-        quantize_weights(source, target, BITS[precision], "q4_1", Compensated(source, feeds))
+        quantize_weights(*open_graph(source), target, BITS[precision], "q4_1", Compensated(source, feeds))
     else:
-        quantize_weights(source, target, BITS[precision], method)
+        quantize_weights(*open_graph(source), target, BITS[precision], method)
 
 
 def prompts(bundle: Bundle, encoder: Path, pages: Iterable[Page]) -> Iterable[dict[str, np.ndarray]]:

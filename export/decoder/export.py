@@ -20,6 +20,7 @@ import onnx
 from export.decoder.genai import BUILDER, position_scale, quietly, run_builder, write_llama
 from export.decoder.llama import SMALL, llama_graph
 from export.decoder.surgery import add_next_token, merge_image_embeds
+from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import quantize_weights
 from export.graphs.mixed_precision import half_graph
 from runtime.bundle.manifest import DecoderPart
@@ -105,7 +106,7 @@ def _build_fused(checkpoint: Checkpoint, folder: Path, precision: str) -> Path:
     if precision not in BLOCKS:
         return file
     quantized = folder / "blocks" / file.name
-    quantize_weights(file, quantized, *BLOCKS[precision])
+    quantize_weights(*open_graph(file), quantized, *BLOCKS[precision])
     return quantized
 
 

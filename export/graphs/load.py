@@ -5,9 +5,12 @@ Hub's cache or one that was copied with `cp -al` has. Here a link is followed; w
 graph's folder.
 """
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from runtime.errors import UserError
 
@@ -24,6 +27,23 @@ def load_graph(file: Path) -> onnx.ModelProto:
     for tensor in model.graph.initializer:
         read_weights(tensor, file)
     return model
+
+
+def open_graph(file: Path) -> tuple[onnx.ModelProto, Callable[[str], np.ndarray]]:
+    """(the graph at `file` without the weights that lie beside it, a reader of one initializer's values by its name).
+
+    The reader raises UserError as `read_weights`.
+    """
+    model = onnx.load(str(file), load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def read(name: str) -> np.ndarray:
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(tensors[name])  # so that the graph does not keep what is read
+        read_weights(tensor, file)
+        return numpy_helper.to_array(tensor)
+
+    return model, read
 
 
 def read_weights(tensor: onnx.TensorProto, file: Path) -> None:

@@ -23,7 +23,6 @@ import onnx
 from onnx import external_data_helper, helper, numpy_helper
 
 from export.graphs.block_formats import BLOCK, Blocks, rounded
-from export.graphs.load import read_weights
 from runtime.errors import UserError
 
 FLOAT_COMPUTE, INT8_COMPUTE = 0, 4  # MatMulNBits' accuracy level; in INT8, activations are rounded on the fly
@@ -32,19 +31,27 @@ SMALL = 1024  # bytes of a tensor that stays in the graph's own file
 
 
 def quantize_weights(
-    source: Path,
+    model: onnx.ModelProto,
+    read: Callable[[str], np.ndarray],
     target: Path,
     bits: int | None,
     method: str = "rtn",
     rounding: Callable[[str, np.ndarray], Blocks] | None = None,
 ) -> None:
-    """Write the fused float graph `source` with rounded weights to `target` (and `target`.data).
+    """Write a fused float graph with rounded weights to `target` (and `target`.data).
 
-    bits: None rounds the head alone. method: a key of `METHODS` that is for these bits. rounding: by which the body's
-    matrices get their blocks, from name and values; None rounds each weight to the nearest.
-    Raises UserError for q4_1 where a matrix has a number of inputs that BLOCK does not divide.
+    Args:
+        model: the float graph, changed in place; of its initializers, name, type and shape are enough. See
+            `export.graphs.load.open_graph` for one in a file.
+        read: values of the initializer of that name.
+        bits: None rounds the head alone.
+        method: a key of `METHODS` that is for these bits.
+        rounding: by which the body's matrices get their blocks, from name and values [K, N]; None rounds each weight to
+            the nearest.
+
+    Raises:
+        UserError: q4_1, and a matrix has a number of inputs that BLOCK does not divide.
     """
-    model = onnx.load(str(source), load_external_data=False)
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     head = next(node for node in graph.node if "logits" in node.output)
@@ -58,11 +65,8 @@ def quantize_weights(
     del graph.initializer[:]
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{target}.data", "wb") as data:
-        for name, tensor in tensors.items():
-            read = onnx.TensorProto()
-            read.CopyFrom(tensor)  # so that only one matrix is in memory
-            read_weights(read, source)
-            values = numpy_helper.to_array(read)
+        for name in tensors:
+            values = read(name)
             if name in plans:
                 if rounding is None or name == head.input[1]:
                     blocks = rounded(values, *plans[name])

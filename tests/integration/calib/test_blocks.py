@@ -9,6 +9,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from calib.decoder import quantize_decoder
 from export.graphs.block_formats import BLOCK, SymmetricGrid, nearest, step_multiples, with_offsets
+from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import quantize_weights
 from runtime.backends.ort_session import open_session
 from runtime.errors import UserError
@@ -127,7 +128,7 @@ def test_products_are_the_rounded_weights(tmp_path, bits, method, bound):
     levels[::BLOCK], levels[1::BLOCK] = 0, 15
     weights = (levels - 6.4) * 0.03
     decoder_of(weights, np.eye(40, dtype=np.float32), tmp_path / "plain.onnx")
-    quantize_weights(tmp_path / "plain.onnx", tmp_path / "rounded.onnx", bits, method)
+    quantize_weights(*open_graph(tmp_path / "plain.onnx"), tmp_path / "rounded.onnx", bits, method)
     inputs = (random.standard_normal((1, 7, inputs_of)) + 0.7).astype(np.float32)
     hidden, logits = open_session(tmp_path / "rounded.onnx", 1).run(["hidden", "logits"], {"x": inputs})
     expected = inputs.astype(np.float64) @ weights
@@ -144,7 +145,7 @@ def test_weights_are_read_and_written_beside_the_graph(tmp_path):
     onnx.save(model, tmp_path / "apart.onnx", save_as_external_data=True, location="apart.data", size_threshold=0)
     (tmp_path / "out").mkdir()
     for name in ("m.onnx", "apart.onnx"):
-        quantize_weights(tmp_path / name, tmp_path / "out" / name, 4, "q4_1")
+        quantize_weights(*open_graph(tmp_path / name), tmp_path / "out" / name, 4, "q4_1")
     whole, apart = (onnx.load(tmp_path / "out" / name).graph for name in ("m.onnx", "apart.onnx"))
     assert [t.name for t in whole.initializer] == [t.name for t in apart.initializer]
     for one, other in zip(whole.initializer, apart.initializer, strict=True):
@@ -155,7 +156,7 @@ def test_weights_are_read_and_written_beside_the_graph(tmp_path):
 def test_what_cannot_be_rounded_so(tmp_path, matrix):
     decoder_of(matrix, matrix[:48], tmp_path / "m.onnx")
     with pytest.raises(UserError, match=r"body has 80 inputs.* 32.*int8.*rtn"):
-        quantize_weights(tmp_path / "m.onnx", tmp_path / "r.onnx", 4, "q4_1")
+        quantize_weights(*open_graph(tmp_path / "m.onnx"), tmp_path / "r.onnx", 4, "q4_1")
     with pytest.raises(UserError, match=r"q4_1 is for int4"):
         quantize_decoder(tmp_path / "m.onnx", tmp_path / "r.onnx", "int8", "q4_1")
     assert not (tmp_path / "r.onnx").exists()

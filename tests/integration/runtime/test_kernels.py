@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from export.graphs.block_formats import BLOCK, Blocks, nearest, with_offsets
+from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import quantize_weights
 from export.graphs.variants import DOMAIN, write_kernels, write_variants
 from runtime import kernels
@@ -245,7 +246,7 @@ def test_a_graph_computes_what_onnx_runtime_does_and_in_fewer_nodes(tmp_path, me
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "plain.onnx")
-    quantize_weights(tmp_path / "plain.onnx", tmp_path / "model.onnx", 4, method)
+    quantize_weights(*open_graph(tmp_path / "plain.onnx"), tmp_path / "model.onnx", 4, method)
     write_kernels(tmp_path / "model.onnx", tmp_path / "ours.onnx")
     kinds = [node.op_type for node in onnx.load(tmp_path / "ours.onnx", load_external_data=False).graph.node]
     assert sorted(kinds) == ["BlockMatMul", "BlockMatMul", "GatedBlockMatMul"]
@@ -321,7 +322,7 @@ def test_inputs_that_are_no_multiple_of_a_block_are_left_to_onnx_runtime(tmp_pat
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "plain.onnx")
-    quantize_weights(tmp_path / "plain.onnx", tmp_path / "model.onnx", 4, "rtn")
+    quantize_weights(*open_graph(tmp_path / "plain.onnx"), tmp_path / "model.onnx", 4, "rtn")
     assert write_variants(tmp_path / "model.onnx") == {"prefill_file": tmp_path / "prefill.onnx"}
     assert not (tmp_path / "kernels.onnx").exists()
 
