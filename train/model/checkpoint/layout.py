@@ -11,18 +11,28 @@ Weights are read tensor by tensor (memory-mapped), so that one part of a large c
 """
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig
 
 from train.errors import CheckpointError
-from train.model.checkpoint.preprocessor import check_preprocessor, pixel_statistics, side_of
-from train.model.checkpoint.tensors import HARMLESS, WEIGHTS, StoredTensor, read_json, read_tensors, weight_files
+from train.model.checkpoint.preprocessor import check_preprocessor, default_preprocessor, pixel_statistics, side_of
+from train.model.checkpoint.tensors import (
+    HARMLESS,
+    WEIGHTS,
+    StoredTensor,
+    holds_tensors,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 from train.model.encoder import EncoderConfig
 from train.model.names import hf_to_timm
 
@@ -53,6 +63,7 @@ TYPES = {
     "conversation_system": str,
 }
 VISION_TYPES = dict.fromkeys(("layer_scale_init_value", "drop_path_rate", "norm_eps"), int | float)
+log = logging.getLogger("convllava.checkpoint")
 PROJECTOR = "model.mm_projector."
 TOWER = "model.vision_tower."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -65,7 +76,8 @@ class Checkpoint:
     """An opened checkpoint: its configurations and folders. No weight has been read yet.
 
     folder: the checkpoint; vision_folder: its encoder (may lie elsewhere).
-    config, vision_config, preprocessor: the JSON files as they are.
+    config, vision_config, preprocessor: the JSON files as they are; a preprocessor that is missing has the release's
+    own settings.
     """
 
     folder: Path
@@ -87,8 +99,9 @@ class Checkpoint:
             )
         _check_types(config, TYPES, folder / "config.json")
         vision_folder = _find_vision_folder(folder, config)
-        file = vision_folder / "preprocessor_config.json"
-        checkpoint = cls(folder, vision_folder, config, read_json(vision_folder / "config.json"), read_json(file))
+        vision_config, file = read_json(vision_folder / "config.json"), vision_folder / "preprocessor_config.json"
+        preprocessor = read_json(file) if file.exists() else default_preprocessor(config, vision_config, file)
+        checkpoint = cls(folder, vision_folder, config, vision_config, preprocessor)
         check_preprocessor(checkpoint.preprocessor, file, checkpoint.squares)
         return checkpoint
 
@@ -174,8 +187,8 @@ class Checkpoint:
     def vision_tensors(self) -> Iterator[StoredTensor]:
         """Those of the encoder under timm's names, from its own folder or else from the main files.
 
-        As in the original, the folder's weights count where both have some. The pooler's `layernorm`, which the model
-        does not use, is left out; it may have the size of the fourth stage or of the fifth.
+        The pooler's `layernorm`, which the model does not use, is left out; it may have the size of the fourth stage or
+        of the fifth.
         """
         folder, prefix = self.vision_source
         config, found = self.encoder_config, False
@@ -202,10 +215,22 @@ class Checkpoint:
                 f"keys {TOWER}* in the files of {self.folder}"
             )
 
-    @property
+    @cached_property
     def vision_source(self) -> tuple[Path, str]:
-        """The folder whose files hold the encoder's weights, and what their keys begin with there."""
-        return (self.vision_folder, "") if weight_files(self.vision_folder) else (self.folder, TOWER)
+        """The folder whose files hold the encoder's weights, and what their keys begin with there.
+
+        As in the original, the encoder's own folder counts where both have some; a log line says so.
+        """
+        if not (own := weight_files(self.vision_folder)):
+            return self.folder, TOWER
+        if holds_tensors(self.folder, TOWER):
+            log.warning(
+                "encoder weights are stored twice: those of %s are used, those of %s (%s*) are not",
+                own,
+                weight_files(self.folder),
+                TOWER,
+            )
+        return self.vision_folder, ""
 
 
 def folder_or_hub(source: str) -> Path:

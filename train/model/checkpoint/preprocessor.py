@@ -1,6 +1,7 @@
 """What a checkpoint's preprocessor_config.json says of images: read as transformers' CLIPImageProcessor reads it, which
 the original hands images to, or refused by the key that `runtime.image.preprocess` does not compute."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,30 @@ import numpy as np
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from train.errors import CheckpointError
+from train.model.configs import preprocessor_config
 
+log = logging.getLogger("convllava.checkpoint")
 # key -> the only value that is computed, which is CLIPImageProcessor's default
 FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
 BICUBIC = "Pillow's bicubic filter"
 CLIP_SIDE = 224  # CLIPImageProcessor's default
+RELEASED_SIDE = 256  # of ConvLLaVA's vision configuration where it names no other
 LEVELS = np.arange(256)
+
+
+def default_preprocessor(config: dict[str, Any], vision_config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The release's own settings in place of `file`, which is missing; a log line says which.
+
+    The side is `mm_vision_resolution` of config.json, else `image_size` of the encoder's config.json.
+    """
+    side = config.get("mm_vision_resolution") or vision_config.get("image_size") or RELEASED_SIDE
+    log.warning(
+        "%s is missing: taking the release's settings, a side of %s pixels, %s, CLIP's mean and standard deviation",
+        file,
+        side,
+        BICUBIC,
+    )
+    return preprocessor_config(tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), side)
 
 
 def check_preprocessor(preprocessor: dict[str, Any], file: Path, square: bool) -> None:

@@ -52,6 +52,14 @@ def weight_file_for(folder: Path, key: str) -> Path:
     return _shards(weights).get(key, weights) if weights.suffix == ".json" else weights
 
 
+def holds_tensors(folder: Path, prefix: str) -> bool:
+    """Whether a key of the folder's weights begins with `prefix`; no value is read."""
+    if not (weights := weight_files(folder)):
+        return False
+    keys = _shards(weights) if weights.suffix == ".json" else (key for key, _, _ in read_tensors(folder, prefix))
+    return any(key.startswith(prefix) for key in keys)
+
+
 def read_tensors(folder: Path, prefix: str = "") -> Iterator[tuple[str, Tensor, Path]]:
     """Every (key, tensor, file) of a folder whose key begins with `prefix`."""
     weights = weight_files(folder)

@@ -178,10 +178,9 @@ def test_corrupt_json_is_named(name: str, content: bytes, folder: Path):
     assert "JSON" in message
 
 
-@pytest.mark.parametrize("name", ["config.json", "vision_tower/preprocessor_config.json"])
-def test_missing_json_is_named(name: str, folder: Path):
-    (folder / name).unlink()
-    assert refusal(lambda: Checkpoint.open(folder)).startswith(f"{folder / name}: no such file")
+def test_missing_json_is_named(folder: Path):
+    (folder / "config.json").unlink()
+    assert refusal(lambda: Checkpoint.open(folder)).startswith(f"{folder / 'config.json'}: no such file")
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": [1]}, {"weight_map": {QUERY: 3}}])
