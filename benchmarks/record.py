@@ -34,7 +34,7 @@ def write(name: str, rows: list[dict], file: Path | None = None, more: dict | No
     """
     from export.cli import installed_versions  # here, so that reading the results takes no torch
 
-    module = sys.modules["__main__"].__spec__.name
+    module = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
     content = {
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
