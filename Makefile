@@ -83,7 +83,7 @@ peers: setup $(PEERS)/llama.cpp/.installed $(PEERS)/locust/.installed $(PEERS)/o
 
 $(PEERS)/llama.cpp/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(LLAMA_CPP) openvino pillow
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(LLAMA_CPP) nncf openvino pillow
 	touch $@
 
 $(PEERS)/locust/.installed:
