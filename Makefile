@@ -12,6 +12,7 @@ SETUP := $(DEMO),train,calib,openvino,rtx,serve,schema,ray,dev
 PEERS := build/peers
 LLAMA_CPP := llama-cpp-python==0.3.36
 LOCUST := locust==2.47.0
+GENAI := onnxruntime-genai==0.18.0
 PIP_AUDIT := pip-audit==2.10.1
 
 .PHONY: demo setup lint audit test test-all test-release test-gpu fuzz kernels-test tables peers
@@ -79,7 +80,8 @@ tables: setup
 	$(RUN) -m benchmarks.tables
 
 # What benchmarks compare with and cannot share an environment. llama.cpp is compiled, for the processor at hand: minutes
-peers: setup $(PEERS)/llama.cpp/.installed $(PEERS)/locust/.installed $(PEERS)/optimum/.installed
+peers: setup $(PEERS)/llama.cpp/.installed $(PEERS)/locust/.installed $(PEERS)/optimum/.installed \
+    $(PEERS)/ort-genai/.installed
 
 $(PEERS)/llama.cpp/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -89,6 +91,11 @@ $(PEERS)/llama.cpp/.installed:
 $(PEERS)/locust/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(LOCUST) $$(grep '^openai==' constraints.txt)
+	touch $@
+
+$(PEERS)/ort-genai/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(GENAI) onnx onnx-ir safetensors torch transformers
 	touch $@
 
 # optimum-onnx wants transformers < 4.58 and what goes with it

@@ -27,9 +27,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks import record
 from benchmarks.peers.cuda_decoders import PEERS
+from benchmarks.peers import genai_export
 from benchmarks.peers.turns import Running, compared, in_turn, same
 from export.cli import BUILD
-from export.decoder.genai import quietly
 from export.decoder.surgery import add_next_token, merge_image_embeds
 from runtime.bundle.manifest import DecoderPart
 
@@ -127,7 +127,7 @@ def _cut(block: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def spec_of(args: argparse.Namespace, folder: Path, precision: str) -> dict:
     """What workers are told; writes the graphs, ours beside GenAI's."""
     genai, graph = folder / f"genai-{precision}", folder / f"ours-{precision}"
-    write_genai(folder / "llama", genai, precision, args.device)
+    genai_export.build(str(folder / "llama"), str(genai), precision, args.device)
     graph.mkdir()
     write_ours(genai, graph, config_of(args), precision)
     random = np.random.default_rng(0)
@@ -142,14 +142,6 @@ def spec_of(args: argparse.Namespace, folder: Path, precision: str) -> dict:
         "hidden": args.hidden,
         "ids": random.integers(3, args.vocab, capacity).tolist(),
     }
-
-
-def write_genai(source: Path, out: Path, precision: str, device: str) -> None:
-    """GenAI's own graph and configuration, logits of the last position alone."""
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-    paths = ("llama", str(source), str(out), precision, device, str(out.parent / "cache"))
-    quietly(lambda: create_model(*paths, **parse_extra_options(*paths, ["prune_lm_head=true"])))
 
 
 def write_ours(genai: Path, folder: Path, config: LlamaConfig, precision: str) -> None:

@@ -28,11 +28,13 @@ from transformers import LlamaConfig
 from benchmarks import record
 from benchmarks.calibration import english
 from benchmarks.limits import DecoderFiles, language_operations, machine_limits, prefill_ms, products_rate
+from benchmarks.llama_folder import write_llama
 from benchmarks.peers.decoders import PEERS
 from benchmarks.peers.turns import (
     Running,
     add_model_options,
     compared,
+    genai_export,
     in_turn,
     installed,
     open_model,
@@ -43,7 +45,6 @@ from benchmarks.peers.turns import (
 )
 from export.bundle import export_bundle
 from export.cli import BUILD
-from export.decoder.genai import quietly, write_llama
 from runtime.backends.select import KERNELS
 from runtime.bundle.manifest import open_bundle
 from train.data.tokenizer import load_tokenizer
@@ -121,12 +122,8 @@ def folders(checkpoint, folder: Path, peers: list[str]) -> dict[str, str]:
         optimum_export(source, folder / "optimum")
         found["optimum"] = str(folder / "optimum")
     if "ort-genai" in peers:
-        from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-        out = str(folder / "ort-genai")
-        arguments = ("llama", str(source), out, "int4", "cpu", str(folder / "cache"))
-        quietly(lambda: create_model(*arguments, **parse_extra_options(*arguments, ["prune_lm_head=true"])))
-        found["ort-genai"] = out
+        genai_export(source, folder / "ort-genai")
+        found["ort-genai"] = str(folder / "ort-genai")
     return found
 
 

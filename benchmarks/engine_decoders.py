@@ -25,11 +25,11 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import record
 from benchmarks.decoder_graphs import CAPACITY, ROUNDS, measure, prompt
+from benchmarks.llama_folder import write_llama
 from benchmarks.peers.turns import optimum_export
 from export.cli import open_checkpoint
 from export.decoder.check import check_decoder
 from export.decoder.export import decoder_part, export_decoder
-from export.decoder.genai import write_llama
 from export.decoder.surgery import merge_image_embeds
 from export.graphs.mixed_precision import half_graph, nodes_to_keep, to_half
 from export.tensorrt import build as builder

@@ -15,7 +15,6 @@ PACKAGES = (
     "numpy",
     "onnx",
     "onnxruntime",
-    "onnxruntime-genai",
     "openvino",
     "optimum-onnx",
     "polygraphy",

@@ -20,7 +20,7 @@ from train.model import Checkpoint
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = BUILD / "peers"  # made by `make peers`
 # peer with an environment of its own -> its package
-OWN = {"llama.cpp": "llama-cpp-python", "optimum": "optimum-onnx"}
+OWN = {"llama.cpp": "llama-cpp-python", "optimum": "optimum-onnx", "ort-genai": "onnxruntime-genai"}
 # what a peer's name has -> module, and the package that brings it
 PACKAGES = {
     "torch": ("torch", "torch"),
@@ -28,7 +28,6 @@ PACKAGES = {
     "transformers": ("transformers", "transformers"),
     "transformers-static": ("transformers", "transformers"),
     "openvino": ("openvino", "openvino"),
-    "ort-genai": ("onnxruntime_genai", "onnxruntime-genai"),
     "vit-l-tiles": ("timm", "timm"),
 }
 
@@ -114,10 +113,22 @@ def optimum_export(source: Path, out: Path, opset: int | None = None) -> None:
     Raises:
         RuntimeError: the export failed.
     """
-    command = [interpreter("optimum"), "-m", "benchmarks.peers.optimum_export", source, out]
-    done = subprocess.run([*map(str, command), *([str(opset)] if opset else [])], cwd=ROOT, capture_output=True)
+    _export("optimum", "benchmarks.peers.optimum_export", source, out, *([opset] if opset else []))
+
+
+def genai_export(source: Path, out: Path) -> None:
+    """Write ONNX Runtime GenAI's 4-bit graph for a CPU of the Hugging Face folder `source` into the folder `out`.
+
+    Raises:
+        RuntimeError: the export failed.
+    """
+    _export("ort-genai", "benchmarks.peers.genai_export", source, out, "int4", "cpu")
+
+
+def _export(peer: str, module: str, *arguments: object) -> None:
+    done = subprocess.run([*map(str, (interpreter(peer), "-m", module, *arguments))], cwd=ROOT, capture_output=True)
     if done.returncode:
-        raise RuntimeError(f"optimum's export failed: {done.stderr.decode(errors='replace')}")
+        raise RuntimeError(f"the export of {peer} failed: {done.stderr.decode(errors='replace')}")
 
 
 def _found(module: str) -> bool:

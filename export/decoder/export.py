@@ -16,13 +16,14 @@ import tempfile
 from pathlib import Path
 
 import onnx
+from onnx import TensorProto
 
-from export.decoder.genai import BUILDER, position_scale, quietly, run_builder, write_llama
+from export.decoder.fused import fused_graph
 from export.decoder.llama import SMALL, llama_graph
 from export.decoder.surgery import add_next_token, merge_image_embeds
-from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import quantize_weights
 from export.graphs.mixed_precision import half_graph
+from export.graphs.store import write_graph
 from runtime.bundle.manifest import DecoderPart
 from runtime.errors import UserError
 from train.model import Checkpoint, load_language_state
@@ -33,7 +34,8 @@ GRAPHS = ("fused", "portable")
 HALF = ("fp16", "w4a16")  # with activations in float16
 # precision -> bits and method of `export.graphs.matmul_nbits`, which rounds the weights of the float32 graph
 BLOCKS = {"int8": (8, "rtn"), "int4": (4, "q4_1")}
-PRECISIONS = (*BUILDER, *BLOCKS)
+ROUNDED = BLOCKS | {"w4a16": (4, "rtn")}  # the last in a float16 graph, for GPUs
+PRECISIONS = ("fp32", "fp16", *ROUNDED)
 
 
 def export_decoder(
@@ -96,22 +98,21 @@ def decoder_part(checkpoint: Checkpoint, precision: str, file: str, **others: st
 
 
 def _build_fused(checkpoint: Checkpoint, folder: Path, precision: str) -> Path:
-    source, file = folder / "llama", folder / "model.onnx"
-    write_llama(checkpoint, source)
-    quietly(run_builder, source, folder, "fp32" if precision in BLOCKS else precision)
-    model = onnx.load(str(file), load_external_data=False)
+    check_rotary(checkpoint)
+    file = folder / "model.onnx"
+    element = TensorProto.FLOAT16 if precision in HALF else TensorProto.FLOAT
+    model, read = fused_graph(checkpoint.llama_config, load_language_state(checkpoint), element)
     merge_image_embeds(model)
     add_next_token(model)
-    onnx.save(model, str(file))
-    if precision not in BLOCKS:
-        return file
-    quantized = folder / "blocks" / file.name
-    quantize_weights(*open_graph(file), quantized, *BLOCKS[precision])
-    return quantized
+    if precision in ROUNDED:
+        quantize_weights(model, read, file, *ROUNDED[precision])
+    else:
+        write_graph(model, read, file)
+    return file
 
 
 def _build_portable(checkpoint: Checkpoint, folder: Path, precision: str, capacity: int) -> Path:
-    position_scale(checkpoint)  # refuses rotary scaling without a fixed table of angles
+    check_rotary(checkpoint)
     file, data = folder / "portable.onnx", folder / "portable.onnx.data"
     model = llama_graph(checkpoint.llama_config, load_language_state(checkpoint), data, capacity)
     merge_image_embeds(model)
@@ -122,3 +123,14 @@ def _build_portable(checkpoint: Checkpoint, folder: Path, precision: str, capaci
         data.unlink()  # onnx appends to a file that is there
         onnx.save(model, str(file), save_as_external_data=True, location=data.name, size_threshold=SMALL)
     return file
+
+
+def check_rotary(checkpoint: Checkpoint) -> None:
+    """Raises UserError for rotary scaling without a fixed table of angles, such as one by the length reached."""
+    scaling = checkpoint.config.get("rope_scaling") or checkpoint.config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(
+            f"{checkpoint.folder / 'config.json'}: rotary scaling {kind!r} cannot be exported, "
+            "expected none, linear or llama3"
+        )

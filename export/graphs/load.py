@@ -5,13 +5,13 @@ Hub's cache or one that was copied with `cp -al` has. Here a link is followed; w
 graph's folder.
 """
 
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from export.graphs.store import Read
 from runtime.errors import UserError
 
 
@@ -29,7 +29,7 @@ def load_graph(file: Path) -> onnx.ModelProto:
     return model
 
 
-def open_graph(file: Path) -> tuple[onnx.ModelProto, Callable[[str], np.ndarray]]:
+def open_graph(file: Path) -> tuple[onnx.ModelProto, Read]:
     """(the graph at `file` without the weights that lie beside it, a reader of one initializer's values by its name).
 
     The reader raises UserError as `read_weights`.

@@ -9,30 +9,32 @@ columns.
 
 The head takes 8 bits around zero in any case, since what is lost there is lost in every token, and with it the token
 embeddings where they are the same matrix; where they have their own, it stays as it is. Activations are float32; ONNX
-Runtime rounds them to 8 bits for each product.
+Runtime rounds them to 8 bits for each product. A graph in float16 is for GPUs: it stays in float16, its head takes as
+many bits as the rest, and scales are float16.
 
 Matrices are read and written one at a time, so that memory for the largest is enough.
 """
 
+import os
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from export.graphs.block_formats import BLOCK, Blocks, rounded
+from export.graphs.store import Read, by_layer, store, values_of
 from runtime.errors import UserError
 
 FLOAT_COMPUTE, INT8_COMPUTE = 0, 4  # MatMulNBits' accuracy level; in INT8, activations are rounded on the fly
-ALIGNMENT = 64  # bytes, of a tensor in the file of weights
-SMALL = 1024  # bytes of a tensor that stays in the graph's own file
+AT_ONCE = 1 << 22  # weights that a thread rounds at a time
 
 
 def quantize_weights(
     model: onnx.ModelProto,
-    read: Callable[[str], np.ndarray],
+    read: Read,
     target: Path,
     bits: int | None,
     method: str = "rtn",
@@ -43,7 +45,7 @@ def quantize_weights(
     Args:
         model: the float graph, changed in place; of its initializers, name, type and shape are enough. See
             `export.graphs.load.open_graph` for one in a file.
-        read: values of the initializer of that name.
+        read: values of an initializer that has none of its own, in any float type.
         bits: None rounds the head alone.
         method: a key of `METHODS` that is for these bits.
         rounding: by which the body's matrices get their blocks, from name and values [K, N]; None rounds each weight to
@@ -56,27 +58,40 @@ def quantize_weights(
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     head = next(node for node in graph.node if "logits" in node.output)
     products = _products(graph)
-    plans = {node.input[1]: (bits, method) for node in products if bits is not None} | {head.input[1]: (8, "rtn")}
+    plans = {node.input[1]: (bits, method) for node in products if bits is not None}
+    half = tensors[head.input[1]].data_type == onnx.TensorProto.FLOAT16
+    if not half:
+        plans[head.input[1]] = (8, "rtn")
     check_whole_blocks(graph, {name for name, (_, how) in plans.items() if how == "q4_1"})
     shapes = {name: (tensors[name].dims[0], tensors[name].dims[1]) for name in plans}
-    _share_embeddings(graph, head, shapes[head.input[1]])
-    _take_blocks(graph, plans, shapes)
+    _share_embeddings(graph, head, shapes[head.input[1]], plans[head.input[1]][0])
+    _take_blocks(graph, plans, shapes, FLOAT_COMPUTE if half else INT8_COMPUTE)
     used = {name for node in graph.node for name in node.input}
     del graph.initializer[:]
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{target}.data", "wb") as data:
-        for name in tensors:
-            values = read(name)
+        for name in by_layer(tensors):
+            values = values_of(tensors[name], read)
             if name in plans:
                 if rounding is None or name == head.input[1]:
-                    blocks = rounded(values, *plans[name])
+                    arrays = _rounded(values, *plans[name])
                 else:
-                    blocks = rounding(name, values)
-                for ending, array in blocks.tensors().items():
-                    graph.initializer.append(_stored(f"{name}/{ending}", array, data))
+                    arrays = rounding(name, values).tensors()
+                for ending, array in arrays.items():
+                    element = onnx.TensorProto.FLOAT16 if half and ending == "scales" else None
+                    graph.initializer.append(store(f"{name}/{ending}", array, data, element))
             if name in used:
-                graph.initializer.append(_stored(name, values, data))
+                graph.initializer.append(store(name, values, data, tensors[name].data_type))
     onnx.save(model, str(target))
+
+
+def _rounded(weights: np.ndarray, bits: int, method: str) -> dict[str, np.ndarray]:
+    """Tensors of `Blocks`, whose memory for intermediate values stays small: some columns of [K, N] at a time."""
+    columns = max(1, AT_ONCE // len(weights))
+    pieces = [weights[:, begin : begin + columns] for begin in range(0, weights.shape[1], columns)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        parts = list(pool.map(lambda piece: rounded(piece, bits, method).tensors(), pieces))
+    return {ending: np.concatenate([part[ending] for part in parts]) for ending in parts[0]}
 
 
 def check_whole_blocks(graph: onnx.GraphProto, names: Collection[str] | None = None) -> None:
@@ -98,7 +113,9 @@ def _products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in matrices]
 
 
-def _take_blocks(graph: onnx.GraphProto, plans: dict[str, tuple[int, str]], shapes: dict[str, tuple[int, int]]) -> None:
+def _take_blocks(
+    graph: onnx.GraphProto, plans: dict[str, tuple[int, str]], shapes: dict[str, tuple[int, int]], accuracy_level: int
+) -> None:
     """MatMulNBits in place of every product with a matrix of `plans`, name -> (bits, method)."""
     nodes, extended = [], set()
     for node in graph.node:
@@ -132,25 +149,25 @@ def _take_blocks(graph: onnx.GraphProto, plans: dict[str, tuple[int, str]], shap
                 N=outputs,
                 bits=bits,
                 block_size=BLOCK,
-                accuracy_level=INT8_COMPUTE,
+                accuracy_level=accuracy_level,
             )
         )
     del graph.node[:]
     graph.node.extend(nodes)
 
 
-def _share_embeddings(graph: onnx.GraphProto, head: onnx.NodeProto, shape: tuple[int, int]) -> None:
-    """Where token embeddings are the transposed matrix of the head, look them up in its blocks of 8 bits instead.
+def _share_embeddings(graph: onnx.GraphProto, head: onnx.NodeProto, shape: tuple[int, int], bits: int) -> None:
+    """Where token embeddings are the transposed matrix of the head, look them up in its blocks instead.
     Embeddings that are a matrix of their own stay as they are. shape: of the head's matrix, [D, V]."""
     matrix = head.input[1]
     tables = {node.output[0]: node for node in graph.node if node.op_type == "Transpose" and node.input[0] == matrix}
     lookup = next((node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables), None)
     if lookup is None or shape[0] % BLOCK:
         return
-    rows = numpy_helper.from_array(np.array([shape[1], shape[0]]), "embed_tokens/shape")
+    rows = numpy_helper.from_array(np.array([shape[1], shape[0] * bits // 8]), "embed_tokens/shape")
     graph.node.insert(0, helper.make_node("Constant", [], [rows.name], value=rows))
     table = tables[lookup.input[0]]
-    table.CopyFrom(helper.make_node("Reshape", [f"{matrix}/Q8", rows.name], ["embed_tokens/rows"]))
+    table.CopyFrom(helper.make_node("Reshape", [f"{matrix}/Q{bits}", rows.name], ["embed_tokens/rows"]))
     lookup.CopyFrom(
         helper.make_node(
             "GatherBlockQuantized",
@@ -158,23 +175,9 @@ def _share_embeddings(graph: onnx.GraphProto, head: onnx.NodeProto, shape: tuple
             list(lookup.output),
             name=lookup.name,
             domain="com.microsoft",
-            bits=8,
+            bits=bits,
             block_size=BLOCK,
             gather_axis=0,
             quantize_axis=1,
         )
     )
-
-
-def _stored(name: str, values: np.ndarray, data: BinaryIO) -> onnx.TensorProto:
-    """A tensor of the graph whose bytes, unless they are few, go to the end of `data`."""
-    tensor = numpy_helper.from_array(values, name)
-    if values.nbytes < SMALL:
-        return tensor
-    data.write(b"\0" * (-data.tell() % ALIGNMENT))
-    begin = data.tell()
-    data.write(tensor.raw_data)
-    external_data_helper.set_external_data(tensor, Path(data.name).name, begin, values.nbytes)
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    return tensor
