@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks import record
-from benchmarks.peers.cuda_decoders import PEERS
 from benchmarks.peers import genai_export
+from benchmarks.peers.cuda_decoders import PEERS
 from benchmarks.peers.turns import Running, compared, in_turn, same
 from export.cli import BUILD
 from export.decoder.surgery import add_next_token, merge_image_embeds

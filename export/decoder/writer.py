@@ -79,7 +79,7 @@ class GraphWriter:
             half = table[0, :, : self.head_dim // 2]
             self._add(name, list(half.shape), lambda half=half: half)
 
-    def caches(self, name: str, positions: str | int, *order: str) -> list[onnx.ValueInfoProto]:
+    def caches(self, name: str, positions: str | int) -> list[onnx.ValueInfoProto]:
         shape = ["batch_size", self.kv_heads, positions, self.head_dim]
         names = [f"{name}.{i}.{kind}" for i in range(self.config.num_hidden_layers) for kind in KINDS]
         return [helper.make_tensor_value_info(name, self.element, shape) for name in names]
