@@ -1,28 +1,26 @@
-"""A float32 graph -> the same graph with Q/DQ nodes on what convolutions and products take.
+"""A float32 graph -> the same graph with Q/DQ nodes on what convolutions and matmuls take.
 
 Weights are symmetric for each output channel, activations symmetric for each tensor, by the ranges that the calibration
-images give them (`calib.activations`); ONNX Runtime's quantiser places the nodes. Results, and with them residual sums,
-LayerNorm and GELU, stay in higher precision, so that the Q/DQ pairs are where TensorRT wants them: on what goes into a
-convolution or product alone. Biases take up the mean error of what was rounded.
+images give them (`calib.activations`). Results, and with them residual sums, LayerNorm and GELU, stay in higher
+precision, so that the Q/DQ pairs are where TensorRT wants them: on the inputs of convolutions and matmuls alone. Biases
+take up the mean error of what was rounded. Weights are read and written one at a time.
 """
 
-import contextlib
-import logging
-import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
-from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
+import onnxruntime
+from onnx import external_data_helper, helper, numpy_helper
 
-from calib.activations import INPUT, KINDS, LARGEST, QUANTIZED
-from export.graphs.load import load_graph
-from runtime.backends.ort_session import open_session
+from calib.activations import CUT_AFTER, INPUT, KINDS, LARGEST, QUANTIZED
+from calib.pieces import Pieces, mapped_values
+
+ALIGNMENT = 64  # bytes, of a tensor in the file of weights
+SMALL = 1024  # bytes of a tensor that stays in the graph's own file
 
 
 @dataclass(frozen=True)
@@ -62,127 +60,156 @@ def quantize(
         excluded: names of convolutions and matmuls to keep in higher precision.
         means: of the same tensors, to correct biases by; None keeps the biases.
     """
-    with tempfile.TemporaryDirectory() as folder, _only_errors_logged():
-        cache = Path(folder, "ranges.json")  # how quantize_static takes ranges that are known
-        data: dict[str, TensorData | tuple] = {
-            name: TensorData(lowest=np.float32(-largest), highest=np.float32(largest))
-            for name, largest in ranges.items()
-        }
-        save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache)
-        quantize_static(
-            load_graph(source),  # of a path it writes a second file beside it
-            str(target),
-            None,
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTIZED),
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(excluded),
-            use_external_data_format=_is_large(source),
-            calibrate_method=CalibrationMethod.MinMax,
-            calibration_cache_path=cache,
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "MatMulConstBOnly": True,
-                "OpTypesToExcludeOutputQuantization": list(QUANTIZED),
-                "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
-                "QuantizeBias": False,
-            },
-        )
-    model, original = onnx.load(str(target)), load_graph(source)
-    _restore_other_readers(model.graph)
-    if precision == "fp8":
-        _to_fp8(model, original)
-    if means is not None:
-        _correct_biases(model.graph, original.graph, means)
-    _save(model, target, _is_large(source))
+    for file in target.parent.glob(f"{target.name}*"):
+        file.unlink()
+    model = onnx.load(str(source), load_external_data=False)
+    if source.with_name(f"{source.name}.data").is_file():
+        with open(f"{target}.data", "wb") as data:
+            _rewrite(model.graph, source, _Rounding(precision, ranges, set(excluded), means), data)
+    else:
+        _rewrite(model.graph, source, _Rounding(precision, ranges, set(excluded), means), None)
+    del model.graph.value_info[:]
+    onnx.save(model, str(target))
 
 
-@contextlib.contextmanager
-def _only_errors_logged() -> Iterator[None]:
-    """ONNX Runtime's quantizer gives advice on the root logger at every call."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
+@dataclass(frozen=True)
+class _Rounding:
+    """The arguments of `quantize`."""
+
+    precision: str
+    ranges: dict[str, float]
+    excluded: set[str]
+    means: dict[str, Mean] | None
+
+    @property
+    def kind(self) -> np.dtype:
+        return KINDS[self.precision]
+
+    def scales(self, largest: np.ndarray) -> np.ndarray:
+        """float32, of magnitudes; 1 for zero."""
+        scales = (largest.astype(np.float64) / LARGEST["int8"]).astype(np.float32)
+        scales = np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)
+        return scales if self.precision == "int8" else scales * np.float32(LARGEST["int8"] / LARGEST[self.precision])
+
+    def codes(self, weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """scales: shaped to divide by."""
+        scaled = weights / scales
+        return (np.rint(scaled) if self.precision == "int8" else scaled).astype(self.kind)
+
+
+def _rewrite(graph: onnx.GraphProto, source: Path, rounding: _Rounding, data: BinaryIO | None) -> None:
+    """Put Q/DQ nodes into a graph, in place. data: where large tensors go; None keeps them in the graph."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    readers = {name: node for node in graph.node for name in node.input}
+    nodes: list[onnx.NodeProto] = []
+    stored: list[onnx.TensorProto] = []
+    paired: set[str] = set()
+
+    def store(name: str, values: np.ndarray) -> str:
+        stored.append(_stored(name, values, data))
+        return name
+
+    def dequantized(name: str, scales: np.ndarray, codes: np.ndarray | None = None, **axis: int) -> None:
+        """A Q/DQ pair on the tensor `name`, or a DQ of `codes` in its place."""
+        by = [store(f"{name}_scale", scales), store(f"{name}_zero_point", np.zeros(scales.shape, rounding.kind))]
+        pair = [f"{name}_QuantizeLinear", f"{name}_DequantizeLinear"]
+        if codes is None:
+            rounded = f"{pair[0]}_Output"
+            nodes.append(helper.make_node("QuantizeLinear", [name, *by], [rounded], pair[0]))
+        else:
+            rounded = store(f"{name}_quantized", codes)
+        nodes.append(helper.make_node("DequantizeLinear", [rounded, *by], [f"{pair[1]}_Output"], pair[1], **axis))
+
+    for node in graph.node:
+        if node.op_type in QUANTIZED and node.input[1] in tensors and node.name not in rounding.excluded:
+            taken, matrix = node.input[:2]
+            weights = mapped_values(tensors[matrix], source)
+            axis = 0 if node.op_type == "Conv" else 1
+            scales = rounding.scales(np.abs(weights).max(tuple(i for i in range(weights.ndim) if i != axis)))
+            along = scales.reshape([-1 if i == axis else 1 for i in range(weights.ndim)])
+            codes = rounding.codes(weights, along)
+            if rounding.means is not None:
+                mean, restored = rounding.means[taken], codes.astype(np.float64) * along
+                lost = _mean_result(node, weights, mean.plain) - _mean_result(node, restored, mean.rounded)
+                for adds, place in _bias_of(node, readers, tensors):
+                    bias = mapped_values(tensors[adds.input[place]], source)
+                    # its own: another layer may share the one it had
+                    adds.input[place] = store(f"{node.name}/bias", (bias + lost).astype(np.float32))
+            if taken not in paired:
+                paired.add(taken)
+                dequantized(taken, rounding.scales(np.array(rounding.ranges[taken], np.float32)))
+            node.input[0] = f"{taken}_DequantizeLinear_Output"
+            if matrix not in paired:
+                paired.add(matrix)
+                dequantized(matrix, scales, codes, axis=axis)
+            node.input[1] = f"{matrix}_DequantizeLinear_Output"
+        nodes.append(node)
+    used = {name for node in nodes for name in node.input}
+    for name, tensor in tensors.items():
+        if name in used:
+            store(name, mapped_values(tensor, source))
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(stored)
 
 
 def measure_means(
     source: Path, ranges: dict[str, float], precision: str, images: Iterable[tuple[str, np.ndarray]]
 ) -> dict[str, Mean]:
     """The means of the tensors in `ranges` over `images`, each of which counts alike: (name, float32 [1, 3, H, W])."""
-    model = load_graph(source)
-    graph = model.graph
+    graph = onnx.load(str(source), load_external_data=False).graph
     maps = {node.input[0] for node in graph.node if node.op_type == "Conv"}  # [1, C, H, W]; products take [1, ..., C]
-    outputs = []
-
-    def add_node(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        graph.node.append(helper.make_node(kind, inputs, [output], **attributes))
-        return output
-
-    def add_constant(name: str, value: np.ndarray) -> str:
-        graph.initializer.append(numpy_helper.from_array(value, name))
-        return name
-
-    zero = add_constant("mean/zero", np.zeros((), KINDS[precision]))
-    of_map, of_rows = add_constant("mean/of_map", np.array([0, 2, 3])), add_constant("mean/of_rows", np.array([0]))
-    for i, (name, largest) in enumerate(ranges.items()):
-        scale = add_constant(f"mean/{i}/scale", np.array(largest / LARGEST[precision] or 1, np.float32))
-        rounded = add_node("QuantizeLinear", [name, scale, zero], f"mean/{i}/quantised")
-        rounded = add_node("DequantizeLinear", [rounded, scale, zero], f"mean/{i}/dequantised")
-        for value, output in ((name, f"mean/{i}/plain"), (rounded, f"mean/{i}/rounded")):
-            if name not in maps:
-                value = add_node("Flatten", [value], f"{output}/rows", axis=-1)
-            outputs.append(add_node("ReduceMean", [value, of_map if name in maps else of_rows], output, keepdims=0))
-    del graph.output[:]
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "means.onnx")
-        _save(model, file, _is_large(source))
-        session = open_session(file, None)
-        found = [session.run(outputs, {INPUT: pixels}) for _, pixels in images]
-    means = [np.asarray(values, np.float64).mean(0) for values in zip(*found, strict=True)]
-    return {name: Mean(*pair) for name, pair in zip(ranges, zip(means[::2], means[1::2], strict=True), strict=True)}
+    scales = {name: np.array(largest / LARGEST[precision] or 1, np.float32) for name, largest in ranges.items()}
+    sessions = {is_map: _averaging(is_map, precision) for is_map in (True, False)}
+    pieces = Pieces(source, list(ranges), CUT_AFTER)
+    found: dict[str, list] = {name: [] for name in ranges}
+    for _, pixels in images:
+        for values in pieces({INPUT: pixels}):
+            for name, value in values.items():
+                found[name].append(sessions[name in maps].run(None, {"x": value, "scale": scales[name]}))
+    return {name: Mean(*np.asarray(pairs, np.float64).mean(0)) for name, pairs in found.items()}
 
 
-def _correct_biases(graph: onnx.GraphProto, original: onnx.GraphProto, means: dict[str, Mean]) -> None:
-    """Add to the bias after each quantised convolution and product what rounding took from the mean of its result, in
-    place (the bias correction of arXiv 1906.04721, with what the activations lose as well).
+def _averaging(is_map: bool, precision: str) -> onnxruntime.InferenceSession:
+    """x, scale -> the means of its channels as it is and rounded. is_map: [1, C, H, W], else [1, ..., C]."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["rounded"]),
+    ]
+    for value, mean in (("x", "plain_mean"), ("rounded", "rounded_mean")):
+        if not is_map:
+            nodes.append(helper.make_node("Flatten", [value], [f"{value}/rows"], axis=-1))
+        rows = value if is_map else f"{value}/rows"
+        nodes.append(helper.make_node("ReduceMean", [rows, "axes"], [mean], keepdims=0))
+    graph = helper.make_graph(
+        nodes,
+        "means",
+        [helper.make_tensor_value_info("x", 1, None), helper.make_tensor_value_info("scale", 1, [])],
+        [onnx.ValueInfoProto(name=name) for name in ("plain_mean", "rounded_mean")],
+        [
+            numpy_helper.from_array(np.zeros((), KINDS[precision]), "zero"),
+            numpy_helper.from_array(np.array([0, 2, 3] if is_map else [0]), "axes"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = False  # the largest tensors would stay
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    What a convolution pads with counts as if it were the mean too, so that a wide kernel on a small map is corrected by
-    a little too much.
+
+def _bias_of(
+    node: onnx.NodeProto, readers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto]
+) -> list[tuple[onnx.NodeProto, int]]:
+    """The node that adds a bias to what a convolution or matmul gives, and at which input; none where there is none.
+
+    The bias takes up what rounding takes from the mean of the result (the bias correction of arXiv 1906.04721, with
+    what the activations lose as well). What a convolution pads with counts as if it were the mean too, so that a wide
+    kernel on a small map is corrected by a little too much.
     """
-    plain = {tensor.name: tensor for tensor in original.initializer}
-    values = {tensor.name: tensor for tensor in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
-    readers = {name: node for node in graph.node for name in node.input}
-    weights_of = {node.name: node.input[1] for node in original.node if node.op_type in QUANTIZED}
-    for node in graph.node:
-        weights = makers.get(node.input[1]) if node.op_type in QUANTIZED else None
-        if weights is None or weights.op_type != "DequantizeLinear":
-            continue
-        adds = node if node.op_type == "Conv" else readers.get(node.output[0], node)
-        if adds.op_type not in ("Conv", "Add"):
-            continue
-        place = next((i for i, name in enumerate(adds.input) if name in values and len(values[name].dims) == 1), None)
-        if place is None:
-            continue
-        pair = makers[node.input[0]]  # DequantizeLinear of QuantizeLinear
-        mean = means[makers[pair.input[0]].input[0]]
-        scale, levels = (numpy_helper.to_array(values[weights.input[i]]).astype(np.float64) for i in (1, 0))
-        rounded = levels * _along(scale, _axis(weights), levels.ndim)
-        exact = numpy_helper.to_array(plain[weights_of[node.name]])
-        lost = _mean_result(node, exact, mean.plain) - _mean_result(node, rounded, mean.rounded)
-        bias = numpy_helper.to_array(values[adds.input[place]])
-        name = f"{node.name}/bias"  # its own: another layer may share the one it had
-        graph.initializer.append(numpy_helper.from_array((bias + lost).astype(np.float32), name))
-        adds.input[place] = name
-    _drop_unused(graph)
+    adds = node if node.op_type == "Conv" else readers.get(node.output[0], node)
+    if adds.op_type not in ("Conv", "Add"):
+        return []
+    return [(adds, i) for i, name in enumerate(adds.input) if name in tensors and len(tensors[name].dims) == 1][:1]
 
 
 def _mean_result(node: onnx.NodeProto, weights: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -200,84 +227,16 @@ def is_depthwise(node: onnx.NodeProto) -> bool:
     return node.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in node.attribute)
 
 
-def _axis(node: onnx.NodeProto) -> int:
-    """Of a QuantizeLinear's or DequantizeLinear's scales."""
-    return next((a.i for a in node.attribute if a.name == "axis"), 1)
-
-
-def _along(scale: np.ndarray, axis: int, ndim: int) -> np.ndarray:
-    """Scales [C] shaped to multiply an array of `ndim` axes; a scalar as it is."""
-    return scale.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)]) if scale.ndim else scale
-
-
-def _is_large(source: Path) -> bool:
-    return source.with_name(f"{source.name}.data").is_file()
-
-
-def _restore_other_readers(graph: onnx.GraphProto) -> None:
-    """Let what has no quantised weights read the value before it was rounded, in place.
-
-    ONNX Runtime's quantiser gives every reader of a tensor the rounded one, and so would round the residual stream.
-    """
-    makers = {name: node for node in graph.node for name in node.output}
-    for node in graph.node:
-        weights = makers.get(node.input[1]) if node.op_type in QUANTIZED else None
-        quantised = weights is not None and weights.op_type == "DequantizeLinear"
-        if quantised or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        for index, name in enumerate(node.input):
-            maker = makers.get(name)
-            if maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] in makers:
-                node.input[index] = makers[maker.input[0]].input[0]
-    _drop_unused(graph)
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Q/DQ nodes that nothing reads any longer, and initializers of nobody, in place."""
-    outputs = {value.name for value in graph.output}
-    while True:
-        used = outputs | {name for node in graph.node for name in node.input}
-        unused = [i for i, node in enumerate(graph.node) if used.isdisjoint(node.output)]
-        if not unused:
-            break
-        for i in reversed(unused):
-            del graph.node[i]
-    for i in reversed(range(len(graph.initializer))):
-        if graph.initializer[i].name not in used:
-            del graph.initializer[i]
-
-
-def _save(model: onnx.ModelProto, target: Path, large: bool) -> None:
-    for file in target.parent.glob(f"{target.name}*"):
-        file.unlink()
-    where = {"save_as_external_data": True, "location": f"{target.name}.data"} if large else {}
-    onnx.save(model, str(target), **where)
-
-
-def _to_fp8(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
-    """The INT8 graph's nodes with E4M3 in place of INT8, weights rounded anew from the float32 ones, in place."""
-    graph = model.graph
-    values = {tensor.name: tensor for tensor in graph.initializer}
-    originals = {tensor.name: tensor for tensor in source.graph.initializer}
-    done: set[str] = set()
-    zero = numpy_helper.from_array(np.zeros((), KINDS["fp8"]), "fp8/zero")
-    for node in graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        weights, scale = values.get(node.input[0]), values[node.input[1]]
-        if scale.name not in done:
-            done.add(scale.name)
-            wider = numpy_helper.to_array(scale) * np.float32(LARGEST["int8"] / LARGEST["fp8"])
-            scale.CopyFrom(numpy_helper.from_array(wider.astype(np.float32), scale.name))
-        if weights is not None:
-            original = numpy_helper.to_array(originals[weights.name.removesuffix("_quantized")])
-            scaled = original / _along(numpy_helper.to_array(scale), _axis(node), original.ndim)
-            weights.CopyFrom(numpy_helper.from_array(scaled.astype(KINDS["fp8"]), weights.name))
-        name = f"{scale.name}/zero" if scale.dims else zero.name
-        if scale.dims and name not in values:
-            values[name] = numpy_helper.from_array(np.zeros(tuple(scale.dims), KINDS["fp8"]), name)
-            graph.initializer.append(values[name])
-        node.input[2] = name
-    graph.initializer.append(zero)
-    _drop_unused(graph)
-    del graph.value_info[:]
+def _stored(name: str, values: np.ndarray, data: BinaryIO | None) -> onnx.TensorProto:
+    """A tensor of the graph whose bytes, unless they are few, go to the end of `data`."""
+    if data is None or values.nbytes < SMALL:
+        return numpy_helper.from_array(np.asarray(values), name)
+    tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
+    data.write(b"\0" * (-data.tell() % ALIGNMENT))
+    begin = data.tell()
+    data.write(values.tobytes())
+    tensor.raw_data = b"-"  # what is external must have held something
+    external_data_helper.set_external_data(tensor, Path(data.name).name, begin, values.nbytes)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    return tensor
