@@ -87,7 +87,7 @@ def export_bundle(
 def _add_encoder(checkpoint: Checkpoint, folder: Path, precision: str, resolution: int) -> EncoderPart:
     file = f"encoder/{precision}.onnx"
     (folder / "encoder").mkdir()
-    model = load_image_encoder(checkpoint)
+    model = load_image_encoder(checkpoint, None)
     _require(export_checked(model, folder / file, precision, resolution), "encoder")
     return EncoderPart(
         file=file,

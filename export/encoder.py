@@ -3,82 +3,47 @@
     python -m export.encoder --res 1536 [--checkpoint DIR] [--precision fp32|fp16] [--out DIR]
 
 The graph: pixel_values [batch, 3, height, width] -> image_embeds [batch, visual_tokens, hidden], both float32 or both
-float16; height and width are multiples of the stride, visual_tokens = height/stride * width/stride. Traced with
-torch.export, so that the sizes stay symbolic rather than those of an example.
+float16; height and width are multiples of the stride, visual_tokens = height/stride * width/stride. Weights pass from
+the checkpoint's mapped files to the graph's one at a time, and the comparison holds one block of either.
 """
 
 import argparse
+import copy
 import shutil
 import tempfile
-import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from export.cli import BUILD, choose_resolution, name_of, open_checkpoint
+from export.encoder_graph import OPSET, named_blocks, write_encoder
+from export.graphs.pieces import cut, open_piece, run_piece
 from export.parity import TOLERANCES, Difference, ParityError, compare, report
 from runtime.command import run
 from runtime.errors import UserError
-from runtime.image.preprocess import MAX_RESOLUTION
 from train.model import ImageEncoder, check_finite, load_image_encoder
 
-OPSET = 20  # the first with Gelu as one operator
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-INLINE_BYTES = 1_500_000_000  # larger weights go to a file beside the graph: one protobuf holds 2 GB
+INLINE_BYTES = 200_000_000  # larger weights go to a file beside the graph, from which they can be mapped
 
 
 def export_encoder(model: ImageEncoder, file: Path, precision: str) -> None:
-    """Write `model` to `file` (and `file`.data for large weights). The model is converted in place for fp16."""
-    stride, dtype = model.encoder.config.stride, PRECISIONS[precision]
-    model = model.to(dtype).eval()
-    # The example only fixes the rank: sizes of 1 or two equal sizes would be taken for constants
-    example = torch.zeros(2, 3, 3 * stride, 4 * stride, dtype=dtype)
-    side = MAX_RESOLUTION // stride
-    dims = {
-        0: torch.export.Dim("batch", min=1, max=1024),
-        2: stride * torch.export.Dim("rows", min=1, max=side),
-        3: stride * torch.export.Dim("columns", min=1, max=side),
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's notices about itself
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=(dims,),
-            input_names=["pixel_values"],
-            output_names=["image_embeds"],
-            opset_version=OPSET,
-            verbose=False,
-        )
-    assert program is not None  # so with dynamo
-    _tidy(program.model.graph)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    program.save(str(file), external_data=size > INLINE_BYTES)
+    """Write `model` to `file` (and `file`.data for large weights), one tensor at a time.
+
+    Args:
+        model: parameters of any float type; they may be mapped files, as `load_image_encoder(checkpoint, None)` gives
+            them.
+    """
+    dtype = PRECISIONS[precision]
+    size = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
+    write_encoder(model, file, dtype, external=size > INLINE_BYTES)
     onnx.checker.check_model(str(file))
-
-
-def _tidy(graph: onnx_ir.Graph) -> None:
-    """Name the axes for people, and drop the trace's notes: they hold paths of the exporting machine."""
-    inputs, outputs = graph.inputs[0].shape, graph.outputs[0].shape
-    assert inputs is not None and outputs is not None
-    channels, hidden = inputs[1], outputs[2]
-    graph.inputs[0].shape = onnx_ir.Shape(["batch", channels, "height", "width"])
-    graph.outputs[0].shape = onnx_ir.Shape(["batch", "visual_tokens", hidden])
-    for node in graph:
-        node.doc_string = None
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if value not in graph.outputs:
-                value.shape = None  # in terms of the trace's symbols
-    for value in (*graph.inputs, *graph.initializers.values()):
-        value.metadata_props.clear()
-    graph.metadata_props.clear()
 
 
 def check_precision(precision: str) -> None:
@@ -98,37 +63,62 @@ def parity_inputs(resolution: int, stride: int) -> list[np.ndarray]:
     return [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
 
 
-def pytorch_outputs(model: ImageEncoder, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """image_embeds in float32 of each input; the reference for `check_encoder`."""
-    with torch.inference_mode():
-        return [model(torch.from_numpy(pixels)).numpy() for pixels in inputs]
+def check_encoder(file: Path, model: ImageEncoder, inputs: list[np.ndarray], precision: str) -> list[Difference]:
+    """ONNX Runtime's hidden states against PyTorch's in float32, block by block: both hold one block at a time.
+
+    Args:
+        model: what the graph was made from, parameters of any float type.
+        inputs: float32 pixel_values; the last one goes through the file as a whole too.
+
+    Returns:
+        A row for the block that differs most, one for the image embeddings of each input and one for the whole file;
+        where a block exceeds the tolerance, a row for the first such block alone.
+    """
+    tolerance, dtype = TOLERANCES["encoder", precision], np.dtype(str(PRECISIONS[precision]).removeprefix("torch."))
+    blocks = list(named_blocks(model))
+    borders = [*(name for name, _ in blocks[:-1]), "image_embeds"]
+    pieces = cut(onnx.load(str(file), load_external_data=False), borders)
+    expected, found = list(inputs), [pixels.astype(dtype) for pixels in inputs]
+    worst = Difference("", -1.0, tolerance)
+    bar = tqdm(zip(blocks, pieces, strict=True), "encoder: check", len(blocks), unit="block", disable=None)
+    for (name, module), piece in bar:
+        reference, session = copy.deepcopy(module).float(), open_piece(piece, file.parent)
+        for i in range(len(inputs)):
+            expected[i] = _forward(name, reference, expected[i])
+            found[i] = run_piece(session, found[i])
+            row = compare(name, found[i], expected[i], tolerance)
+            if not row.ok:
+                return [replace(row, what=f"first bad block: {name}")]
+            worst = max(worst, row, key=lambda row: row.error)
+    rows = [replace(worst, what=f"worst block: {worst.what}")]
+    sizes = [f"{len(pixels)} x {pixels.shape[2]}x{pixels.shape[3]} {precision}" for pixels in inputs]
+    for size, ours, theirs in zip(sizes, found, expected, strict=True):
+        rows.append(compare(f"image_embeds {size}: {ours.shape[1]} tokens", ours, theirs, tolerance))
+    whole = run_piece(_open_whole(file), inputs[-1].astype(dtype))
+    return [*rows, compare(f"the same, whole file {sizes[-1]}", whole, expected[-1], tolerance)]
 
 
-def check_encoder(
-    file: Path, inputs: list[np.ndarray], references: list[np.ndarray], precision: str
-) -> list[Difference]:
-    """ONNX Runtime's outputs against PyTorch's in float32, a row for each size."""
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    dtype = np.float16 if precision == "fp16" else np.float32
-    rows = []
-    for pixels, reference in zip(inputs, references, strict=True):
-        found = np.asarray(session.run(None, {"pixel_values": pixels.astype(dtype)})[0])  # [batch, tokens, hidden]
-        batch, _, height, width = pixels.shape
-        what = f"image_embeds {batch} x {height}x{width} {precision}: {found.shape[1]} tokens"
-        rows.append(compare(what, found, reference, TOLERANCES["encoder", precision]))
-    return rows
+@torch.inference_mode()
+def _forward(name: str, module: nn.Module, x: np.ndarray) -> np.ndarray:
+    """The output of one of `named_blocks`."""
+    hidden = torch.from_numpy(x)
+    if name == "projector":
+        hidden = hidden.flatten(2).transpose(1, 2)  # [B, C, h, w] -> [B, h*w, C]
+    return module(hidden).numpy()
+
+
+def _open_whole(file: Path) -> onnxruntime.InferenceSession:
+    """A session that maps the weights: without what would copy them to rearrange them."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def export_checked(model: ImageEncoder, file: Path, precision: str, resolution: int) -> bool:
-    """Export and compare; prints the table. Returns whether every size is within its tolerance.
-
-    References are computed first and the model is given up before the session opens: a large encoder is held once.
-    """
-    inputs = parity_inputs(resolution, model.encoder.config.stride)
-    references = pytorch_outputs(model, inputs)
+    """Export and compare; prints the table. Returns whether every row is within its tolerance."""
     export_encoder(model, file, precision)
-    model.to("meta")
-    return report(check_encoder(file, inputs, references, precision))
+    return report(check_encoder(file, model, parity_inputs(resolution, model.encoder.config.stride), precision))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -155,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
         good = export_checked(
-            load_image_encoder(checkpoint), Path(partial, f"{args.precision}.onnx"), args.precision, resolution
+            load_image_encoder(checkpoint, None), Path(partial, f"{args.precision}.onnx"), args.precision, resolution
         )
         if good:
             for file in sorted(Path(partial).iterdir(), reverse=True):  # weights before the graph that names them

@@ -17,9 +17,10 @@ from train.model.names import timm_to_hf
 from train.model.projector import build_projector
 
 
-def load_image_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> ImageEncoder:
+def load_image_encoder(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> ImageEncoder:
     """Encoder and projector alone, in evaluation mode; the language model's weights are not read.
 
+    dtype: None keeps each stored one, so that parameters stay in the mapped files.
     Raises CheckpointError naming every key that is missing, unexpected or of the wrong shape.
     """
     config, folder = checkpoint.encoder_config, checkpoint.folder
