@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.evaluation import Loss
+from calib.evaluation import SOURCE, Loss
 from export.bundle_writer import check_place
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.verify import MANIFEST
 from runtime.errors import UserError
 
-SOURCE = "encoder/fp32.onnx"
 REPORT = "calib"  # folder in the bundle
 SECTIONS = ("image", "prompt", "tokenizer", "encoder", "decoder")  # of the manifest
 

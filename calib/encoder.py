@@ -10,7 +10,17 @@ from tqdm import tqdm
 from calib.activations import KINDS, METHODS, REMOVED_METHODS, Activations
 from calib.bundle import REPORT, SOURCE, Outcome, check_source, copy_bundle, manifest_of
 from calib.evaluation import Evaluation, Loss
-from calib.images import HELD_OUT, LEAST, Page, calibration_pixels, fewer_pages, find_pages, split, spread
+from calib.images import (
+    DEFAULT_QUESTIONS,
+    HELD_OUT,
+    LEAST,
+    Page,
+    asked_pages,
+    calibration_pixels,
+    find_pages,
+    split,
+    spread,
+)
 from calib.qdq import Calibrated, measure_means
 from calib.report import write_encoder_report
 from calib.sensitivity import (
@@ -41,7 +51,8 @@ class EncoderOptions:
         precision: int8 or fp8.
         method: of `calib.activations.METHODS`; None takes the precision's own of `DEFAULT_METHODS`.
         samples: images to calibrate on, of those there are.
-        questions: to measure losses on.
+        questions: to measure losses on; 0 measures SQNR alone. None: with a budget DEFAULT_QUESTIONS, without one
+            those about few images, see `calib.images.asked_pages`.
         budget: points of ANLS that may be lost or, where answers are not known, % of next tokens that may differ.
             None quantizes every group but the depthwise convolutions.
         depthwise: quantize these too (INT8 alone).
@@ -51,7 +62,7 @@ class EncoderOptions:
     precision: str = "int8"
     method: str | None = None
     samples: int = 64
-    questions: int = 200
+    questions: int | None = None
     budget: float | None = None
     depthwise: bool = False
     cache: Path | None = None
@@ -65,10 +76,12 @@ class EncoderOptions:
             raise UserError(f"unknown --method {self.method!r}, expected one of {', '.join(METHODS)}")
         if self.samples < LEAST:
             raise UserError(f"--samples is {self.samples}, expected {LEAST} or more")
-        if self.questions < 1:
-            raise UserError(f"--questions is {self.questions}, expected 1 or more")
+        if self.questions is not None and self.questions < 0:
+            raise UserError(f"--questions is {self.questions}, expected 0 or more")
         if self.budget is not None and not 0 <= self.budget <= 100:
             raise UserError(f"--budget is {self.budget}, expected 0 to 100 points")
+        if self.budget is not None and self.questions == 0:
+            raise UserError("--questions is 0, but --budget is a loss on questions; expected 1 or more")
         if self.depthwise and self.precision == "fp8":
             raise UserError("--depthwise is for int8: TensorRT has no depthwise convolution in FP8")
 
@@ -95,17 +108,18 @@ def quantize_encoder_bundle(bundle: Bundle, out: Path, data: Path, options: Enco
         UserError: no float32 encoder in the bundle; as `find_pages`, `split` and `Activations`.
     """
     check_source(bundle, out)
-    questions = options.questions if options.budget is None else max(options.questions, FINAL_QUESTIONS)
+    searched = options.questions if options.questions is not None else DEFAULT_QUESTIONS
+    questions = searched if options.budget is None else max(searched, FINAL_QUESTIONS)
     calibration, held_out = split(find_pages(data), options.samples, questions)
     calibrated, warnings = _calibrate(bundle, calibration, out, options)
     pages = held_out or spread(calibration, HELD_OUT)
-    evaluation = Evaluation(bundle, fewer_pages(pages, options.questions), options.questions)
+    evaluation = Evaluation(bundle, *asked_pages(pages, options.questions if options.budget is None else searched))
     warnings += evaluation.warnings()
     groups = groups_of(onnx.load(str(calibrated.source), load_external_data=False).graph)
     if options.budget is None:
         choice = _exclude_depthwise(calibrated, groups, evaluation, options)
     else:
-        final_pages = pages if held_out and questions > options.questions else None
+        final_pages = pages if held_out and questions > searched else None
         choice = _exclude_by_budget(calibrated, groups, evaluation, options, final_pages)
     final = choice.rounds[-1]
     assert final.loss is not None

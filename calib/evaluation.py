@@ -33,6 +33,7 @@ from runtime.text.boxes import read_boxes
 from runtime.text.template import first_turn, with_answer
 from runtime.types import Options
 
+SOURCE = "encoder/fp32.onnx"  # of a bundle, which encoders are compared with
 ANSWER_TOKENS = 16  # of an answer, whose next tokens are compared
 AT_ONCE = 8  # questions about an image
 MAX_NEW_TOKENS = 48  # of an answer that is scored; a box takes about 26
@@ -49,12 +50,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Loss:
-    """What is lost against float32. sqnr_db: None where the encoder is float32's own. differing: next tokens, %.
-    perplexity: of the answers; float32's own to compare with is `Evaluation.perplexity`. anls, grounding: points of a
-    hundred; None where no answers are known, or the float32 model does not know them."""
+    """What is lost against float32. sqnr_db: None where the encoder is float32's own. differing: next tokens, %; None
+    without questions. perplexity: of the answers; float32's own to compare with is `Evaluation.perplexity`. anls,
+    grounding: points of a hundred; None where no answers are known, or the float32 model does not know them."""
 
     sqnr_db: float | None
-    differing: float
+    differing: float | None
     perplexity: float | None
     anls: float | None = None
     grounding: float | None = None
@@ -62,7 +63,9 @@ class Loss:
     @property
     def budgeted(self) -> float:
         """What a budget limits: points of ANLS where they can be told, else next tokens."""
-        return self.differing if self.anls is None else self.anls
+        value = self.differing if self.anls is None else self.anls
+        assert value is not None  # a budget wants questions
+        return value
 
 
 @dataclass(frozen=True)
@@ -95,31 +98,54 @@ def sqnr_db(found: Iterable[np.ndarray], expected: Iterable[np.ndarray]) -> floa
 class Evaluation:
     """Compares encoders and decoders with the bundle's float32 encoder and its decoder.
 
-    questions: at most so many, over all pages alike; those that do not fit the context are named on stderr and passed
-    over. scored: compare answers as well, where they are known. model: of another evaluation of the same bundle.
-    Raises UserError where no question fits.
+    One encoder is open at a time, and none beside the decoder, since a large one takes gigabytes.
+
+    Args:
+        questions: at most so many, over all pages alike; those that do not fit the context are named on stderr and
+            passed over. 0 compares image embeddings alone, and opens no decoder.
+        scored: compare answers as well, where they are known.
+        model: of another evaluation of the same bundle.
+
+    Raises:
+        UserError: no question fits.
     """
 
     def __init__(
         self, bundle: Bundle, pages: Sequence[Page], questions: int, scored: bool = True, model: Model | None = None
     ):
         self.bundle = bundle
-        self.model = model or Model(bundle, Backends(encoder="onnx", encoder_precision="fp32"), cache_bytes=0)
-        self._pages: list[Page] = []
-        self._embeds: list[np.ndarray] = []
+        self.model = model
+        self._pages = _dealt(pages, questions) if questions else list(pages)
+        self._embeds = self._encode(bundle.path(SOURCE))
         self._cases: list[list[_Case]] = []
         self._readings: list[_Reading] = []  # of float32
-        for page in tqdm(_dealt(pages, questions), "float32", unit="page", leave=False, disable=None):
-            rows = self.model.encoder([pixels_of(page, bundle.image)])
+        self.score: Score | None = None  # of float32
+        if questions:
+            if model is None:
+                self.model = Model(bundle, Backends(encoder="onnx", encoder_precision="fp32"), cache_bytes=0)
+                del self.model.encoder
+            self._read_pages()
+            known = scored and any(case.question.answer is not None for cases in self._cases for case in cases)
+            self.score = self._score(self.decoding, self._embeds) if known else None
+
+    def _read_pages(self) -> None:
+        """Float32's answers; pages without a question that fits are given up."""
+        fitting = []
+        pages = tqdm(self._pages, "float32", unit="page", leave=False, disable=None)
+        for page, rows in zip(pages, self._embeds, strict=True):
             if cases := self._cases_of(page, rows):
-                self._pages.append(page)
-                self._embeds.append(rows)
+                fitting.append((page, rows))
                 self._cases.append(cases)
-                self._readings.append(_read(self.model.decoder, cases, rows))
-        if not self._pages:
+                self._readings.append(_read(self.decoding.decoder, cases, rows))
+        if not fitting:
             raise UserError("no question about the images fits the model's context")
-        known = scored and any(case.question.answer is not None for cases in self._cases for case in cases)
-        self.score = self._score(self.model, self._embeds) if known else None  # of float32
+        self._pages, self._embeds = ([pair[i] for pair in fitting] for i in (0, 1))
+
+    @property
+    def decoding(self) -> Model:
+        """The bundle's model, without its encoder."""
+        assert self.model is not None  # there are questions
+        return self.model
 
     @property
     def answers(self) -> bool:
@@ -149,6 +175,7 @@ class Evaluation:
         """What a report says of the questions, and of float32's answers to them."""
         return {
             "decoder_compared_with": self.bundle.decoder.precision,
+            "images": len(self._pages),
             "questions": self.questions,
             "next_tokens": self.tokens,
             "float32": {"perplexity": self.perplexity} | ({} if self.score is None else vars(self.score)),
@@ -161,16 +188,19 @@ class Evaluation:
     def loss(self, encoder: Path | None = None, decoder: OnnxDecoder | None = None) -> Loss:
         """With the encoder graph `encoder`, and `decoder`, in place of float32 and the bundle's; None keeps them."""
         embeds = self._embeds if encoder is None else self._encode(encoder)
-        model = self.model
+        sqnr = None if encoder is None else sqnr_db(embeds, self._embeds)
+        if not self._cases:
+            return Loss(sqnr, None, None)
+        model = self.decoding
         if decoder is not None:
-            model = copy.copy(self.model)
+            model = copy.copy(model)
             model.decoder = decoder
         pages = tqdm(self._cases, "asking", unit="page", leave=False, disable=None)
         readings = [_read(model.decoder, cases, rows) for cases, rows in zip(pages, embeds, strict=True)]
         differing = sum(np.sum(a.next != b.next) for a, b in zip(readings, self._readings, strict=True))
         score = self._score(model, embeds) if self.answers else None
         return Loss(
-            None if encoder is None else sqnr_db(embeds, self._embeds),
+            sqnr,
             float(100 * differing / self.tokens),
             _perplexity(readings),
             _points_lost(self.score.anls, score.anls) if self.score and score else None,
@@ -183,12 +213,12 @@ class Evaluation:
         return [np.asarray(encoder([pixels_of(page, self.bundle.image)])) for page in pages]
 
     def _cases_of(self, page: Page, embeds: np.ndarray) -> list[_Case]:
-        tokenizer, template = self.model.tokenizer, self.bundle.prompt
+        tokenizer, template = self.decoding.tokenizer, self.bundle.prompt
         cases = []
         for question in page.questions:
             prompt = first_turn(template, question.prompt, 1)
             ids = tokenizer.encode_prompt(prompt, [len(embeds)])
-            if len(ids) + ANSWER_TOKENS > self.model.decoder.capacity:
+            if len(ids) + ANSWER_TOKENS > self.decoding.decoder.capacity:
                 print(f"skipped: {page.file}: a question of {len(ids)} tokens with its image", file=sys.stderr)
             elif question.answer is None:
                 cases.append(_Case(question, ids, self._answer(ids, embeds)))
@@ -200,9 +230,9 @@ class Evaluation:
 
     def _answer(self, ids: list[int], embeds: np.ndarray) -> list[int]:
         """The float32 model's own, greedily, without its end."""
-        sequence = self.model.decoder.start(len(ids) + ANSWER_TOKENS)
+        sequence = self.decoding.decoder.start(len(ids) + ANSWER_TOKENS)
         answer, token = [], sequence.forward_greedy(ids, embeds)
-        while token not in self.model.tokenizer.eos_token_ids and len(answer) < ANSWER_TOKENS:
+        while token not in self.decoding.tokenizer.eos_token_ids and len(answer) < ANSWER_TOKENS:
             answer.append(token)
             token = sequence.forward_greedy([token])
         return answer
@@ -259,7 +289,7 @@ def _read(decoder: OnnxDecoder, cases: list[_Case], embeds: np.ndarray) -> _Read
 
 
 def _perplexity(readings: list[_Reading]) -> float | None:
-    log_probs = np.concatenate([reading.log_probs for reading in readings])
+    log_probs = np.concatenate([np.empty(0), *(reading.log_probs for reading in readings)])
     return float(np.exp(-np.mean(log_probs))) if len(log_probs) else None
 
 

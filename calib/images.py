@@ -19,6 +19,9 @@ from train.data.llava_json import MalformedError, images_of, read_records, turns
 LEAST = 16  # fewer say too little of the ranges that activations take
 HELD_OUT = 12  # at least so many to evaluate on
 QUESTIONS_PER_PAGE = 8
+DEFAULT_QUESTIONS = 200  # to measure losses on
+FEW_PAGES = 8  # that these are about unless a number is asked for
+SQNR_PAGES = 4  # that image embeddings alone are compared on
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SCALES = (1, 2 / 3, 1 / 2)  # of the bundle's resolution: 1536, 1024, 768
 
@@ -104,6 +107,20 @@ def split(pages: list[Page], samples: int, questions: int) -> tuple[list[Page], 
     held_out = [page for page in chosen if pictures.open(page)]
     pictures.warn()
     return calibration, held_out
+
+
+def asked_pages(pages: list[Page], questions: int | None) -> tuple[list[Page], int]:
+    """(pages to measure losses on, at most how many questions about them).
+
+    Args:
+        questions: 0 takes SQNR_PAGES pages without questions; None takes as many as FEW_PAGES pages have, up to
+            DEFAULT_QUESTIONS: minutes of a large model.
+    """
+    if questions == 0:
+        return spread(pages, SQNR_PAGES), 0
+    if questions is None:
+        return spread(fewer_pages(pages, DEFAULT_QUESTIONS), FEW_PAGES), DEFAULT_QUESTIONS
+    return fewer_pages(pages, questions), questions
 
 
 def fewer_pages(pages: list[Page], questions: int) -> list[Page]:

@@ -39,7 +39,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--samples", type=int, metavar="N", help="images or, for gptq, prompts to calibrate on; default: 64, gptq 128"
     )
-    parser.add_argument("--questions", type=int, metavar="N", help="to measure losses on; default: 200")
+    parser.add_argument(
+        "--questions",
+        type=int,
+        metavar="N",
+        help="to measure losses on; 0: the encoder's SQNR alone; default: 200 with --budget, else those about 8 images",
+    )
     parser.add_argument("--budget", type=float, metavar="B", help="points of ANLS, or else %% of next tokens, to lose")
     parser.add_argument("--depthwise", action="store_true", help="quantize depthwise convolutions too")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep the ranges, for another method")
@@ -80,12 +85,13 @@ def describe(outcome: Outcome) -> str:
     """The loss in one line."""
     loss = outcome.loss
     parts = [] if loss.sqnr_db is None else [f"SQNR {loss.sqnr_db:.1f} dB"]
-    parts.append(f"{loss.differing:.2f} % of {outcome.tokens:,} next tokens differ from float32")
+    if loss.differing is not None:
+        parts.append(f"{loss.differing:.2f} % of {outcome.tokens:,} next tokens differ from float32")
     if loss.anls is not None:
         parts.append(f"{loss.anls:.2f} points of ANLS lost")
     if loss.grounding is not None:
         parts.append(f"{loss.grounding:.2f} points of grounding accuracy lost")
-    return f"{'; '.join(parts)} ({outcome.questions:,} questions)"
+    return f"{'; '.join(parts) or 'nothing was measured'} ({outcome.questions:,} questions)"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,19 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 import calib.evaluation
-from calib.evaluation import Evaluation, Score, sqnr_db
-from calib.images import HELD_OUT, LEAST, QUESTIONS, Page, Question, find_pages, split
+from calib.evaluation import Evaluation, Loss, Score, sqnr_db
+from calib.images import (
+    FEW_PAGES,
+    HELD_OUT,
+    LEAST,
+    QUESTIONS,
+    SQNR_PAGES,
+    Page,
+    Question,
+    asked_pages,
+    find_pages,
+    split,
+)
 from export.cli import open_checkpoint
 from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.select import Backends
@@ -270,3 +281,19 @@ def test_a_picture_that_does_not_open_is_named_and_passed_over(pictures, tmp_pat
         (tmp_path / f"{i:02}.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="15 of 20 images can be opened"):
         split(find_pages(tmp_path), 20, 10)
+
+
+def test_without_questions_image_embeddings_alone_are_compared(bundle, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("calib.evaluation.Model", None)  # no decoder is opened
+    evaluation = Evaluation(bundle, *asked_pages(find_pages(pictures), 0))
+    loss = evaluation.loss(changed(bundle, tmp_path, "Mul", np.float32(1.01)))
+    assert loss == Loss(pytest.approx(40, abs=0.01), None, None)
+    about = evaluation.about()
+    assert (about["images"], about["questions"], about["next_tokens"]) == (SQNR_PAGES, 0, 0)
+
+
+def test_how_much_is_asked():
+    many, few = pages_of(400, questions=5), pages_of(400)
+    assert [len(asked_pages(many, count)[0]) for count in (0, 100, None)] == [SQNR_PAGES, 20, FEW_PAGES]
+    assert [len(asked_pages(few, count)[0]) for count in (0, 100, None)] == [SQNR_PAGES, 50, FEW_PAGES]
+    assert [asked_pages(few, count)[1] for count in (0, 100, None)] == [0, 100, 200]

@@ -310,7 +310,8 @@ def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
     assert_one_line_error(run_main("calib.quantize", *decoder, "--samples", "16"), "--samples is for gptq: q4_1")
     for options, said in (
         ({"samples": 15}, "--samples is 15, expected 16"),
-        ({"questions": 0}, "--questions"),
+        ({"questions": -1}, "--questions"),
+        ({"questions": 0, "budget": 1}, "--budget is a loss on questions"),
         ({"method": "guess"}, "mse, minmax, percentile"),
         ({"method": "entropy"}, "entropy was removed: mse loses less"),
         ({"budget": -1}, "--budget"),
