@@ -8,7 +8,6 @@ the checkpoint's mapped files to the graph's one at a time, and the comparison h
 """
 
 import argparse
-import copy
 import shutil
 import tempfile
 from dataclasses import replace
@@ -18,16 +17,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from export.cli import BUILD, choose_resolution, name_of, open_checkpoint
-from export.encoder_graph import OPSET, named_blocks, write_encoder
+from export.encoder_graph import OPSET, write_encoder
 from export.graphs.pieces import cut, open_piece, run_piece
 from export.parity import TOLERANCES, Difference, ParityError, compare, report
 from runtime.command import run
 from runtime.errors import UserError
 from train.model import ImageEncoder, check_finite, load_image_encoder
+from train.model.streamed import named_blocks, run_block
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 INLINE_BYTES = 200_000_000  # larger weights go to a file beside the graph, from which they can be mapped
@@ -78,33 +77,23 @@ def check_encoder(file: Path, model: ImageEncoder, inputs: list[np.ndarray], pre
     blocks = list(named_blocks(model))
     borders = [*(name for name, _ in blocks[:-1]), "image_embeds"]
     pieces = cut(onnx.load(str(file), load_external_data=False), borders)
-    expected, found = list(inputs), [pixels.astype(dtype) for pixels in inputs]
+    expected, found = [torch.from_numpy(pixels) for pixels in inputs], [pixels.astype(dtype) for pixels in inputs]
     worst = Difference("", -1.0, tolerance)
     bar = tqdm(zip(blocks, pieces, strict=True), "encoder: check", len(blocks), unit="block", disable=None)
     for (name, module), piece in bar:
-        reference, session = copy.deepcopy(module).float(), open_piece(piece, file.parent)
-        for i in range(len(inputs)):
-            expected[i] = _forward(name, reference, expected[i])
+        expected, session = run_block(name, module, expected), open_piece(piece, file.parent)
+        for i, reference in enumerate(expected):
             found[i] = run_piece(session, found[i])
-            row = compare(name, found[i], expected[i], tolerance)
+            row = compare(name, found[i], reference.numpy(), tolerance)
             if not row.ok:
                 return [replace(row, what=f"first bad block: {name}")]
             worst = max(worst, row, key=lambda row: row.error)
     rows = [replace(worst, what=f"worst block: {worst.what}")]
     sizes = [f"{len(pixels)} x {pixels.shape[2]}x{pixels.shape[3]} {precision}" for pixels in inputs]
     for size, ours, theirs in zip(sizes, found, expected, strict=True):
-        rows.append(compare(f"image_embeds {size}: {ours.shape[1]} tokens", ours, theirs, tolerance))
+        rows.append(compare(f"image_embeds {size}: {ours.shape[1]} tokens", ours, theirs.numpy(), tolerance))
     whole = run_piece(_open_whole(file), inputs[-1].astype(dtype))
-    return [*rows, compare(f"the same, whole file {sizes[-1]}", whole, expected[-1], tolerance)]
-
-
-@torch.inference_mode()
-def _forward(name: str, module: nn.Module, x: np.ndarray) -> np.ndarray:
-    """The output of one of `named_blocks`."""
-    hidden = torch.from_numpy(x)
-    if name == "projector":
-        hidden = hidden.flatten(2).transpose(1, 2)  # [B, C, h, w] -> [B, h*w, C]
-    return module(hidden).numpy()
+    return [*rows, compare(f"the same, whole file {sizes[-1]}", whole, expected[-1].numpy(), tolerance)]
 
 
 def _open_whole(file: Path) -> onnxruntime.InferenceSession:

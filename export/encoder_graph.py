@@ -6,39 +6,23 @@ Nodes, their values and weights carry the names of PyTorch's modules: `encoder.s
 output. Weights of linear layers are stored transposed, [in, out], as MatMul takes them.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from export.graphs.store import store
 from train.model import ImageEncoder
+from train.model.streamed import PROJECTOR, named_blocks
 
 OPSET = 20  # the first with Gelu as one operator
 IR_VERSION = 10
-ALIGNMENT = 64  # bytes, of a tensor in the file beside the graph
-SMALL = 1024  # bytes of a tensor that stays in the graph's own file
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
-
-
-def named_blocks(model: ImageEncoder) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of what follows one another in a forward pass: stem, downsampling layers, blocks, projector.
-
-    Each takes the output of the one before it; the projector takes the features [batch, tokens, channels].
-    """
-    yield "encoder.stem", model.encoder.stem
-    for i, stage in enumerate(model.encoder.stages):
-        if not isinstance(stage.downsample, nn.Identity):
-            yield f"encoder.stages.{i}.downsample", stage.downsample
-        for j, block in enumerate(stage.blocks):
-            if not isinstance(block, nn.Identity):
-                yield f"encoder.stages.{i}.blocks.{j}", block
-    yield "projector", model.projector
 
 
 def write_encoder(model: ImageEncoder, file: Path, dtype: torch.dtype, external: bool) -> None:
@@ -52,19 +36,18 @@ def write_encoder(model: ImageEncoder, file: Path, dtype: torch.dtype, external:
         OSError: there is no room.
     """
     if not external:
-        onnx.save(_Writer(dtype, None, "").model(model), str(file))
+        onnx.save(_Writer(dtype, None).model(model), str(file))
         return
-    data = file.with_name(f"{file.name}.data")
-    with data.open("wb") as stream:
-        graph = _Writer(dtype, stream, data.name).model(model)
+    with open(f"{file}.data", "wb") as data:
+        graph = _Writer(dtype, data).model(model)
     onnx.save(graph, str(file))
 
 
 class _Writer:
     """Appends nodes and weights in the order of a forward pass; its methods take and return names of values."""
 
-    def __init__(self, dtype: torch.dtype, stream: BinaryIO | None, location: str):
-        self._dtype, self._stream, self._location = dtype, stream, location
+    def __init__(self, dtype: torch.dtype, data: BinaryIO | None):
+        self._dtype, self._data = dtype, data
         self._element = helper.np_dtype_to_tensor_dtype(np.dtype(str(dtype).removeprefix("torch.")))
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[TensorProto] = []
@@ -73,7 +56,7 @@ class _Writer:
         x, channels = "pixel_values", 3
         blocks = list(named_blocks(model))
         for name, module in tqdm(blocks, "encoder: weights", unit="block", disable=None):
-            if name == "projector":
+            if name == PROJECTOR:
                 x = self._features(x, channels)
                 channels = self._projector(x, name, module, channels)
                 continue
@@ -168,17 +151,10 @@ class _Writer:
         return output
 
     def _weight(self, name: str, tensor: Tensor, transpose: bool = False) -> str:
-        value = tensor.detach().to(self._dtype)
-        content = (value.t() if transpose else value).contiguous().numpy()
-        proto = TensorProto(name=name, data_type=self._element, dims=content.shape)
-        if self._stream is None or content.nbytes <= SMALL:
-            proto.raw_data = content.tobytes()
+        values = tensor.detach().to(self._dtype).numpy()
+        values = values.T if transpose else values
+        if self._data is None:
+            self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         else:
-            self._stream.write(bytes(-self._stream.tell() % ALIGNMENT))
-            where = {"location": self._location, "offset": self._stream.tell(), "length": content.nbytes}
-            proto.data_location = TensorProto.EXTERNAL
-            for key, entry in where.items():
-                proto.external_data.add(key=key, value=str(entry))
-            self._stream.write(memoryview(content).cast("B"))
-        self._initializers.append(proto)
+            self._initializers.append(store(name, values, self._data))
         return name

@@ -9,7 +9,8 @@ from onnx import numpy_helper
 
 from export import encoder as encoder_export
 from export.encoder import check_encoder, export_encoder, main, parity_inputs
-from export.encoder_graph import OPSET, SMALL, named_blocks
+from export.encoder_graph import OPSET
+from export.graphs.store import SMALL
 from export.parity import TOLERANCES, ParityError
 from tests.support.commands import assert_one_line_error, run_main
 from train.model import ConvNeXtEncoder, EncoderConfig, ImageEncoder, build_projector
@@ -84,17 +85,6 @@ def test_encoders_without_a_block_or_layer_scales(tmp_path, options):
     (found,) = onnxruntime.InferenceSession(tmp_path / "fp32.onnx").run(None, {"pixel_values": pixels})
     expected = pytorch(model, pixels)
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
-
-
-def test_blocks_follow_one_another_to_the_models_own_output():
-    model, pixels = tiny(), torch.randn(2, 3, 64, 128)
-    with torch.inference_mode():
-        *blocks, (last, projector) = named_blocks(model)
-        x = pixels
-        for _, module in blocks:
-            x = module(x)
-        assert last == "projector"
-        assert torch.equal(projector(x.flatten(2).transpose(1, 2)), model(pixels))
 
 
 def test_fp16_is_fp16_through_and_through(tmp_path):
