@@ -7,8 +7,8 @@ Every library runs in a process of its own, llama.cpp in the environment that `m
 round through all, so that a slow minute of the machine falls on all of them; the first round warms up. Medians are
 recorded, and the median of the ratios round by round; above 1 this project is ahead. Each peer is compared with our
 decoder of the same weights: float32, or 4 bits where the peer has 4; with the decoder of --bundle, where one is named.
-llama.cpp reads the GGUF that the demo model's weights come from, with its usual cache in 16 bits; ours holds the same
-weights (`export.graphs.matmul_nbits`) and a cache in 32. GenAI's own 4 bits are others.
+llama.cpp has its own 4-bit formats of the checkpoint (`benchmarks.peers.products`), of which it repacks some for the
+processor, and its usual cache in 16 bits; ours has a cache in 32. GenAI's own 4 bits are others.
 
 prefill: so many image embeds (ids where a library cannot begin with embeds) to the first token. decode: greedy steps
 after so many ids of English; `same` counts the ids that agree with ours before the first that differs. With a batch, so
@@ -23,13 +23,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from transformers import LlamaConfig
-
 from benchmarks import record
 from benchmarks.calibration import english
-from benchmarks.limits import DecoderFiles, language_operations, machine_limits, prefill_ms, products_rate
+from benchmarks.limits import DecoderFiles, decoder_limit, machine_limits
 from benchmarks.llama_folder import write_llama
 from benchmarks.peers.decoders import PEERS
+from benchmarks.peers.products import gguf_files
 from benchmarks.peers.turns import (
     Running,
     add_model_options,
@@ -48,9 +47,9 @@ from export.cli import BUILD
 from runtime.backends.select import KERNELS
 from runtime.bundle.manifest import open_bundle
 from train.data.tokenizer import load_tokenizer
-from train.model.demo import GGUF
 
-FOUR_BITS = ("llama.cpp", "ort-genai")  # the others compute in float32
+LLAMA_CPP = [name for name in PEERS if name.startswith("llama.cpp-")]
+FOUR_BITS = (*LLAMA_CPP, "ort-genai")  # the others compute in float32 or bfloat16
 STEPS = 32
 BATCH_CONTEXT = 256
 KIND = "decoders"
@@ -60,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.split("\n")[0])
     known = [name for name in PEERS if name != "ours"]
     add_model_options(parser, "made of the checkpoint, with each precision that peers have")
-    parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all that are installed")
+    parser.add_argument(
+        "--peers", nargs="*", default=known, choices=[*known, "llama.cpp"], help="default: all that are installed"
+    )
     parser.add_argument("--contexts", nargs="*", type=int, default=[128, 640, 2048, 4096], metavar="N")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 4, 8, 16], metavar="N")
     parser.add_argument(
@@ -73,12 +74,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/decode.json")
     args = parser.parse_args()
     checkpoint, bundle = open_model(parser, args)
-    args.peers = installed(parser, args, args.peers)
+    named = [name for peer in args.peers for name in (LLAMA_CPP if peer == "llama.cpp" else [peer])]
+    args.peers = installed(parser, named)
     limits = machine_limits(args.threads)
     about = {"threads": args.threads, "versions_of_peers": versions_of_peers()}
     about["limits"] = {key: round(value, 1) for key, value in limits.items()}
     capacity = max([*args.contexts, *args.tokens, BATCH_CONTEXT]) + STEPS + 1
-    common = {"threads": args.threads, "capacity": capacity, "gguf": str(BUILD / "smollm2" / GGUF)}
+    common = {"threads": args.threads, "capacity": capacity}
     common |= {"hidden": checkpoint.llama_config.hidden_size, "checkpoint": str(checkpoint.folder)}
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         common["folders"] = folders(checkpoint, Path(folder), args.peers)
@@ -98,7 +100,7 @@ def main() -> None:
         theirs = {name: start_peer(KIND, name, common) for name in args.peers}
         rows = measured(ours, theirs, beside, args)
         for row in rows:
-            row |= limit_of(row, DecoderFiles.of(bundles[row["precision"]]), checkpoint.llama_config, limits)
+            row |= decoder_limit(row, DecoderFiles.of(bundles[row["precision"]]), checkpoint.llama_config, limits)
             print(row, flush=True)
         for worker in (*ours.values(), *theirs.values()):
             worker.close()
@@ -115,8 +117,11 @@ def precision_of(peer: str) -> str:
 
 
 def folders(checkpoint, folder: Path, peers: list[str]) -> dict[str, str]:
-    """What GenAI and optimum make of the language model for themselves."""
+    """What libraries make of the language model for themselves."""
     found, source = {}, folder / "llama"
+    forms = [name.removeprefix("llama.cpp-") for name in peers if name in LLAMA_CPP]
+    files = gguf_files(checkpoint.folder, folder, forms) if forms else {}
+    found |= {f"llama.cpp-{form}": str(file) for form, (file, _) in files.items()}
     write_llama(checkpoint, source)
     if "optimum" in peers:
         optimum_export(source, folder / "optimum")
@@ -153,21 +158,6 @@ def measured(
             row |= {"load_s": round(ours[precision].load_s, 2), "peer_load_s": round(theirs[peer].load_s, 2)}
             rows.append(row)
     return rows
-
-
-def limit_of(row: dict, part: DecoderFiles, config: LlamaConfig, limits: dict[str, float]) -> dict:
-    """part: its embeddings are the head's."""
-    tokens, batch = row["context"], row["batch"]
-    if row["work"] == "prefill":
-        limit = prefill_ms(config, tokens, part, limits)
-        return {"limit": round(limit, 1), "reached": round(limit / row["ours"], 3)}
-    layers, attended = config.num_hidden_layers, config.num_attention_heads * config.head_dim
-    cache = 2 * layers * config.num_key_value_heads * config.head_dim * part.kv_itemsize * tokens
-    # a step of one sequence; `language_operations` has one position attend to itself
-    operations = language_operations(config, 1) + 2 * layers * attended * (2 * tokens - 1)
-    reading = (part.size + cache * batch) / (1e9 * limits["read_gb_per_s"])
-    seconds = max(reading, batch * operations / products_rate(part.precision, limits))
-    return {"limit": round(batch / seconds, 1), "reached": round(row["ours"] * seconds / batch, 3)}
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
     rate = matmul_rate(args.threads)
     spec = {"graph": str(bundle.path(graph)), "stride": bundle.encoder.stride, "threads": args.threads}
     spec["checkpoint"] = str(checkpoint.folder)
-    workers = {name: start_peer(KIND, name, spec) for name in ("ours", *installed(parser, args, args.peers))}
+    workers = {name: start_peer(KIND, name, spec) for name in ("ours", *installed(parser, args.peers))}
     encoder = load_image_encoder(checkpoint).eval()
     rows = []
     for height, width in args.sizes:

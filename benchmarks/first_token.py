@@ -30,6 +30,7 @@ from benchmarks import record
 from benchmarks.encoder import operations
 from benchmarks.limits import DecoderFiles, machine_limits, prefill_ms
 from benchmarks.peers.chains import released_encoder
+from benchmarks.peers.products import gguf_files
 from benchmarks.peers.turns import (
     Running,
     add_model_options,
@@ -46,10 +47,10 @@ from runtime.bundle.manifest import Bundle, open_bundle
 from runtime.text.template import first_turn
 from runtime.text.tokenizer import Tokenizer
 from train.model import load_image_encoder
-from train.model.demo import GGUF
 
 KIND = "chains"
 PRECISIONS = {"openvino+llama.cpp": "int4", "torch+transformers": "fp32"}  # of our decoder beside them
+FASTEST = "q4_0"  # of llama.cpp's formats, at prompts
 TILED = "vit-l-tiles"
 RELEASED = (768, 1024, 1536)  # resolutions of the released encoder beside the tiles
 LONG_ROUNDS = 2  # of these, which take a minute each
@@ -72,7 +73,7 @@ def main() -> None:
     if bundle and not bundle.encoder_file("fp32"):
         parser.error(f"{bundle.folder} has no float32 encoder, which OpenVINO runs; export one with --precision fp32")
     asked = [name for name in known if {name, *name.split("+")} & set(args.peers)]
-    args.peers = installed(parser, args, asked)
+    args.peers = installed(parser, asked)
     limits = machine_limits(args.threads)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         beside = {name: bundle.decoder.precision if bundle else PRECISIONS.get(name, "int4") for name in args.peers}
@@ -82,7 +83,9 @@ def main() -> None:
             export_bundle(checkpoint, out, checkpoint.resolution, decoder_precision=precision)
             bundles[precision] = open_bundle(out)
         image = page(Path(folder))
-        common = {"gguf": str(BUILD / "smollm2" / GGUF), "checkpoint": str(checkpoint.folder)}
+        common = {"checkpoint": str(checkpoint.folder)}
+        if any("llama.cpp" in name for name in args.peers):
+            common["gguf"] = str(gguf_files(checkpoint.folder, Path(folder), [FASTEST])[FASTEST][0])
         specs = {name: spec_of(part, image, args.threads) | common for name, part in bundles.items()}
         least = {
             name: ChainLimit(checkpoint.llama_config, DecoderFiles.of(part), limits) for name, part in bundles.items()

@@ -1,7 +1,9 @@
 """What the machine can do at best, measured: the bounds that other figures stand next to."""
 
+import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,10 +14,13 @@ from transformers import LlamaConfig
 
 from runtime.bundle.manifest import Bundle
 
+# operators that read a few rows of a table
+LOOKED_UP = ("Gather", "GatherBlockQuantized", "GroupQueryAttention")
+
 
 @dataclass(frozen=True)
 class DecoderFiles:
-    """What a bundle's decoder reads: bytes, their precision, and bytes of a number in its KV cache."""
+    """What a bundle's decoder reads in a step: bytes, their precision, and bytes of a number in its KV cache."""
 
     size: int
     precision: str
@@ -23,9 +28,19 @@ class DecoderFiles:
 
     @classmethod
     def of(cls, bundle: Bundle) -> "DecoderFiles":
-        file = bundle.path(bundle.decoder.file)
-        size = sum(found.stat().st_size for found in file.parent.glob(f"{file.name}*"))
-        return cls(size, bundle.decoder.precision, np.dtype(bundle.decoder.kv_dtype).itemsize)
+        file = bundle.path(bundle.decoder.kernels_file or bundle.decoder.file)
+        return cls(step_bytes(file), bundle.decoder.precision, np.dtype(bundle.decoder.kv_dtype).itemsize)
+
+
+def step_bytes(file: Path) -> int:
+    """Bytes of the weights that a step of a decoder's graph reads whole: all but looked-up rows and angles."""
+    graph = onnx.load(file, load_external_data=False).graph
+    read = {name for node in graph.node if node.op_type not in LOOKED_UP for name in node.input}
+    return sum(
+        math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in graph.initializer
+        if tensor.name in read
+    )
 
 
 def read_bandwidth(threads: int, megabytes: int = 2000, rounds: int = 9) -> float:
@@ -83,6 +98,21 @@ def prefill_ms(config: LlamaConfig, tokens: int, part: DecoderFiles, limits: dic
     """The least time of prefilling so many positions."""
     reading = part.size / (1e9 * limits["read_gb_per_s"])
     return 1e3 * max(reading, language_operations(config, tokens) / products_rate(part.precision, limits))
+
+
+def decoder_limit(row: dict, part: DecoderFiles, config: LlamaConfig, limits: dict[str, float]) -> dict[str, float]:
+    """Columns of a row about a prefill or decode steps: what the machine allows at best, and our share of it."""
+    tokens, batch = row["context"], row["batch"]
+    if row["work"] == "prefill":
+        limit = prefill_ms(config, tokens, part, limits)
+        return {"limit": round(limit, 1), "reached": round(limit / row["ours"], 3)}
+    layers, attended = config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    cache = 2 * layers * config.num_key_value_heads * config.head_dim * part.kv_itemsize * tokens
+    # a step of one sequence; `language_operations` has one position attend to itself
+    operations = language_operations(config, 1) + 2 * layers * attended * (2 * tokens - 1)
+    reading = (part.size + cache * batch) / (1e9 * limits["read_gb_per_s"])
+    seconds = max(reading, batch * operations / products_rate(part.precision, limits))
+    return {"limit": round(batch / seconds, 1), "reached": round(row["ours"] * seconds / batch, 3)}
 
 
 def _least(work, threads: int, rounds: int) -> float:

@@ -38,15 +38,19 @@ class Chain:
 
 
 class Ours(Chain):
-    """The bundle through `runtime.load`, as `infer.py` has it."""
+    """The bundle through `runtime.load`, as `infer.py` has it.
+
+    spec: also backends, options of `runtime.backends.select.Backends`; by default the encoder computes in float32 on
+    ONNX Runtime, as the others have it.
+    """
 
     def __init__(self, spec: dict[str, Any]):
         import runtime
         from runtime.backends.select import Backends
 
         self._spec = spec
-        float32 = Backends("onnx", encoder_precision="fp32")  # as the others have it
-        self._model = runtime.load(spec["bundle"], spec["threads"], float32)
+        backends = Backends(**spec.get("backends", {"encoder": "onnx", "encoder_precision": "fp32"}))
+        self._model = runtime.load(spec["bundle"], spec["threads"], backends)
 
     def first_token(self, image: str = "new") -> dict:
         """image: `new`; `seen`, in a call before, about another question; `held`, prefilled for another question.
@@ -76,15 +80,19 @@ class Ours(Chain):
 
 
 class OpenVinoLlamaCpp(Chain):
-    """Pillow, the bundle's float32 graph on OpenVINO, llama.cpp on the GGUF: one after the other."""
+    """Pillow, the bundle's float32 graph on OpenVINO, llama.cpp on the GGUF: one after the other.
+
+    spec: also hint, in what OpenVINO computes; by default bfloat16 where the processor has it.
+    """
 
     def __init__(self, spec: dict[str, Any]):
         import openvino
 
         from benchmarks.peers.decoders import LlamaCpp
+        from benchmarks.peers.encoders import openvino_options
 
-        hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": spec["threads"]}  # bf16 where there is bf16
-        self._encoder = openvino.Core().compile_model(spec["graph"], "CPU", hints)
+        options = openvino_options({"hint": None} | spec)
+        self._encoder = openvino.Core().compile_model(spec["graph"], "CPU", options)
         self._decoder, self._spec = LlamaCpp(spec), spec
 
     def encode(self) -> np.ndarray:

@@ -207,6 +207,7 @@ class Transformers(Peer):
     """transformers' Llama in float32 with its usual cache."""
 
     batches = True
+    dtype = "float32"
 
     def __init__(self, spec: dict[str, Any]):
         import torch
@@ -215,13 +216,11 @@ class Transformers(Peer):
         from train.model import Checkpoint, load_language_state
 
         torch.set_num_threads(spec["threads"])
-        self._torch = torch
+        self._torch, dtype = torch, getattr(torch, self.dtype)
         checkpoint = Checkpoint.open(spec["checkpoint"])
-        state = load_language_state(checkpoint, torch.float32)
+        state = load_language_state(checkpoint, dtype)
         config = checkpoint.llama_config
-        self._model = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.float32
-        ).eval()
+        self._model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
         self.reserve(spec["capacity"])
 
     def reserve(self, positions: int, rows: int = 1) -> None:
@@ -232,7 +231,7 @@ class Transformers(Peer):
     def prefill(self, ids: list[int] | None, embeds: np.ndarray | None = None) -> int:
         if embeds is None:
             return self._forward(input_ids=self._torch.tensor([ids]))[0]
-        return self._forward(inputs_embeds=self._torch.from_numpy(embeds)[None])[0]
+        return self._forward(inputs_embeds=self._torch.from_numpy(embeds)[None].to(self._model.dtype))[0]
 
     @property
     def embeddings(self) -> np.ndarray:
@@ -261,6 +260,12 @@ class Transformers(Peer):
     def rewind(self, length: int) -> None:
         self._cache.crop(length - self._cache.get_seq_length())  # negative: how many to forget
         self._length = length
+
+
+class TransformersBf16(Transformers):
+    """The same in bfloat16."""
+
+    dtype = "bfloat16"
 
 
 def static_rewind(cache: Any, length: int) -> None:
@@ -360,8 +365,9 @@ class Genai(Peer):
 
 PEERS = {
     "ours": Ours,
-    "llama.cpp": LlamaCpp,
+    **{f"llama.cpp-{form}": LlamaCpp for form in ("q4_0", "q4_1", "q4_k")},
     "transformers": Transformers,
+    "transformers-bf16": TransformersBf16,
     "transformers-static": TransformersStatic,
     "optimum": Optimum,
     "ort-genai": Genai,
@@ -369,4 +375,6 @@ PEERS = {
 
 
 def start(name: str, spec: dict[str, Any]) -> Decoding:
+    """spec: also folders, what each library made for itself, by its name here."""
+    spec = {"gguf": spec.get("folders", {}).get(name)} | spec
     return Decoding(PEERS[name](spec), spec)

@@ -21,12 +21,21 @@ def ours(spec: dict[str, Any]) -> Encode:
 
 
 def openvino(spec: dict[str, Any]) -> Encode:
-    """The same graph through OpenVINO's own interface, in float32."""
+    """The same graph through OpenVINO's own interface.
+
+    spec: also hint, in what it computes; by default `f32`, None leaves it to OpenVINO.
+    """
     import openvino
 
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": spec["threads"]}
-    compiled = openvino.Core().compile_model(spec["graph"], "CPU", hints)
+    compiled = openvino.Core().compile_model(spec["graph"], "CPU", openvino_options(spec))
     return lambda pixels: compiled([pixels[None]])[0][0]
+
+
+def openvino_options(spec: dict[str, Any]) -> dict[str, Any]:
+    """OpenVINO's options of a model for `spec["threads"]` threads and in `spec["hint"]`."""
+    hint = spec.get("hint", "f32")
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": spec["threads"]}
+    return options | ({"INFERENCE_PRECISION_HINT": hint} if hint else {})
 
 
 def torch_eager(spec: dict[str, Any]) -> Encode:

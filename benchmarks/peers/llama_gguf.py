@@ -42,7 +42,8 @@ def write_gguf(checkpoint: Checkpoint, file: Path) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(checkpoint.config.get("rope_theta", 10000.0))
+    rope = checkpoint.config.get("rope_parameters") or checkpoint.config
+    writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+from benchmarks.memory import PeakMemory
 from export.cli import BUILD, open_checkpoint
 from runtime.bundle.manifest import Bundle, open_bundle
 from train.model import Checkpoint
@@ -26,6 +27,7 @@ PACKAGES = {
     "torch": ("torch", "torch"),
     "torch-compile": ("torch", "torch"),
     "transformers": ("transformers", "transformers"),
+    "transformers-bf16": ("transformers", "transformers"),
     "transformers-static": ("transformers", "transformers"),
     "openvino": ("openvino", "openvino"),
     "vit-l-tiles": ("timm", "timm"),
@@ -36,7 +38,8 @@ class Running:
     """A worker process. kind, name: see `benchmarks.peers.worker`.
 
     load_s: what it took to import the library and open the weights. start: seconds from the start of the process until
-    it is ready, and its peak memory until then.
+    it is ready, and its peak memory until then. Answers have two kinds of peak: `mib`, of all resident pages, and as
+    `benchmarks.memory` counts them `own_mib` and `mapped_mib`.
     """
 
     def __init__(self, kind: str, name: str, spec: dict, python: str | Path = sys.executable):
@@ -47,8 +50,8 @@ class Running:
         begin = time.perf_counter()
         self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         loaded = self._answer()
-        self.start = {"seconds": time.perf_counter() - begin, "mib": loaded["mib"]}
-        self.load_s = loaded["load_s"]
+        self.load_s = loaded.pop("load_s")
+        self.start = {"seconds": time.perf_counter() - begin, **loaded}
 
     def ask(self, work: str, **arguments) -> dict:
         self._process.stdin.write(json.dumps({"work": work, **arguments}) + "\n")
@@ -56,12 +59,14 @@ class Running:
         return self._answer()
 
     def _answer(self) -> dict:
-        line = self._process.stdout.readline()
+        with PeakMemory(self._process.pid) as memory:
+            line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
             self._said.seek(0)
             raise RuntimeError(f"{self.name} ended with {status}: {''.join(self._said.readlines()[-5:])}")
-        return json.loads(line)
+        own, mapped = memory.peak.own // 2**20, memory.peak.mapped // 2**20
+        return json.loads(line) | {"own_mib": own, "mapped_mib": mapped}
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -69,23 +74,24 @@ class Running:
         self._said.close()
 
 
-def installed(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """Those of the peers that can take part, and a word on stderr for each that cannot: what is not installed, and
-    llama.cpp where `add_model_options` was given a checkpoint, as its GGUF has the demo model's language model. Ends
-    the process where none is left."""
+def installed(parser: argparse.ArgumentParser, names: Sequence[str]) -> list[str]:
+    """Those of the peers that can take part, and a word on stderr for each that cannot. Ends the process where none is
+    left."""
     found = []
     for name in names:
-        package = _lacks(name)
-        if args.checkpoint and "llama.cpp" in name:
-            print(f"{name} is left out: its weights are the demo model's", file=sys.stderr)
-        elif package:
-            how = "`make peers`" if package in OWN else f"pip install {package}"
-            print(f"{name} is left out: {how} installs it", file=sys.stderr)
+        if how := not_installed(name):
+            print(f"{name} is left out: {how}", file=sys.stderr)
         else:
             found.append(name)
     if not found:
         parser.error("there is no peer to compare with")
     return found
+
+
+def not_installed(name: str) -> str | None:
+    """How to install what a peer is without; None if it is without nothing."""
+    package = _lacks(name)
+    return package and f"{'`make peers`' if package in OWN else f'pip install {package}'} installs it"
 
 
 def _lacks(name: str) -> str | None:

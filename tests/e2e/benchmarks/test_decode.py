@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import decode
-from benchmarks.limits import DecoderFiles, _product
+from benchmarks.limits import DecoderFiles, _product, decoder_limit
 from benchmarks.peers import turns
 from benchmarks.peers.decoders import PEERS, Decoding, Peer
 from benchmarks.peers.turns import Running
@@ -91,16 +91,20 @@ class Fake:
 
 def test_a_ratio_above_one_means_that_ours_is_faster():
     ours = {"fp32": Fake(2.0, [1, 2, 3]), "int4": Fake(0.5, [1, 2, 4])}
-    theirs = {"transformers": Fake(4.0, [1, 2, 3]), "llama.cpp": Fake(0.4, [1, 9, 4]), "optimum": Fake(1, [1, 2, 3])}
+    theirs = {
+        "transformers": Fake(4.0, [1, 2, 3]),
+        "llama.cpp-q4_0": Fake(0.4, [1, 9, 4]),
+        "optimum": Fake(1, [1, 2, 3]),
+    }
     args = SimpleNamespace(tokens=[64], contexts=[128], batches=[8], rounds=3)
     beside = {name: decode.precision_of(name) for name in theirs}
     rows = {(row["work"], row["batch"], row["peer"]): row for row in decode.measured(ours, theirs, beside, args)}
     prefill = rows["prefill", 1, "transformers"]
     assert (prefill["ours"], prefill["theirs"], prefill["ratio"], prefill["metric"]) == (2000, 4000, 2, "ms")
-    slower = rows["decode", 1, "llama.cpp"]
+    slower = rows["decode", 1, "llama.cpp-q4_0"]
     assert (slower["ours"], slower["theirs"], slower["ratio"]) == (decode.STEPS / 0.5, decode.STEPS / 0.4, 0.8)
     assert (slower["precision"], slower["same"], rows["decode", 1, "transformers"]["same"]) == ("int4", 1, 3)
-    assert rows["decode", 8, "llama.cpp"]["ours"] == 8 * decode.STEPS / 0.5
+    assert rows["decode", 8, "llama.cpp-q4_0"]["ours"] == 8 * decode.STEPS / 0.5
     assert ("decode", 8, "optimum") not in rows, "it has no batches here"
 
 
@@ -111,13 +115,13 @@ def test_limits_are_bytes_and_operations(conformance):
     weights = DecoderFiles(1_000_000, "fp32")
     row = {"work": "decode", "precision": "fp32", "batch": 1, "context": 100, "ours": 1000.0}
     cache = 100 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * 2 * 4
-    found = decode.limit_of(row, weights, c, limits)
+    found = decoder_limit(row, weights, c, limits)
     assert found["limit"] == pytest.approx(1e10 / (1_000_000 + cache), rel=1e-3)
     assert found["reached"] == pytest.approx(1000 / found["limit"], rel=1e-2)
-    both = decode.limit_of(row | {"batch": 2}, weights, c, limits)["limit"]
+    both = decoder_limit(row | {"batch": 2}, weights, c, limits)["limit"]
     assert both == pytest.approx(2e10 / (1_000_000 + 2 * cache), rel=1e-3)
     slow = limits | {"matmul_gflop_per_s": 1e-3}
-    one, ten = (decode.limit_of(row | {"batch": n}, weights, c, slow)["limit"] for n in (1, 10))
+    one, ten = (decoder_limit(row | {"batch": n}, weights, c, slow)["limit"] for n in (1, 10))
     assert one == ten < 1, "arithmetic is the limit of a slow processor, whatever the batch"
     numbers = sum(
         np.prod(shape)
@@ -131,11 +135,11 @@ def test_limits_are_bytes_and_operations(conformance):
     operations = 2 * 100 * c.num_hidden_layers * (numbers + 100 * c.num_attention_heads * 32)
     operations += 2 * c.hidden_size * c.vocab_size
     prefill = row | {"work": "prefill", "ours": 5.0}
-    found = decode.limit_of(prefill, replace(weights, size=1), c, limits)
+    found = decoder_limit(prefill, replace(weights, size=1), c, limits)
     assert found["limit"] == pytest.approx(operations / 50e9 * 1e3, abs=0.06)
-    found = decode.limit_of(prefill, DecoderFiles(1, "int4"), c, limits)
+    found = decoder_limit(prefill, DecoderFiles(1, "int4"), c, limits)
     assert found["limit"] == pytest.approx(operations / 200e9 * 1e3, abs=0.06)
-    assert decode.limit_of(prefill, DecoderFiles(10**9, "int4"), c, limits)["limit"] == 100, "once through the weights"
+    assert decoder_limit(prefill, DecoderFiles(10**9, "int4"), c, limits)["limit"] == 100, "once through the weights"
 
 
 def test_the_product_that_is_timed_is_one():
@@ -169,15 +173,14 @@ def test_no_peer_decodes_with_more_room_than_its_work():
 
 def test_peers_that_are_not_installed_are_left_out(monkeypatch, capsys):
     monkeypatch.setattr(turns, "ENVIRONMENTS", Path("nowhere"))
-    parser, given = argparse.ArgumentParser(), argparse.Namespace(checkpoint=None)
-    left_out = ["llama.cpp", "optimum", "ort-genai", "openvino+llama.cpp"]
-    assert turns.installed(parser, given, [*left_out, "transformers"]) == ["transformers"]
+    parser = argparse.ArgumentParser()
+    left_out = ["llama.cpp-q4_0", "optimum", "ort-genai", "openvino+llama.cpp"]
+    assert turns.installed(parser, [*left_out, "transformers"]) == ["transformers"]
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" is left out: ")[0] for line in said] == left_out
-    assert "make peers" in said[1]
-    assert "make peers" in said[2]
+    assert all("make peers" in line for line in said)
     with pytest.raises(SystemExit):
-        turns.installed(parser, given, ["llama.cpp"])
+        turns.installed(parser, ["llama.cpp-q4_k"])
 
 
 def test_the_command_line_names_the_peers():
