@@ -2,34 +2,42 @@
 
 python -m export.bundle --checkpoint DIR --res N --out DIR [--precision fp32|fp16]
                         [--decoder-precision fp32|fp16|int8|int4|w4a16] [--portable-decoder [--capacity N]]
-                        [--template NAME]
+                        [--template NAME] [--check full|none]
 """
 
 import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from export.bundle_writer import new_bundle, write_manifest
-from export.cli import choose_resolution, installed_versions, name_of, open_checkpoint
+from export.cli import (
+    CHECK_HELP,
+    check_comparison,
+    choose_resolution,
+    installed_versions,
+    name_of,
+    open_checkpoint,
+)
 from export.decoder.check import check_decoder
 from export.decoder.export import BLOCKS, CAPACITY_HELP, check_options, decoder_part, export_decoder
 from export.decoder.sampler import sampler_graph
-from export.encoder import check_precision, export_checked
+from export.encoder import check_encoder, check_precision, export_encoder, parity_inputs
 from export.graphs.variants import write_variants
-from export.parity import ParityError, report
+from export.parity import Difference, ParityError, report
 from export.tokenizer.convert import TOKENIZER_FILE, export_tokenizer
 from runtime import kernels
-from runtime.bundle.manifest import EncoderPart
+from runtime.bundle.manifest import NOT_CHECKED, EncoderPart
 from runtime.command import run
 from runtime.demo import DEMO_BUNDLE
 from runtime.errors import UserError
 from runtime.image.preprocess import ImageRule
 from runtime.text.template import MARKED_IMAGE_LINE, TEMPLATES, PromptTemplate
 from runtime.text.tokenizer import Tokenizer
-from train.model import Checkpoint, check_finite, load_image_encoder
+from train.model import Checkpoint, ImageEncoder, check_finite, load_image_encoder
 
 CALIBRATE = (
     "; calib.quantize --part decoder --method gptq makes 4 bits of a bundle in float32 that lose less, "
@@ -47,14 +55,16 @@ def export_bundle(
     portable: bool = False,
     capacity: int | None = None,
     template: str | None = None,
+    check: str = "full",
 ) -> None:
-    """Write a bundle, comparing every part with PyTorch on the way.
+    """Write a bundle, comparing every graph with PyTorch on the way.
 
     Args:
         resolution: default side of the images, pixels.
         portable: add the decoder of standard operators, for an engine.
         capacity: positions of the portable decoder's KV cache; None takes the model's context.
         template: a name in `runtime.text.template.TEMPLATES`; None takes the checkpoint's, see `prompt_template`.
+        check: full or none; the manifest records which graphs were compared, with their largest relative error.
 
     Raises:
         UserError: an option that cannot be.
@@ -68,27 +78,59 @@ def export_bundle(
         raise UserError(f"resolution {resolution} makes {tokens} visual tokens, the decoder's context is {context}")
 
     with new_bundle(out) as folder:
-        sections = {
+        checks = None if check == "none" else Checks(checkpoint, folder)
+        sections: dict[str, Any] = {
             "image": image.to_dict(),
             "prompt": prompt.to_dict(),
             "tokenizer": export_tokenizer(checkpoint.folder, folder / "tokenizer"),
-            "encoder": asdict(_add_encoder(checkpoint, folder, precision, resolution)),
+            "encoder": asdict(_add_encoder(checkpoint, folder, precision, resolution, checks)),
         }
-        files = _add_decoder(checkpoint, folder, decoder_precision)
+        files = _add_decoder(checkpoint, folder, decoder_precision, checks)
         if portable:
-            files["portable_file"] = _add_portable_decoder(checkpoint, folder, decoder_precision, capacity)
+            files["portable_file"] = _add_portable_decoder(checkpoint, folder, decoder_precision, capacity, checks)
         decoder = decoder_part(checkpoint, decoder_precision, **files, sampler_file="decoder/sampler.onnx")
         onnx.save(sampler_graph(decoder.vocab_size, decoder.kv_dtype), str(folder / "decoder" / "sampler.onnx"))
         Tokenizer(folder / "tokenizer" / TOKENIZER_FILE, sections["tokenizer"], decoder.vocab_size)  # it warns
         sections["decoder"] = {key: value for key, value in asdict(decoder).items() if value is not None}
+        sections["checked"] = NOT_CHECKED if checks is None else checks.errors
         write_manifest(folder, name_of(checkpoint), installed_versions(PRODUCERS), sections)
 
 
-def _add_encoder(checkpoint: Checkpoint, folder: Path, precision: str, resolution: int) -> EncoderPart:
+class Checks:
+    """Comparisons of a bundle's graphs with PyTorch.
+
+    errors: graph, a path inside the bundle -> its largest relative error.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path):
+        self._checkpoint, self._folder = checkpoint, folder
+        self.errors: dict[str, float] = {}
+
+    def encoder(self, file: Path, model: ImageEncoder, precision: str, resolution: int) -> None:
+        rows = check_encoder(file, model, parity_inputs(resolution, model.encoder.config.stride), precision)
+        self._require(rows, file, "encoder")
+
+    def decoder(self, file: Path, precision: str, graph: str = "fused", what: str = "decoder", hint: str = "") -> None:
+        self._require(check_decoder(self._checkpoint, file, precision, graph), file, what, hint)
+
+    def _require(self, rows: list[Difference], file: Path, what: str, hint: str = "") -> None:
+        """Raises ParityError where a row exceeds its tolerance; prints the table."""
+        if not report(rows):
+            raise ParityError(
+                f"the exported {what} does not compute what the checkpoint does; no bundle was written{hint}"
+            )
+        self.errors[file.relative_to(self._folder).as_posix()] = float(f"{max(row.error for row in rows):.3g}")
+
+
+def _add_encoder(
+    checkpoint: Checkpoint, folder: Path, precision: str, resolution: int, checks: Checks | None
+) -> EncoderPart:
     file = f"encoder/{precision}.onnx"
     (folder / "encoder").mkdir()
     model = load_image_encoder(checkpoint, None)
-    _require(export_checked(model, folder / file, precision, resolution), "encoder")
+    export_encoder(model, folder / file, precision)
+    if checks is not None:
+        checks.encoder(folder / file, model, precision, resolution)
     return EncoderPart(
         file=file,
         precision=precision,
@@ -97,27 +139,29 @@ def _add_encoder(checkpoint: Checkpoint, folder: Path, precision: str, resolutio
     )
 
 
-def _add_decoder(checkpoint: Checkpoint, folder: Path, precision: str) -> dict[str, str]:
+def _add_decoder(checkpoint: Checkpoint, folder: Path, precision: str, checks: Checks | None) -> dict[str, str]:
     """The fused graph and its variants; returns their paths in the bundle by their keys in the manifest."""
     file = export_decoder(checkpoint, folder / "decoder", precision)
-    hint = CALIBRATE if precision == "int4" else ""
-    _require(report(check_decoder(checkpoint, file, precision)), "decoder", hint)
+    if checks is not None:
+        checks.decoder(file, precision, hint=CALIBRATE if precision == "int4" else "")
     variants = write_variants(file) if precision in BLOCKS else {}
-    if "prefill_file" in variants:
-        rows = check_decoder(checkpoint, variants["prefill_file"], precision, "prefill")
-        _require(report(rows), "decoder for prompts")
-    if "kernels_file" in variants and (missing := kernels.unavailable()):
-        print(f"warning: decoder/kernels.onnx is not compared with PyTorch: {missing}", file=sys.stderr)
-    elif "kernels_file" in variants:
-        rows = check_decoder(checkpoint, variants["kernels_file"], precision, "kernels")
-        _require(report(rows), "decoder with kernels")
+    if "prefill_file" in variants and checks is not None:
+        checks.decoder(variants["prefill_file"], precision, "prefill", "decoder for prompts")
+    if "kernels_file" in variants and checks is not None:
+        if missing := kernels.unavailable():
+            print(f"warning: decoder/kernels.onnx is not compared with PyTorch: {missing}", file=sys.stderr)
+        else:
+            checks.decoder(variants["kernels_file"], precision, "kernels", "decoder with kernels")
     return {key: f"decoder/{path.name}" for key, path in {"file": file, **variants}.items()}
 
 
-def _add_portable_decoder(checkpoint: Checkpoint, folder: Path, decoder_precision: str, capacity: int | None) -> str:
+def _add_portable_decoder(
+    checkpoint: Checkpoint, folder: Path, decoder_precision: str, capacity: int | None, checks: Checks | None
+) -> str:
     precision = portable_precision(decoder_precision)
     file = export_decoder(checkpoint, folder / "decoder", precision, "portable", capacity)
-    _require(report(check_decoder(checkpoint, file, precision, "portable")), "portable decoder")
+    if checks is not None:
+        checks.decoder(file, precision, "portable", "portable decoder")
     return f"decoder/{file.name}"
 
 
@@ -161,11 +205,6 @@ def prompt_template(checkpoint: Checkpoint, name: str | None) -> PromptTemplate:
     return template
 
 
-def _require(good: bool, part: str, hint: str = "") -> None:
-    if not good:
-        raise ParityError(f"the exported {part} does not compute what the checkpoint does; no bundle was written{hint}")
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export.bundle", description="Make a bundle of a checkpoint: encoder, decoder and tokenizer."
@@ -178,12 +217,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--portable-decoder", action="store_true", help="add the decoder of standard operators")
     parser.add_argument("--capacity", type=int, metavar="N", help=CAPACITY_HELP)
     parser.add_argument("--template", help=f"one of {', '.join(TEMPLATES)}; default: the checkpoint's, or vicuna_v1")
+    parser.add_argument("--check", default="full", help=CHECK_HELP)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     check_precision(args.precision)
+    check_comparison(args.check)
     check_options(args.decoder_precision, capacity=None if args.portable_decoder else args.capacity)
     if args.portable_decoder:
         check_options(portable_precision(args.decoder_precision), "portable", args.capacity)
@@ -191,8 +232,17 @@ def main(argv: list[str] | None = None) -> int:
     resolution = choose_resolution(args.res, checkpoint)
     check_finite(checkpoint.vision_tensors(), checkpoint.projector_tensors(), checkpoint.language_tensors())
     out = args.out or DEMO_BUNDLE.parent / name_of(checkpoint)
-    portable, precision = args.portable_decoder, args.decoder_precision
-    export_bundle(checkpoint, out, resolution, args.precision, precision, portable, args.capacity, args.template)
+    export_bundle(
+        checkpoint,
+        out,
+        resolution,
+        args.precision,
+        args.decoder_precision,
+        args.portable_decoder,
+        args.capacity,
+        args.template,
+        args.check,
+    )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: encoder {args.precision}, decoder {args.decoder_precision}, {size / 1e6:.0f} MB")
     return 0

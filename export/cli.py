@@ -9,6 +9,8 @@ from runtime.errors import UserError
 from runtime.image.preprocess import MAX_RESOLUTION
 from train.model import Checkpoint
 
+CHECKS = ("full", "none")
+CHECK_HELP = "full: compare each graph with PyTorch, layer by layer; none: compare nothing; default: full"
 BUILD = Path(__file__).parents[1] / "build"
 
 
@@ -19,6 +21,14 @@ def open_checkpoint(source: str | None) -> Checkpoint:
 
         source = str(demo_checkpoint(BUILD))
     return Checkpoint.open(source)
+
+
+def check_comparison(check: str) -> None:
+    """Raises UserError unless `check` is one of CHECKS; says so where nothing is going to be compared."""
+    if check not in CHECKS:
+        raise UserError(f"--check {check!r}: expected {' or '.join(CHECKS)}")
+    if check == "none":
+        print("--check none: nothing is compared with PyTorch", flush=True)
 
 
 def name_of(checkpoint: Checkpoint) -> str:

@@ -1,6 +1,6 @@
 """Encoder and projector -> ONNX with open batch, height and width, compared with PyTorch.
 
-    python -m export.encoder --res 1536 [--checkpoint DIR] [--precision fp32|fp16] [--out DIR]
+    python -m export.encoder --res 1536 [--checkpoint DIR] [--precision fp32|fp16] [--check full|none] [--out DIR]
 
 The graph: pixel_values [batch, 3, height, width] -> image_embeds [batch, visual_tokens, hidden], both float32 or both
 float16; height and width are multiples of the stride, visual_tokens = height/stride * width/stride. Weights pass from
@@ -8,8 +8,6 @@ the checkpoint's mapped files to the graph's one at a time, and the comparison h
 """
 
 import argparse
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,8 @@ import onnxruntime
 import torch
 from tqdm import tqdm
 
-from export.cli import BUILD, choose_resolution, name_of, open_checkpoint
+from export.bundle_writer import partial_folder
+from export.cli import BUILD, CHECK_HELP, check_comparison, choose_resolution, name_of, open_checkpoint
 from export.encoder_graph import OPSET, write_encoder
 from export.graphs.pieces import cut, open_piece, run_piece
 from export.parity import TOLERANCES, Difference, ParityError, compare, report
@@ -104,12 +103,6 @@ def _open_whole(file: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def export_checked(model: ImageEncoder, file: Path, precision: str, resolution: int) -> bool:
-    """Export and compare; prints the table. Returns whether every row is within its tolerance."""
-    export_encoder(model, file, precision)
-    return report(check_encoder(file, model, parity_inputs(resolution, model.encoder.config.stride), precision))
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export.encoder", description="Export the encoder and projector to ONNX."
@@ -117,6 +110,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--res", type=int, help="side of the square that must work, pixels; default: the checkpoint's")
     parser.add_argument("--checkpoint", help="folder or Hub id in the released layout; default: the demo model")
     parser.add_argument("--precision", default="fp32", help="fp32 or fp16; default: fp32")
+    parser.add_argument("--check", default="full", help=CHECK_HELP)
     parser.add_argument("--out", type=Path, help="folder for the graph; default: build/encoder/<checkpoint>")
     return parser.parse_args(argv)
 
@@ -124,6 +118,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     check_precision(args.precision)
+    check_comparison(args.check)
     checkpoint = open_checkpoint(args.checkpoint)
     stride = checkpoint.encoder_config.stride
     resolution = choose_resolution(args.res, checkpoint)
@@ -131,16 +126,15 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or BUILD / "encoder" / name_of(checkpoint)
     if out.is_file():
         raise UserError(f"--out {out} is a file, expected a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
-        good = export_checked(
-            load_image_encoder(checkpoint, None), Path(partial, f"{args.precision}.onnx"), args.precision, resolution
-        )
-        if good:
-            for file in sorted(Path(partial).iterdir(), reverse=True):  # weights before the graph that names them
-                shutil.move(file, out / file.name)
-    if not good:
-        raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
+    model = load_image_encoder(checkpoint, None)
+    with partial_folder(out) as partial:
+        file = partial / f"{args.precision}.onnx"
+        export_encoder(model, file, args.precision)
+        inputs = parity_inputs(resolution, stride)
+        if args.check == "full" and not report(check_encoder(file, model, inputs, args.precision)):
+            raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
+        for written in sorted(partial.iterdir(), reverse=True):  # weights before the graph that names them
+            written.replace(out / written.name)
     tokens = (resolution // stride) ** 2
     print(f"{out / args.precision}.onnx: {resolution}x{resolution} -> {tokens} visual tokens, opset {OPSET}")
     return 0

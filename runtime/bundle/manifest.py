@@ -2,7 +2,7 @@
 
     bundle/
       manifest.json   format, producers, sha256 and size of every file, image rule, prompt template, tokenizer,
-                      encoder and decoder with their precisions, KV-cache shape
+                      encoder and decoder with their precisions, KV-cache shape, which graphs were compared with PyTorch
       encoder/        fp32.onnx | fp16.onnx | int8.onnx (+ .data); engines/, added later, see runtime/bundle/engines.py
       decoder/        model.onnx (+ .data), fused for ONNX Runtime; portable.onnx (+ .data) where one was asked for
       tokenizer/      tokenizer.json
@@ -27,6 +27,7 @@ from runtime.image.preprocess import ImageRule
 from runtime.text.template import PromptTemplate
 
 FORMAT = 1
+NOT_CHECKED = "none"  # `checked` of a bundle whose graphs were compared with nothing
 KV_DTYPES = ("float32", "float16")
 
 
@@ -78,6 +79,8 @@ class Bundle:
     encoder: EncoderPart
     decoder: DecoderPart
     files: dict[str, Any]  # of the manifest: path inside the bundle -> its sha256 and size
+    # Graphs that the export compared with PyTorch -> their largest relative error; NOT_CHECKED, or None where unknown
+    checked: dict[str, float] | str | None = None
 
     def path(self, file: str) -> Path:
         return self.folder / file
@@ -121,6 +124,7 @@ def opening(folder: str | os.PathLike[str]) -> Generator[Bundle]:
         _part(EncoderPart, manifest["encoder"], folder),
         _part(DecoderPart, manifest["decoder"], folder),
         manifest["files"],
+        _checked(manifest, folder),
     )
     decoder = bundle.decoder
     graphs = (decoder.portable_file, decoder.prefill_file, decoder.kernels_file, decoder.sampler_file)
@@ -167,6 +171,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "export the bundle with the same version of the project"
         )
     return cast(dict[str, Any], manifest)
+
+
+def _checked(manifest: dict[str, Any], folder: Path) -> dict[str, float] | str | None:
+    checked: Any = manifest.get("checked")
+    errors: list[Any] = list(cast(dict[str, Any], checked).values()) if isinstance(checked, dict) else []
+    known = checked is None or checked == NOT_CHECKED or isinstance(checked, dict)
+    if not known or not all(type(error) in (int, float) for error in errors):
+        raise UserError(
+            f"{folder / MANIFEST}: checked is {checked!r}, expected {NOT_CHECKED!r} or the largest error of each graph"
+        )
+    return cast(dict[str, float] | str | None, checked)
 
 
 def _part(kind: type, section: dict[str, Any], folder: Path) -> Any:

@@ -51,6 +51,19 @@ def test_four_bits_that_lose_too_much_are_refused_with_what_loses_less(checkpoin
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize("check", ["full", "none"])
+def test_the_manifest_records_what_was_compared(checkpoint, tmp_path, check):
+    export_bundle(checkpoint, tmp_path / "bundle", 256, decoder_precision="int8", check=check)
+    checked = open_bundle(tmp_path / "bundle").checked
+    if check == "none":
+        assert checked == "none"
+    else:
+        assert isinstance(checked, dict)
+        assert {"encoder/fp32.onnx", "decoder/model.onnx"} <= checked.keys()
+        assert 0 < checked["encoder/fp32.onnx"] <= TOLERANCES["encoder", "fp32"]
+        assert 0 < checked["decoder/model.onnx"] <= TOLERANCES["decoder", "int8"]
+
+
 def test_a_token_that_the_model_has_no_embedding_for(conformance, tmp_path):
     """Export and load warn, and a question that holds it is refused, by name."""
     folder = tmp_path / "checkpoint"

@@ -1,5 +1,7 @@
 """The exported encoder: open sizes, comparisons block by block, and the command's exit codes."""
 
+import resource
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -149,12 +151,35 @@ def test_command_prints_the_table_and_writes_the_graph(conformance, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["fp32.onnx"]
 
 
+def test_without_a_comparison_the_command_says_so(conformance, tmp_path):
+    arguments = ["--checkpoint", conformance / "checkpoint", "--out", tmp_path, "--check", "none"]
+    done = run_main("export.encoder", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is compared" in done.stdout
+    assert " ok" not in done.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["fp32.onnx"]
+
+
+@pytest.mark.parametrize("inline_bytes", [0, 10**9])
+def test_a_full_disk_is_one_line_and_leaves_nothing(conformance, tmp_path, monkeypatch, inline_bytes):
+    monkeypatch.setattr(encoder_export, "INLINE_BYTES", inline_bytes)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(OSError):
+            main(["--checkpoint", str(conformance / "checkpoint"), "--out", str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "mentions"),
     [
         (["--res", "1000"], ["1000", "64", "960", "1024"]),
         (["--res", "-64"], ["-64"]),
         (["--precision", "int3"], ["int3", "fp32", "fp16"]),
+        (["--check", "half"], ["half", "full", "none"]),
         (["--checkpoint", "/no/such/folder"], ["/no/such/folder"]),
     ],
 )

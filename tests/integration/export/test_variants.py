@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from export.bundle import export_bundle
 from export.decoder.export import export_decoder
-from export.parity import compare_image
+from export.parity import Reference, compare_image
 from runtime.errors import UserError
 from runtime.model import load
 from train.model import (
@@ -18,7 +18,6 @@ from train.model import (
     EncoderConfig,
     ImageEncoder,
     build_projector,
-    load_model,
     save_checkpoint,
 )
 
@@ -82,7 +81,7 @@ def test_bundle_answers_as_pytorch_does(conformance, tmp_path, variant):
     checkpoint = make_checkpoint(conformance, tmp_path / "checkpoint", *VARIANTS[variant])
     export_bundle(checkpoint, tmp_path / "bundle", checkpoint.resolution)
     image = str(conformance / "case0.png")
-    rows, expected, result = compare_image(load_model(checkpoint), load(tmp_path / "bundle"), image, "What?", 16)
+    rows, expected, result = compare_image(Reference(checkpoint), load(tmp_path / "bundle"), image, "What?", 16)
     assert all(row.ok for row in rows), rows
     assert result.token_ids == expected
     assert result.visual_tokens == (320 // checkpoint.encoder_config.stride) ** 2

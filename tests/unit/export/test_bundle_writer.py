@@ -1,9 +1,11 @@
 """A bundle is written whole or not at all, whichever change of the file system fails or is the process's last."""
 
+import contextlib
 import errno
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +122,62 @@ def test_a_failing_writer_leaves_nothing_and_keeps_the_old_bundle(tmp_path):
         raise RuntimeError("on purpose")
     assert (bundle / MANIFEST).read_bytes() == before
     assert os.listdir(tmp_path) == ["bundle"]
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked process that ends with it, and return its process ID."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
+def fill_and_wait(out: Path, ready: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), new_bundle(out) as folder:
+        (folder / "half").write_text("x")
+        os.write(ready, b"x")
+        signal.pause()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_what_an_ended_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path, number):
+    out = tmp_path / "bundle"
+    ready, started = os.pipe()
+    pid = in_child(lambda: fill_and_wait(out, started))
+    assert os.read(ready, 1) == b"x"
+    (living,) = tmp_path.iterdir()
+    write_fake_bundle(out, "first")
+    assert (living / "half").read_text() == "x"
+    os.kill(pid, number)
+    os.waitpid(pid, 0)
+    assert living.exists() == (number == signal.SIGKILL)
+    with pytest.raises(UserError):
+        open_bundle(living)
+    write_fake_bundle(out, "second")
+    assert os.listdir(tmp_path) == ["bundle"]
+    assert open_bundle(out).name == "second"
+
+
+def test_a_bundle_that_a_killed_export_had_moved_away_comes_back(tmp_path):
+    out = write_fake_bundle(tmp_path / "bundle")
+    (tmp_path / f"bundle{PARTIAL}x").mkdir()
+    out.rename(tmp_path / f"bundle{PARTIAL}x" / "replaced")
+    with pytest.raises(RuntimeError), new_bundle(out):
+        raise RuntimeError("the next export fails")
+    assert open_bundle(out).name == "fake"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_other_peoples_folders_stay(tmp_path):
+    others = [tmp_path / name for name in ("bundle", "bundle-2.partial-x", ".partial-x", "[b]undle.partial-x")]
+    for folder in others[1:]:
+        folder.mkdir()
+    write_fake_bundle(others[0])
+    write_fake_bundle(tmp_path / "[b]undle")
+    assert sorted(tmp_path.iterdir()) == sorted([*others[:-1], tmp_path / "[b]undle"])
 
 
 def test_something_that_is_no_bundle_is_not_replaced(tmp_path):

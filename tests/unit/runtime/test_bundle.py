@@ -236,3 +236,17 @@ def test_unfinished_folders_are_refused(bundle):
     left_over = bundle.rename(bundle.with_name(f"bundle{PARTIAL}abc"))
     with pytest.raises(UserError, match="not a finished bundle"):
         open_bundle(left_over)
+
+
+@pytest.mark.parametrize("checked", [None, "none", {"encoder/fp32.onnx": 1e-6, "decoder/model.onnx": 0}])
+def test_what_the_export_compared_is_known(bundle, checked):
+    if checked is not None:
+        edit(bundle, lambda manifest: manifest.update(checked=checked))
+    assert open_bundle(bundle).checked == checked
+
+
+@pytest.mark.parametrize("checked", ["full", True, 3, [], {"encoder/fp32.onnx": "small"}, {"encoder/fp32.onnx": True}])
+def test_anything_else_for_what_was_compared_is_damage(bundle, checked):
+    edit(bundle, lambda manifest: manifest.update(checked=checked))
+    with pytest.raises(UserError, match="checked"):
+        open_bundle(bundle)
