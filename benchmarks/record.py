@@ -40,7 +40,7 @@ def write(name: str, rows: list[dict], file: Path | None = None, more: dict | No
         "commit": _commit(),
         "machine": {
             "processor": _cpuinfo("model name") or platform.processor(),
-            "instructions": [name for name in INSTRUCTIONS if name in _cpuinfo("flags").split()],
+            "instructions": instructions(),
             "cores": os.cpu_count(),
             "memory_gib": _memory_gib(),
         },
@@ -53,6 +53,12 @@ def write(name: str, rows: list[dict], file: Path | None = None, more: dict | No
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"written: {os.path.relpath(file)}")
     return file
+
+
+def instructions() -> list[str]:
+    """Those of INSTRUCTIONS that the processor has."""
+    flags = _cpuinfo("flags").split()
+    return [name for name in INSTRUCTIONS if name in flags]
 
 
 def _commit() -> str:
