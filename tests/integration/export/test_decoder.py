@@ -13,6 +13,8 @@ from runtime.errors import UserError
 from tests.support.commands import run_main
 from train.model import Checkpoint
 
+CALLS = ("prompt with two images", "second turn", "step 1", "step 2", "step 3")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(conformance):
@@ -23,8 +25,9 @@ def checkpoint(conformance):
 def test_fused_graph_is_within_its_bound(checkpoint, tmp_path, precision):
     file = export_decoder(checkpoint, tmp_path, precision)
     rows = check_decoder(checkpoint, file, precision)
-    assert len(rows) == 5
     assert all(row.ok for row in rows), rows
+    assert rows[0].what.startswith("layer ")
+    assert [row.what for row in rows[1:]] == [f"fused {precision} logits, {call}" for call in CALLS]
     graph = onnx.load(file, load_external_data=False).graph
     operators = {node.op_type for node in graph.node}
     assert "GroupQueryAttention" in operators
@@ -32,6 +35,32 @@ def test_fused_graph_is_within_its_bound(checkpoint, tmp_path, precision):
     half = TensorProto.FLOAT16 if precision in ("fp16", "w4a16") else TensorProto.FLOAT
     assert {value.type.tensor_type.elem_type for value in graph.input if value.name.startswith("past_")} == {half}
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+
+
+@pytest.mark.parametrize("matrix", ["attn.o_proj", "mlp.down_proj"])
+def test_a_broken_layer_is_named(checkpoint, tmp_path, matrix):
+    """One weight of the middle layer's, so that the error is small there and in the layer after it."""
+    file = export_decoder(checkpoint, tmp_path, "fp32")
+    graph = onnx.load(file, load_external_data=False).graph
+    tensor = next(tensor for tensor in graph.initializer if tensor.name == f"model.layers.1.{matrix}.MatMul.weight")
+    offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+    with file.with_name("model.onnx.data").open("r+b") as data:
+        data.seek(offset)
+        data.write(np.float32(3).tobytes())
+    rows = check_decoder(checkpoint, file, "fp32")
+    assert rows[0].what == "layer 1, prompt with two images"
+    assert not rows[0].ok
+
+
+def test_a_layer_that_gives_nan_is_named(checkpoint, tmp_path):
+    file = export_decoder(checkpoint, tmp_path, "fp32")
+    model = onnx.load(file)
+    (norm,) = (t for t in model.graph.initializer if t.name == "model.layers.2.post_attention_layernorm.weight")
+    norm.CopyFrom(numpy_helper.from_array(np.full(norm.dims[0], np.nan, np.float32), norm.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    rows = check_decoder(checkpoint, tmp_path / "nan.onnx", "fp32")
+    assert rows[0].what == "layer 2, prompt with two images"
+    assert not rows[0].ok
 
 
 def test_block_wise_weights_have_the_bits_asked_for(checkpoint, tmp_path):

@@ -105,7 +105,7 @@ def test_it_computes_what_pytorch_does_with_standard_operators_alone(checkpoint,
         2 * layers,
     )
     rows = check_decoder(checkpoint, file, precision, "portable")
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert all(row.ok for row in rows), rows
 
 
