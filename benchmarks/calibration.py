@@ -33,6 +33,9 @@ import numpy as np
 import onnx
 
 from benchmarks import record
+from benchmarks.peers.llama_gguf import write_graph_of
+from benchmarks.peers.products import GGUF_FORMATS, gguf_files
+from benchmarks.peers.turns import not_installed
 from calib.activations import METHODS, Activations
 from calib.bundle import REPORT, SOURCE
 from calib.decoder import GPTQ_PROMPTS, prompts, quantize_decoder
@@ -41,7 +44,7 @@ from calib.evaluation import Evaluation, Loss
 from calib.images import Page, calibration_pixels, fewer_pages, find_pages, pixels_of, split, spread
 from calib.qdq import Calibrated, measure_means
 from calib.sensitivity import depthwise_of, groups_of, nodes_of
-from export.cli import BUILD
+from export.cli import BUILD, open_checkpoint
 from export.graphs.block_formats import BLOCK
 from export.graphs.load import load_graph, open_graph
 from export.graphs.matmul_nbits import quantize_weights
@@ -50,7 +53,7 @@ from runtime import kernels
 from runtime.backends.openvino import OpenVinoEncoder
 from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_encoder import OnnxEncoder
-from runtime.bundle.manifest import Bundle, open_bundle
+from runtime.bundle.manifest import Bundle, DecoderPart, open_bundle
 from runtime.bundle.verify import MANIFEST
 from runtime.text.tokenizer import Tokenizer
 
@@ -259,7 +262,22 @@ def decoders(args: argparse.Namespace) -> None:
                 measure(OnnxDecoder(by_kernels, part, operators=kernels.library()), about | {"operators": "kernels"})
         for row, rate in zip(rows, rates_in_turn(opened), strict=True):
             row["decode_tokens_per_s"] = rate
+        if how := not_installed("llama.cpp"):
+            print(f"llama.cpp's formats are left out: {how}", file=sys.stderr)
+        else:
+            llama_cpp_formats(Path(folder), part, measure)
         record.write("decoder_weights", rows, more=asked(evaluation))
+
+
+def llama_cpp_formats(folder: Path, part: DecoderPart, measure: Callable[[OnnxDecoder, dict], None]) -> None:
+    """What llama.cpp's 4-bit weights lose: they are multiplied in float32 here, so that nothing else differs."""
+    checkpoint = open_checkpoint(None)
+    for form, (file, cost) in gguf_files(checkpoint.folder, folder, GGUF_FORMATS).items():
+        graph = folder / f"{form}.onnx"
+        write_graph_of(file, checkpoint, graph)
+        about = {"precision": "int4", "method": f"llama.cpp-{form}", "operators": ORT}
+        about |= {"size_mb": round(file.stat().st_size / 1e6, 1), "seconds": cost.seconds, "decode_tokens_per_s": ""}
+        measure(OnnxDecoder(graph, part), about)
 
 
 def nncf_decoder(source: Path, target: Path, feeds: list[dict[str, np.ndarray]]) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint's language model as GGUF in float16, by the `gguf` package.
+"""A checkpoint's language model as GGUF in float16, by the `gguf` package; and a GGUF's weights in our own graph.
 
 python -m benchmarks.peers.llama_gguf CHECKPOINT FILE
 """
@@ -9,9 +9,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from onnx import TensorProto
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from export.decoder.fused import fused_graph
+from export.decoder.surgery import add_next_token, merge_image_embeds
+from export.graphs.store import write_graph
 from train.model import Checkpoint, load_language_state
 
 # Hugging Face's name of a layer's tensor -> GGUF's
@@ -81,6 +85,16 @@ def stored(key: str, tensor: Tensor, config: LlamaConfig) -> np.ndarray:
         halves = values.reshape(heads, 2, len(values) // heads // 2, -1)
         values = halves.swapaxes(1, 2).reshape(values.shape)
     return np.ascontiguousarray(values)
+
+
+def write_graph_of(file: Path, checkpoint: Checkpoint, target: Path) -> None:
+    """Write the checkpoint's float32 decoder graph with the weights that `file`, a GGUF of it, stands for."""
+    llama = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    state = {key: llama.state_dict()[key] for key in load_language_state(checkpoint)}
+    model, read = fused_graph(checkpoint.llama_config, state, TensorProto.FLOAT)
+    merge_image_embeds(model)
+    add_next_token(model)
+    write_graph(model, read, target)
 
 
 def main() -> None:

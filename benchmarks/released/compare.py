@@ -1,5 +1,6 @@
 """The comparison: makes what is missing in its folder, then measures each peer beside ours."""
 
+import json
 import math
 import sys
 from collections.abc import Collection, Sequence
@@ -12,7 +13,7 @@ from benchmarks.first_token import page, spec_of
 from benchmarks.limits import DecoderFiles, decoder_limit, machine_limits
 from benchmarks.peers.products import Cost, ProductError, gguf_files, make
 from benchmarks.peers.turns import Running, interpreter, versions_of_peers
-from benchmarks.record import instructions
+from benchmarks.record import RESULTS, instructions
 from benchmarks.released.checkpoint import Shape, main_shapes
 from benchmarks.released.measure import (
     STEPS,
@@ -29,6 +30,7 @@ from benchmarks.released.rows import (
     export_row,
     fastest,
     missing,
+    quality,
     why_not,
 )
 from runtime.bundle.manifest import Bundle, open_bundle
@@ -77,10 +79,13 @@ class Comparison:
         bundles, costs = self._export()
         graphs = self._encoders(bundles[INT4])
         models = self._decoders(bundles, costs)
+        weights = json.loads((RESULTS / "decoder_weights.json").read_text())["rows"]
         parts = {form: DecoderFiles.of(bundle) for form, bundle in bundles.items()}
         for found in self.rows:
             if found["work"] in ("prefill", "decode") and "ours" in found:
                 found |= decoder_limit(found | {"batch": 1}, parts[found["format"]], self.config, limits)
+                found |= quality(found["format"], weights)
+                found |= {f"peer_{key}": value for key, value in quality(found["peer"], weights).items()}
         if "first_token" in plan.works:
             self._first_token(bundles, graphs, models)
         about = {"threads": plan.threads, "layers": plan.layers, "versions_of_peers": versions_of_peers()}

@@ -69,3 +69,14 @@ def fastest(rows: Sequence[Mapping], work: str, peers: Collection[str]) -> str |
         if found["work"] == work and found["peer"] in peers and "theirs" in found:
             taken.setdefault(found["peer"], {})[found["context"]] = found["theirs"]
     return min(taken, key=lambda peer: sum(taken[peer].values()), default=None)
+
+
+def quality(form: str, measured: Sequence[Mapping]) -> dict[str, float]:
+    """What a decoder's format loses on the demo model: `perplexity` of text and `anls`; empty where nobody measured it.
+
+    measured: rows of benchmarks/results/decoder_weights.json, of which those by our kernels come first.
+    """
+    method = {"int4": "q4_1", "int4-rtn": "rtn"}.get(form, form)
+    found = [row for row in measured if row["precision"] == "int4" and row["method"] == method]
+    best = sorted(found, key=lambda row: row["operators"] != "kernels")[:1]
+    return {"perplexity": best[0]["text_perplexity"], "anls": best[0]["anls"]} if best else {}

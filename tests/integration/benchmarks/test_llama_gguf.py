@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.peers.llama_gguf import write_gguf
+from benchmarks.peers.llama_gguf import write_gguf, write_graph_of
+from export.decoder.export import decoder_part, export_decoder
+from runtime.backends.ort_decoder import OnnxDecoder
 from tests.support.checkpoints import GQA, TIED, Parts
 from train.model import Checkpoint, load_language_state
 
@@ -26,3 +29,14 @@ def test_transformers_reads_the_same_weights(llama: dict, dtype: torch.dtype, tm
         assert torch.equal(state[key], expected.float()), key
     assert found.config.num_key_value_heads == checkpoint.llama_config.num_key_value_heads
     assert found.config.tie_word_embeddings == bool(llama == TIED)
+
+
+def test_a_gguf_s_weights_in_our_graph_give_the_checkpoint_s_logits(conformance: Path, tmp_path: Path):
+    """The conformance checkpoint is in float16, so that its GGUF holds the same numbers."""
+    checkpoint = Checkpoint.open(conformance / "checkpoint")
+    write_gguf(checkpoint, tmp_path / "model.gguf")
+    write_graph_of(tmp_path / "model.gguf", checkpoint, tmp_path / "model.onnx")
+    ids, part = [1, 30, 41, 5], decoder_part(checkpoint, "fp32", "model.onnx")
+    expected = OnnxDecoder(export_decoder(checkpoint, tmp_path / "ours", "fp32"), part).start(8).forward(ids)
+    found = OnnxDecoder(tmp_path / "model.onnx", part).start(8).forward(ids)
+    assert np.array_equal(found, expected)

@@ -108,6 +108,19 @@ def test_the_fastest_is_that_of_all_contexts():
     assert fastest(found, "decode", ("a",)) is None
 
 
+def test_quality_is_that_of_the_format_on_the_demo_model():
+    def of(method: str, operators: str, perplexity: float, precision: str = "int4") -> dict:
+        row = {"precision": precision, "method": method, "operators": operators}
+        return row | {"text_perplexity": perplexity, "anls": perplexity / 100}
+
+    measured = [of("q4_1", "ONNX Runtime", 1), of("q4_1", "kernels", 2), of("rtn", "kernels", 3, "int8")]
+    measured += [of("rtn", "ONNX Runtime", 4), of("llama.cpp-q4_k", "ONNX Runtime", 5)]
+    assert rows.quality("int4", measured) == {"perplexity": 2, "anls": 0.02}
+    assert rows.quality("int4-rtn", measured)["perplexity"] == 4
+    assert rows.quality("llama.cpp-q4_k", measured)["perplexity"] == 5
+    assert rows.quality("transformers-bf16", measured) == {}
+
+
 def test_costs_of_an_export_are_a_row():
     row = export_row("llama.cpp-q4_0", "int4", Cost(100.0, 5000, 8000), Cost(250.0, 3000, 13000))
     assert (row["ours"], row["theirs"], row["ratio"], row["metric"]) == (100.0, 250.0, 2.5, "s")
