@@ -9,91 +9,135 @@ their energy, the largest first, when most weights are left to make up for what 
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from calib.probe import Probe
+from calib.pieces import Pieces
 from export.graphs.block_formats import BLOCK, Blocks, Grid
 
+CUT_AFTER = "GroupQueryAttention"  # a layer at a time
 DAMPING = 0.01  # of the mean energy, added to each input's
 AT_ONCE = 128  # inputs whose errors are carried on together
 POSITIONS = 512  # whose second moments are added at a time: adding costs more than a prompt's products
-MEMORY = 12 << 30  # bytes, of the second moments that are kept at a time: two rounds for a 7B
+LARGE = 1 << 20  # bytes of a value between layers that waits in a file
+LEAF = 256  # rows of a triangular matrix that is inverted whole
 
 
 class Compensated:
-    """Rounds the matrices of the fused float32 graph `source` to 4 bits: a `rounding` of `quantize_weights`.
+    """Rounds the matrices of a fused float graph to 4 bits: a `rounding` of `quantize_weights`.
 
-    feeds: of the graph, gone over once for as many matrices as `MEMORY` has room for.
+    The graph is run in float32, a layer at a time for all prompts: one layer, the second moments of what its matrices
+    take and one prompt's values are in memory. What the next layer takes waits in files without a name. Matrices are
+    wanted in the order of the graph; others cost a run from the beginning.
+
+    Args:
+        source: the graph, in float32 or float16.
+        feeds: of the graph, gone over once.
+        folder: on the disk that the files take: for each token of the prompts, twice the hidden size in float32. None
+            takes the system's for temporary files.
     """
 
-    def __init__(self, source: Path, feeds: Iterable[dict[str, np.ndarray]]):
-        self._source, self._feeds = source, list(feeds)
+    def __init__(self, source: Path, feeds: Iterable[dict[str, np.ndarray]], folder: Path | None = None):
         graph = onnx.load(str(source), load_external_data=False).graph
+        self._folder = folder
         sizes = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 2}
         products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes]
         products = [node for node in products if "logits" not in node.output]  # the head is not rounded so
         self._inputs = {node.input[1]: node.input[0] for node in products}
         self._sizes = {node.input[0]: sizes[node.input[1]] for node in products}
-        self._moments: dict[str, np.ndarray] = {}
-        self._factor: tuple[str, np.ndarray, np.ndarray] = ("", np.empty(0), np.empty(0))  # of the input last asked for
+        self._pieces = Pieces(source, self._sizes, CUT_AFTER, float32=True)
+        self._feeds = [{name: self._kept(value) for name, value in feed.items()} for feed in feeds]
+        self._restart()
 
     def __call__(self, name: str, weights: np.ndarray) -> Blocks:
         """The blocks of the matrix `name`, [K, N]."""
         wanted = self._inputs[name]
         if wanted != self._factor[0]:
-            if wanted not in self._moments:
-                self._moments = {}  # before others come
-                self._moments = self._collect(self._after(wanted))
+            if wanted not in self._moments and not self._comes(wanted):
+                self._restart()
+            while wanted not in self._moments:
+                self._advance()
             self._factor = (wanted, *_factor(self._moments[wanted]))
+        self._left[wanted] -= 1
+        if self._left[wanted] <= 0:
+            self._moments.pop(wanted, None)
         return compensated(weights, *self._factor[1:])
 
-    def _after(self, first: str) -> list[str]:
-        """The products' inputs from `first` on, in the order of the graph, as many as there is room for."""
-        names = list(self._sizes)
-        taken, used = [], 0
-        for name in names[names.index(first) :]:
-            used += 4 * self._sizes[name] ** 2
-            if taken and used > MEMORY:
-                break
-            taken.append(name)
-        return taken
+    def _restart(self) -> None:
+        self._next = 0  # piece
+        self._live = list(self._feeds)  # values of each prompt that pieces to come take
+        self._moments: dict[str, np.ndarray] = {}
+        self._left = Counter(self._inputs.values())  # matrices that are still to be rounded by them
+        self._factor: tuple[str, np.ndarray, np.ndarray] = ("", np.empty(0), np.empty(0))  # of the input last asked for
 
-    def _collect(self, names: list[str]) -> dict[str, np.ndarray]:
-        """x^T x over all positions x of each, float32 [K, K]."""
-        sums = {name: np.zeros((self._sizes[name],) * 2, np.float32) for name in names}
-        waiting = {name: [] for name in names}
+    def _comes(self, name: str) -> bool:
+        return any(name in piece.names for piece in self._pieces.pieces[self._next :])
+
+    def _advance(self) -> None:
+        """Run the next piece: x^T x over all positions x of what its matrices take, float32 [K, K]."""
+        piece, later = self._pieces.pieces[self._next], self._pieces.pieces[self._next + 1 :]
+        taken = {name for other in later for name in other.inputs}
+        sums = {name: np.zeros((self._sizes[name],) * 2, np.float32) for name in piece.names}
+        waiting: dict[str, list[np.ndarray]] = {name: [] for name in piece.names}
 
         def add() -> None:
             for name, values in waiting.items():
-                rows = np.concatenate([value.reshape(-1, value.shape[-1]) for value in values])
+                rows = np.concatenate(values)
                 sums[name] += rows.T @ rows
                 values.clear()
 
-        with tempfile.TemporaryDirectory() as folder:
-            probe, count = Probe(self._source, names, Path(folder)), 0
-            for feed in self._feeds:
-                for name, values in probe(feed).items():
-                    waiting[name].append(values)
-                count += feed["input_ids"].size
-                if count >= POSITIONS:
-                    add()
-                    count = 0
-        if count:
+        session = None
+        for i, values in enumerate(self._live):
+            session = session or self._pieces.open(piece, values)
+            found = self._pieces.run(session, piece, values)
+            self._live[i] = {name: value for name, value in values.items() if name in taken}
+            self._live[i] |= {name: self._kept(value) for name, value in found.items() if name in taken}
+            for name, rows in waiting.items():
+                value = found[name] if name in found else values[name]
+                rows.append(value.reshape(-1, value.shape[-1]))
+            if any(sum(map(len, rows)) >= POSITIONS for rows in waiting.values()):
+                add()
+        if any(waiting.values()):
             add()
-        return sums
+        self._moments |= sums
+        self._next += 1
+
+    def _kept(self, values: np.ndarray) -> np.ndarray:
+        """The same, in a file where they are large."""
+        if values.nbytes < LARGE:
+            return values
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            mapped = np.memmap(file, values.dtype, "w+", shape=values.shape)  # lives on without its name
+        mapped[...] = values
+        return mapped
 
 
 def _factor(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[K, K] -> (inputs in the order of their energy, the upper Cholesky factor of the inverse in that order)."""
     energy = np.diag(moments).astype(np.float64)
     order = np.argsort(-energy, kind="stable")
-    damped = moments[np.ix_(order, order)].astype(np.float64)
+    damped = moments[np.ix_(order[::-1], order[::-1])].astype(np.float64)  # reversed: L^-1 is then the factor, reversed
     damped[np.diag_indices_from(damped)] += DAMPING * energy.mean() or 1.0
-    return order, np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    lower = np.linalg.cholesky(damped)
+    del damped
+    _invert_lower(lower)
+    return order, np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+
+
+def _invert_lower(matrix: np.ndarray) -> None:
+    """Invert a lower triangular matrix in place."""
+    if len(matrix) <= LEAF:
+        matrix[...] = np.tril(np.linalg.inv(matrix))
+        return
+    half = len(matrix) // 2
+    first, second, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
+    _invert_lower(first)
+    _invert_lower(second)
+    below[...] = -second @ (below @ first)
 
 
 def compensated(weights: np.ndarray, order: np.ndarray, factor: np.ndarray) -> Blocks:

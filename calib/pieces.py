@@ -61,15 +61,22 @@ class Pieces:
         self.pieces = self._linked([run for run in runs if run], set(names))
 
     def _linked(self, runs: list[list[onnx.NodeProto]], names: set[str]) -> list[Piece]:
+        """Without nodes that nothing asked for depends on."""
         graph_inputs = {value.name for value in self._model.graph.input} - self._weights.keys()
-        wanted = set(names)
+        wanted = set(names)  # by the caller and later pieces
         pieces: list[Piece] = []
         for run in reversed(runs):
-            made = [name for node in run for name in node.output if name]
-            taken = dict.fromkeys(name for node in run for name in node.input if name and name not in self._weights)
+            nodes, used = [], set(wanted)
+            for node in reversed(run):
+                if used.intersection(node.output):
+                    nodes.insert(0, node)
+                    used.update(node.input)
+            made = [name for node in nodes for name in node.output if name]
+            taken = dict.fromkeys(name for node in nodes for name in node.input if name and name not in self._weights)
             inputs = [name for name in taken if name not in made]
             outputs = [name for name in made if name in wanted]
-            pieces.append(Piece(run, inputs, outputs, [name for name in outputs if name in names]))
+            if nodes:
+                pieces.append(Piece(nodes, inputs, outputs, [name for name in outputs if name in names]))
             wanted |= set(inputs) - graph_inputs
         first = pieces.pop()
         given = sorted(names & graph_inputs)
@@ -119,7 +126,7 @@ class Pieces:
                 mapped[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         if self._float32:
             for node in graph.node:
-                _widen(node)
+                _widen_node(node)
         options.add_external_initializers(list(mapped), list(mapped.values()))
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -158,8 +165,24 @@ def _outside(name: str, values: np.ndarray) -> onnx.TensorProto:
     return tensor
 
 
-def _widen(node: onnx.NodeProto) -> None:
-    """Casts to float16 and constants in it to float32, in place."""
+def widen(model: onnx.ModelProto) -> None:
+    """A float16 graph in float32, in place, but for the values that lie beside it."""
+    graph = model.graph
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16 and tensor.data_location == TensorProto.EXTERNAL:
+            tensor.data_type = TensorProto.FLOAT
+        elif tensor.data_type == TensorProto.FLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    for node in graph.node:
+        _widen_node(node)
+    del graph.value_info[:]
+
+
+def _widen_node(node: onnx.NodeProto) -> None:
+    """Casts to float16 and constants in it."""
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
             attribute.i = TensorProto.FLOAT

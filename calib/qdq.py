@@ -14,13 +14,11 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import external_data_helper, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from calib.activations import CUT_AFTER, INPUT, KINDS, LARGEST, QUANTIZED
 from calib.pieces import Pieces, mapped_values
-
-ALIGNMENT = 64  # bytes, of a tensor in the file of weights
-SMALL = 1024  # bytes of a tensor that stays in the graph's own file
+from export.graphs.store import store
 
 
 @dataclass(frozen=True)
@@ -105,19 +103,19 @@ def _rewrite(graph: onnx.GraphProto, source: Path, rounding: _Rounding, data: Bi
     stored: list[onnx.TensorProto] = []
     paired: set[str] = set()
 
-    def store(name: str, values: np.ndarray) -> str:
-        stored.append(_stored(name, values, data))
+    def keep(name: str, values: np.ndarray) -> str:
+        stored.append(numpy_helper.from_array(np.asarray(values), name) if data is None else store(name, values, data))
         return name
 
     def dequantized(name: str, scales: np.ndarray, codes: np.ndarray | None = None, **axis: int) -> None:
         """A Q/DQ pair on the tensor `name`, or a DQ of `codes` in its place."""
-        by = [store(f"{name}_scale", scales), store(f"{name}_zero_point", np.zeros(scales.shape, rounding.kind))]
+        by = [keep(f"{name}_scale", scales), keep(f"{name}_zero_point", np.zeros(scales.shape, rounding.kind))]
         pair = [f"{name}_QuantizeLinear", f"{name}_DequantizeLinear"]
         if codes is None:
             rounded = f"{pair[0]}_Output"
             nodes.append(helper.make_node("QuantizeLinear", [name, *by], [rounded], pair[0]))
         else:
-            rounded = store(f"{name}_quantized", codes)
+            rounded = keep(f"{name}_quantized", codes)
         nodes.append(helper.make_node("DequantizeLinear", [rounded, *by], [f"{pair[1]}_Output"], pair[1], **axis))
 
     for node in graph.node:
@@ -134,7 +132,7 @@ def _rewrite(graph: onnx.GraphProto, source: Path, rounding: _Rounding, data: Bi
                 for adds, place in _bias_of(node, readers, tensors):
                     bias = mapped_values(tensors[adds.input[place]], source)
                     # its own: another layer may share the one it had
-                    adds.input[place] = store(f"{node.name}/bias", (bias + lost).astype(np.float32))
+                    adds.input[place] = keep(f"{node.name}/bias", (bias + lost).astype(np.float32))
             if taken not in paired:
                 paired.add(taken)
                 dequantized(taken, rounding.scales(np.array(rounding.ranges[taken], np.float32)))
@@ -147,7 +145,7 @@ def _rewrite(graph: onnx.GraphProto, source: Path, rounding: _Rounding, data: Bi
     used = {name for node in nodes for name in node.input}
     for name, tensor in tensors.items():
         if name in used:
-            store(name, mapped_values(tensor, source))
+            keep(name, mapped_values(tensor, source))
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(stored)
@@ -225,18 +223,3 @@ def is_depthwise(node: onnx.NodeProto) -> bool:
     """TensorRT has none in FP8 and would dequantise their weights at each run; in INT8 they are slower on a CPU than in
     float32."""
     return node.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in node.attribute)
-
-
-def _stored(name: str, values: np.ndarray, data: BinaryIO | None) -> onnx.TensorProto:
-    """A tensor of the graph whose bytes, unless they are few, go to the end of `data`."""
-    if data is None or values.nbytes < SMALL:
-        return numpy_helper.from_array(np.asarray(values), name)
-    tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
-    data.write(b"\0" * (-data.tell() % ALIGNMENT))
-    begin = data.tell()
-    data.write(values.tobytes())
-    tensor.raw_data = b"-"  # what is external must have held something
-    external_data_helper.set_external_data(tensor, Path(data.name).name, begin, values.nbytes)
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    return tensor

@@ -46,18 +46,23 @@ def write_decoder_report(folder: Path, about: dict, rows: dict[str, Loss]) -> No
     """Write decoder.json and decoder.md. rows: what was measured -> its loss."""
     losses = [{"measured": name, **rounded(loss)} for name, loss in rows.items()]
     content = about | {"losses": losses}
-    float32 = about["float32"]["perplexity"]
-    size = f"{about['bytes'] / 1e6:.1f} MB"
     lines = [
         f"# {content['precision']} decoder",
         "",
-        f"{content['method']}, {content['calibration_prompts']} prompts to calibrate, {size}. The loss is over "
-        f"{content['questions']} questions, {content['next_tokens']} next tokens in all; the perplexity of the "
-        f"answers to float32 is {'unknown' if float32 is None else round(float32, 2)}.",
+        f"{content['method']}, {content['calibration_prompts']} prompts to calibrate, {about['bytes'] / 1e6:.1f} MB. "
+        f"{_measured(content) if rows else 'What is lost was not measured.'}",
         "",
-        *_table("", [(row["measured"], row) for row in losses]),
+        *(_table("", [(row["measured"], row) for row in losses]) if rows else []),
     ]
     _write(folder, "decoder", content, "\n".join(lines) + "\n")
+
+
+def _measured(content: dict) -> str:
+    float32 = content["float32"]["perplexity"]
+    return (
+        f"The loss is over {content['questions']} questions, {content['next_tokens']} next tokens in all; the "
+        f"perplexity of the answers to float32 is {'unknown' if float32 is None else round(float32, 2)}."
+    )
 
 
 def _write(folder: Path, name: str, content: dict, markdown: str) -> None:

@@ -18,6 +18,7 @@ from export.graphs.matmul_nbits import check_whole_blocks
 from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
+from tests.support.bundles import exported
 from tests.support.commands import run_main
 
 
@@ -130,8 +131,9 @@ def test_weights_are_the_nearest_of_sixteen_levels(source, rounded):
         levels = packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], -1)
         restored = (levels.astype(np.float64) - 2 ** (bits - 1)) * scales
         blocks = weights.reshape(weights.shape[0], -1, BLOCK)
-        assert (np.abs(restored - blocks) <= np.abs(scales) * 1.001).all(), "the last level of a side may be one short"
-        assert np.mean(np.abs(restored - blocks) <= np.abs(scales) * 0.501) > 0.98
+        steps_off = np.abs(restored - blocks) / np.abs(scales)
+        assert steps_off.max() <= (2 if bits == 4 else 1.001), "steps are shorter where the furthest may be clipped"
+        assert np.mean(steps_off <= 0.501) > 0.96
     assert seen == {8: 1, 4: len(nodes) - 1}, "the head takes 8 bits"
 
 
@@ -203,3 +205,51 @@ def test_a_bundle_with_an_int8_encoder_and_an_int4_decoder_answers(conformance_b
         DecoderOptions(method="awq")
     with pytest.raises(UserError, match="--samples is 0"):
         DecoderOptions(method="gptq", samples=0)
+
+
+def test_a_float16_decoder_is_rounded_as_the_same_one_in_float32(bundle, source, feeds, tmp_path):
+    """Weights that float16 holds exactly, in either type: the same graph comes out."""
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "single.onnx")
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "half.onnx", save_as_external_data=True, location="half.data")
+    (tmp_path / "out").mkdir()
+    for method in ("rtn", "gptq"):
+        graphs = []
+        for name in ("single", "half"):
+            file = tmp_path / "out" / f"{name}-{method}.onnx"
+            quantize_decoder(tmp_path / f"{name}.onnx", file, "int4", method, feeds[:2])
+            graphs.append(onnx.load(file).graph)
+        single, half = graphs
+        assert [value.type for value in single.input] == [value.type for value in half.input]
+        values = [{t.name: numpy_helper.to_array(t) for t in graph.initializer} for graph in graphs]
+        assert values[0].keys() == values[1].keys()
+        for name, array in values[0].items():
+            np.testing.assert_array_equal(values[1][name], array)
+        assert {path.name for path in (tmp_path / "out").iterdir()} >= {file.name, f"{file.name}.data"}
+    OnnxDecoder(file, bundle.decoder)
+
+
+def test_what_a_float16_decoder_loses_is_measured_when_asked_for(dataset, tmp_path):
+    folder = exported("--res", 256, "--decoder-precision", "fp16")
+    arguments = ("--part", "decoder", "--bundle", folder, "--data", dataset, "--method", "gptq", "--samples", 2)
+    done = run_main("calib.quantize", *arguments, "--out", tmp_path / "int4")
+    assert done.returncode == 0, done.stderr
+    assert "was not measured: the decoder is in float16" in done.stderr
+    assert "nothing was measured" in done.stdout
+    assert "was not measured" in (tmp_path / "int4" / "calib" / "decoder.md").read_text()
+    after = open_bundle(tmp_path / "int4")
+    assert (after.decoder.precision, after.decoder.kv_dtype) == ("int4", "float32")
+    assert [path.name for path in tmp_path.iterdir()] == ["int4"]
+    done = run_main("calib.quantize", *arguments, "--questions", 2, "--out", tmp_path / "int4")
+    assert "(2 questions)" in done.stdout, done.stderr

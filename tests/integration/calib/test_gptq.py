@@ -124,16 +124,40 @@ def test_changes_of_hundredths_of_a_step_are_kept(source, weights, inputs):
     assert lost[1] < 0.5 * wanted
 
 
-def test_little_memory_takes_more_rounds_and_gives_the_same(source, weights, inputs, monkeypatch):
+def test_matrices_may_be_wanted_in_any_order(source, weights, inputs):
     feeds = [{"input_ids": given} for given in inputs]
     second = weights[: weights.shape[1]]
-    together = Compensated(source, feeds)
-    expected = [together("body", weights), together("second", second)]
-    monkeypatch.setattr(gptq, "MEMORY", 1)
-    one_by_one = Compensated(source, feeds)
+    in_order = Compensated(source, feeds)
+    expected = [in_order("body", weights), in_order("second", second)]
+    assert not in_order._moments, "second moments are given up with the last matrix that takes them"
+    backwards = Compensated(source, iter(feeds))
     for name, values, blocks in (("second", second, expected[1]), ("body", weights, expected[0])):
-        np.testing.assert_array_equal(one_by_one(name, values).levels, blocks.levels)
-        assert len(one_by_one._moments) == 1
+        np.testing.assert_array_equal(backwards(name, values).levels, blocks.levels)
+
+
+@pytest.mark.parametrize("size", [1, gptq.LEAF + 45, 3 * gptq.LEAF])
+def test_the_factor_is_that_of_the_inverse(size):
+    """Cholesky's, upper, of the inverse of the damped moments in the order of the inputs' energy."""
+    rows = np.random.default_rng(4).standard_normal((2 * size, size)).astype(np.float32)
+    moments = rows.T @ rows
+    order, factor = gptq._factor(moments)
+    energy = np.diag(moments)[order]
+    assert (np.diff(energy) <= 0).all()
+    damped = moments.astype(np.float64) + DAMPING * np.diag(moments).astype(np.float64).mean() * np.eye(size)
+    expected = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
+    np.testing.assert_allclose(factor, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_large_values_between_layers_wait_in_files_that_have_no_name(source, weights, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(gptq, "LARGE", 1)
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    kept = Compensated(source, [{"input_ids": given} for given in inputs], folder)
+    assert all(isinstance(feed["input_ids"], np.memmap) for feed in kept._feeds)
+    assert not list(folder.iterdir())
+    monkeypatch.undo()
+    plain = Compensated(source, [{"input_ids": given} for given in inputs])
+    np.testing.assert_array_equal(kept("body", weights).levels, plain("body", weights).levels)
 
 
 def test_an_input_that_is_always_zero_is_no_division_by_zero(source, weights, inputs):
