@@ -10,7 +10,7 @@ from runtime.backends.ort_session import (
     bind_input,
     bind_output,
     check_graph,
-    input_dtype,
+    float_dtype,
     open_session,
     run_options,
 )
@@ -45,13 +45,14 @@ class OnnxEncoder:
         """
         self.device: Device = device or Cpu()
         self.batches = not isinstance(self.device, Cpu)
-        self._session = open_session(file, threads, provider, self.device, channels_last=channels_last)
+        mapped = provider == "cpu" and Path(f"{file}.data").is_file()  # where exporters put large weights
+        self._session = open_session(file, threads, provider, self.device, channels_last=channels_last, mapped=mapped)
         outputs = {IMAGE_EMBEDS: (FLOATS, (None, None, None))}
         check_graph(self._session, file, {PIXEL_VALUES: (FLOATS, (None, 3, None, None))}, outputs)
         self._stride = stride
-        self.dtype = np.dtype(input_dtype(self._session, PIXEL_VALUES))
+        self.dtype = np.dtype(float_dtype(self._session, PIXEL_VALUES))
         self._hidden = self._session.get_outputs()[0].shape[2]
-        self._options = run_options(self.device)
+        self._options = run_options(self.device, shrink=mapped)
 
     def __call__(self, images: list[np.ndarray]) -> Array:
         """On a GPU images of one size that follow one another are a batch; on a CPU that takes as long and needs more

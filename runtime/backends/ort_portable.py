@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.backends.graph_sequence import GraphSequence
-from runtime.backends.ort_session import bind_input, bind_output, input_dtype, open_session
+from runtime.backends.ort_session import bind_input, bind_output, float_dtype, open_session
 from runtime.device.memory import Array, Cpu
 from runtime.generate.kv_cache import KVCache, allocate
 from runtime.graph_io import IMAGE_EMBEDS, INPUT_IDS, LOGITS, NEXT_TOKEN, PAST, PRESENT, WRITE_INDICES, cache_name
@@ -17,7 +17,7 @@ class PortableSequence(GraphSequence):
     def __init__(self, file: Path):
         self._session = open_session(file, None)
         shapes = {value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())}
-        self._dtype, self._device = np.dtype(input_dtype(self._session, IMAGE_EMBEDS)), Cpu()
+        self._dtype, self._device = np.dtype(float_dtype(self._session, IMAGE_EMBEDS)), Cpu()
         layers = sum(name.startswith(PAST) for name in shapes) // 2
         shape = (1, *shapes[cache_name(PAST, 0, "key")][1:])
         cache = KVCache(allocate(layers, shape, self._dtype, self._device))

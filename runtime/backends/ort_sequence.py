@@ -16,7 +16,7 @@ from runtime.backends.ort_session import (
     bind_input,
     bind_output,
     check_graph,
-    input_dtype,
+    float_dtype,
     open_session,
     run_options,
 )
@@ -82,9 +82,10 @@ class DecoderGraph:
         check_graph(self.session, file, *_contract(part))
         if prefill and self.prefill_session:
             check_graph(self.prefill_session, prefill, *_contract(part))
-        self.embeds_dtype = np.dtype(input_dtype(self.session, IMAGE_EMBEDS))
+        self.embeds_dtype = np.dtype(float_dtype(self.session, IMAGE_EMBEDS))
         hidden = next(value.shape[1] for value in self.session.get_inputs() if value.name == IMAGE_EMBEDS)
         self.no_images = self.device.zeros((0, hidden), self.embeds_dtype)
+        self.logits_dtype = np.dtype(float_dtype(self.session, LOGITS))
         self.has_argmax = any(value.name == NEXT_TOKEN for value in self.session.get_outputs())
 
     @property
@@ -103,7 +104,7 @@ def _contract(part: DecoderPart) -> tuple[Contract, Contract]:
     )
     rows = (None, None)
     inputs: Contract = {INPUT_IDS: (INT64, rows), IMAGE_EMBEDS: (FLOATS, rows), ATTENTION_MASK: (INT64, rows), **past}
-    outputs: Contract = {LOGITS: (floats, (None, 1, part.vocab_size)), **present}
+    outputs: Contract = {LOGITS: (FLOATS, (None, 1, part.vocab_size)), **present}
     return inputs, outputs
 
 
@@ -119,7 +120,7 @@ class OnnxSequence(GraphSequence):
         """
         device, part = graph.device, graph.part
         if logits is None:
-            logits = device.zeros((1, 1, part.vocab_size), part.kv_dtype)
+            logits = device.zeros((1, 1, part.vocab_size), graph.logits_dtype)
         if argmax is None and graph.has_argmax:
             argmax = device.zeros((1, 1, 1), np.int64)
         super().__init__(cache, logits, argmax)

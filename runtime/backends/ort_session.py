@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,15 @@ def open_session(
     activation_bits: int = 8,
     cuda_graph: bool = False,
     channels_last: bool = False,
+    mapped: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session whose arrays lie on `device` and whose work goes into its stream.
 
     threads: of one operator on the CPU; None lets ONNX Runtime take one a physical core. operators: a library of some
     that ONNX Runtime lacks. activation_bits: to which those of `runtime.kernels` round activations, 8 or 24. Of
     `--provider cuda` alone: cuda_graph: let `run_options` name runs that are recorded; channels_last: convolve images
-    as [B, H, W, C].
+    as [B, H, W, C]. mapped: for large weights and activations on the CPU: weights in a file beside the graph are read
+    where the system maps them, which processes share, in place of a repacked copy; see `run_options` for activations.
     Raises UserError where ONNX Runtime cannot open the graph, or not with this provider: it never falls back to
     another one by itself.
     """
@@ -59,6 +62,13 @@ def open_session(
     options.log_severity_level = 3
     # INT8 sums that cannot saturate, where `int8_sums_saturate`; elsewhere it changes nothing
     options.add_session_config_entry("session.x64quantprecision", "1")
+    skipped: list[str] = []
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.enable_mem_pattern = False  # it would take a block for all activations beside those of the run before
+        skipped.append("BiasGeluFusion")  # which holds a third array of an MLP's inner width
+        _register_arena()
     name = PROVIDERS[provider][0]
     stream = device.stream if isinstance(device, Cuda) else None
     try:
@@ -71,7 +81,10 @@ def open_session(
             session = onnxruntime.InferenceSession(str(file), options)
         else:
             session = onnxruntime.InferenceSession(
-                str(file), options, providers=_providers(provider, stream, cuda_graph, channels_last)
+                str(file),
+                options,
+                providers=_providers(provider, stream, cuda_graph, channels_last),
+                disabled_optimizers=skipped,
             )
     except UserError:
         raise
@@ -80,6 +93,16 @@ def open_session(
     if name not in session.get_providers():  # ONNX Runtime drops one that fails to load, and only logs it
         raise UserError(f"--provider {provider}: ONNX Runtime could not load {name}, see what it said above")
     return session
+
+
+@cache
+def _register_arena() -> None:
+    """Memory of sessions with mapped weights: pieces as large as they are asked for, in place of the next power of
+    two."""
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    memory = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+    as_requested = {"arena_extend_strategy": 1}
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(as_requested))
 
 
 def _providers(provider: str, stream: int | None, cuda_graph: bool, channels_last: bool) -> list[Any]:
@@ -130,13 +153,15 @@ _rtx_registered: list[str] = []  # a library may be registered once a process
 NOT_RECORDED = -1  # as ONNX Runtime numbers CUDA graphs
 
 
-def run_options(device: Device, graph: int = NOT_RECORDED) -> onnxruntime.RunOptions:
+def run_options(device: Device, graph: int = NOT_RECORDED, shrink: bool = False) -> onnxruntime.RunOptions:
     """On a GPU the call returns before the work is done; whoever reads the result waits.
 
     graph: under which number the first run is recorded; runs with this number replay it. They have to have the same
-    addresses and shapes.
+    addresses and shapes. shrink: give the memory of activations on the CPU back to the system after the run.
     """
     options = onnxruntime.RunOptions()
+    if shrink:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     if isinstance(device, Cuda):
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         options.add_run_config_entry("gpu_graph_id", str(graph))
@@ -179,7 +204,7 @@ def check_graph(session: onnxruntime.InferenceSession, file: Path, inputs: Contr
             raise UserError(f"{file}: unknown input {others[0]!r}; it is not the graph that the manifest describes")
 
 
-def input_dtype(session: onnxruntime.InferenceSession, name: str) -> type[np.floating]:
-    """numpy's type of a graph's floating-point input."""
-    types = {value.name: value.type for value in session.get_inputs()}
+def float_dtype(session: onnxruntime.InferenceSession, name: str) -> type[np.floating]:
+    """numpy's type of a graph's floating-point input or output."""
+    types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
     return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[types[name]]

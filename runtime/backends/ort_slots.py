@@ -31,7 +31,7 @@ class Slots:
         rows = max(count, min_rows)
         self._layers = allocate(part.layers, (rows, part.kv_heads, capacity, part.head_dim), part.kv_dtype, device)
         self._slots = [OnnxSequence(graph, self._rows(i, i + 1)) for i in range(count)]
-        self._logits = device.zeros((rows, 1, part.vocab_size), part.kv_dtype)
+        self._logits = device.zeros((rows, 1, part.vocab_size), graph.logits_dtype)
         self._argmax = device.zeros((rows, 1, 1), np.int64)
         self._bindings: dict[int, IOBinding] = {}  # by how many rows take part
         self._options = run_options(device)
