@@ -19,6 +19,7 @@ from calib.pieces import widen
 from calib.report import write_decoder_report
 from export.bundle_writer import new_bundle, write_manifest
 from export.graphs.block_formats import METHODS as BLOCK_METHODS
+from export.graphs.kv_precision import write_half_caches
 from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import check_whole_blocks, quantize_weights
 from export.graphs.variants import write_variants
@@ -120,7 +121,9 @@ def quantize_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
         sections = copy_bundle(bundle, folder, lambda name: name.startswith(outdated))
         file = folder / part.file
         quantize_decoder(bundle.path(part.file), file, options.precision, method, feeds)
-        variants = {key: path.relative_to(folder).as_posix() for key, path in write_variants(file).items()}
+        written = write_variants(file)
+        write_half_caches([file, *written.values()])
+        variants = {key: path.relative_to(folder).as_posix() for key, path in written.items()}
         sections["decoder"] |= {"precision": part.precision, "kv_dtype": part.kv_dtype, **variants}
         losses = {} if evaluation is None else _losses(bundle, evaluation, OnnxDecoder(file, part))
         about = {

@@ -26,6 +26,7 @@ from export.decoder.check import check_decoder
 from export.decoder.export import BLOCKS, CAPACITY_HELP, check_options, decoder_part, export_decoder
 from export.decoder.sampler import sampler_graph
 from export.encoder import check_encoder, check_precision, export_encoder, parity_inputs
+from export.graphs.kv_precision import write_half_caches
 from export.graphs.variants import write_variants
 from export.parity import Difference, ParityError, report
 from export.tokenizer.convert import TOKENIZER_FILE, export_tokenizer
@@ -152,7 +153,9 @@ def _add_decoder(checkpoint: Checkpoint, folder: Path, precision: str, checks: C
             print(f"warning: decoder/kernels.onnx is not compared with PyTorch: {missing}", file=sys.stderr)
         else:
             checks.decoder(variants["kernels_file"], precision, "kernels", "decoder with kernels")
-    return {key: f"decoder/{path.name}" for key, path in {"file": file, **variants}.items()}
+    graphs = {"file": file, **variants}
+    write_half_caches(graphs.values())
+    return {key: f"decoder/{path.name}" for key, path in graphs.items()}
 
 
 def _add_portable_decoder(

@@ -63,6 +63,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--provider", default="cpu", metavar="NAME", help="of ONNX Runtime: cpu, cuda, tensorrt or nv_tensorrt_rtx"
     )
+    parser.add_argument(
+        "--kv-precision",
+        default="auto",
+        metavar="P",
+        help="of the KV cache: fp32, fp16 (half the memory, slower) or auto (default): fp32 if that fits the memory",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="of one operator; default: one a physical core")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="save the first image with the answer's boxes drawn")
@@ -90,7 +96,14 @@ def main(argv: list[str] | None = None) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     schema = read_schema(args.json_schema) if args.json_schema else None
     options = Options(args.max_new_tokens, sampling, tuple(args.stop), args.res, args.aspect, args.system, schema)
-    backends = Backends(args.encoder, args.decoder, args.provider, args.encoder_precision, args.threads)
+    backends = Backends(
+        args.encoder,
+        args.decoder,
+        args.provider,
+        args.encoder_precision,
+        args.threads,
+        kv_precision=args.kv_precision,
+    )
     model = load(args.bundle or demo_bundle(), backends=backends)
     if args.prompt is None:
         chat(model, args.image, options)

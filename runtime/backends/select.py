@@ -3,20 +3,22 @@
 import importlib.util
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 
 from runtime import kernels
 from runtime.backends.base import Decoder, Encoder
+from runtime.backends.memory_plan import DTYPES, KV_PRECISIONS, Costs, mebibytes, plan
 from runtime.backends.openvino import OPENVINO_PRECISIONS, OpenVinoEncoder
 from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_encoder import OnnxEncoder
 from runtime.backends.ort_session import PROVIDERS, open_device
 from runtime.bundle.engines import FLAVOURS, Engine, choose_engine
-from runtime.bundle.manifest import Bundle
+from runtime.bundle.manifest import Bundle, DecoderPart
 from runtime.device.cpuinfo import int8_sums_saturate, is_x86, lower_priority
 from runtime.device.cuda import Cuda, present_gpu
+from runtime.device.host_memory import available_bytes
 from runtime.errors import UserError
 
 logger = logging.getLogger("convllava.backends")
@@ -39,6 +41,8 @@ class Backends:
     provider: of ONNX Runtime, a key of `PROVIDERS`.
     encoder_precision: which of the bundle's encoders or engines, or bf16 for OpenVINO's way of computing; None: the
     bundle's own (a float32 bundle's engines are fp16). threads: of one operator on the CPU; None: one a physical core.
+    kv_precision: of the decoder's KV cache on ONNX Runtime's CPU provider, fp32, fp16, or auto: fp32 unless a sequence
+    does not fit the memory. context: positions of a sequence, at most the model's; None: the model's.
     encoder_nice: what is added to the niceness of the encoder's threads on the CPU, where a decoder runs beside it.
     Raises UserError for an unknown name or another number of threads than 1 to MAX_THREADS.
     """
@@ -49,9 +53,16 @@ class Backends:
     encoder_precision: str | None = None
     threads: int | None = None
     encoder_nice: int = 0
+    kv_precision: str = "auto"
+    context: int | None = None
 
     def __post_init__(self):
-        for name, known in (("encoder", ENCODERS), ("decoder", DECODERS), ("provider", tuple(PROVIDERS))):
+        for name, known in (
+            ("encoder", ENCODERS),
+            ("decoder", DECODERS),
+            ("provider", tuple(PROVIDERS)),
+            ("kv_precision", KV_PRECISIONS),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.encoder_precision not in (None, *PRECISIONS):
@@ -62,6 +73,8 @@ class Backends:
             raise UserError("precision fp32 is no engine's, which compute in fp16, int8 or fp8: --encoder onnx")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise UserError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
+        if self.context is not None and self.context < 1:
+            raise UserError(f"context is {self.context}, expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,7 @@ class Resolved:
         precision: of the graph or engine.
         file: inside the bundle.
         reason: why `auto` did not take what would be faster, or "".
+        kv_precision: of a decoder's KV cache.
     """
 
     runtime: str
@@ -81,6 +95,7 @@ class Resolved:
     precision: str
     file: str
     reason: str = ""
+    kv_precision: str = ""
 
     def __str__(self) -> str:
         return f"{self.runtime} {self.provider} {self.precision}"
@@ -88,7 +103,8 @@ class Resolved:
     def to_dict(self) -> dict[str, str]:
         """For `infer.py --json`, which calls the reason `note`."""
         values = {"runtime": self.runtime, "provider": self.provider, "precision": self.precision, "file": self.file}
-        return values | ({"note": self.reason} if self.reason else {})
+        others = {"kv_precision": self.kv_precision, "note": self.reason}
+        return values | {name: value for name, value in others.items() if value}
 
 
 @dataclass(frozen=True)
@@ -153,20 +169,22 @@ def _open_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[
 
 
 def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Decoder, Resolved]:
-    part, choice, reason = bundle.decoder, wanted.decoder, ""
+    choice, reason = wanted.decoder, ""
     if choice == "tensorrt":
         from runtime.backends.tensorrt import EngineDecoder
 
         engine = _engine(bundle, "decoder", "fp16")
         return EngineDecoder(engine, devices.gpu), _resolved_engine(bundle, engine)
+    part, note = _with_kv_cache(bundle, wanted)
+    kv_precision = {dtype: name for name, dtype in DTYPES.items()}[part.kv_dtype]
     if choice == "auto":
         choice = "onnx"
         if wanted.provider == "cpu" and part.precision in ("int4", "int8") and is_x86():  # where kernels are faster
-            missing = kernels_missing(bundle)
+            missing = kernels_missing(bundle, part)
             choice, reason = ("onnx", f"without this project's kernels, {missing}") if missing else ("kernels", "")
     provider, device = wanted.provider, devices.of_provider
     if choice in KERNELS:
-        if missing := kernels_missing(bundle) or (provider != "cpu" and "they are for --provider cpu"):
+        if missing := kernels_missing(bundle, part) or (provider != "cpu" and "they are for --provider cpu"):
             raise UserError(f"--decoder {choice}: {missing}")
         assert part.kernels_file is not None
         file = part.kernels_file
@@ -174,14 +192,38 @@ def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[
         decoder = OnnxDecoder(
             bundle.path(file), part, wanted.threads, provider, device, operators=operators, activation_bits=bits
         )
-        return decoder, Resolved(f"onnxruntime with {choice}", provider, part.precision, file)
+        return decoder, Resolved(f"onnxruntime with {choice}", provider, part.precision, file, note, kv_precision)
     if isinstance(device, Cuda) and provider == "cuda":
         decoder, reason = _cuda_decoder(bundle, device)
     else:
         dequantized = part.prefill_file if provider == "cpu" and int8_sums_saturate() else None
         prefill = bundle.path(dequantized) if dequantized else None
         decoder = OnnxDecoder(bundle.path(part.file), part, wanted.threads, provider, device, prefill)
-    return decoder, Resolved("onnxruntime", provider, part.precision, part.file, reason)
+    reason = "; ".join(filter(None, (reason, note)))
+    return decoder, Resolved("onnxruntime", provider, part.precision, part.file, reason, kv_precision)
+
+
+def _with_kv_cache(bundle: Bundle, wanted: Backends) -> tuple[DecoderPart, str]:
+    """(the decoder with the KV cache that is wanted, why it is not in float32 or "")."""
+    asked, note = wanted.kv_precision, ""
+    costs = Costs.of(bundle)
+    if wanted.provider != "cpu":
+        if asked != "auto" and DTYPES[asked] != bundle.decoder.kv_dtype:
+            raise UserError(f"--kv-precision {asked} is for --provider cpu")
+        asked = next(name for name in DTYPES if DTYPES[name] == bundle.decoder.kv_dtype)
+    elif asked == "auto":
+        chosen = plan(costs, available_bytes(), slots=1, context=wanted.context)
+        asked = chosen.kv_precision
+        if asked != next(iter(costs.positions)):
+            size = mebibytes(chosen.context * costs.positions["fp32"])
+            note = f"KV cache in {asked}, a sequence takes {size} in fp32"
+    part = bundle.decoder_with_cache(DTYPES[asked])
+    if part is None:
+        there = " or ".join(costs.positions)
+        raise UserError(f"--kv-precision {asked}: {bundle.folder} has graphs for {there} alone; export it again")
+    if wanted.context is not None:
+        part = replace(part, context_length=min(wanted.context, part.context_length))
+    return part, note
 
 
 def _cuda_decoder(bundle: Bundle, device: Cuda) -> tuple[OnnxDecoder, str]:
@@ -198,9 +240,9 @@ def _cuda_decoder(bundle: Bundle, device: Cuda) -> tuple[OnnxDecoder, str]:
     return OnnxDecoder(file, part, provider="cuda", device=device), reason
 
 
-def kernels_missing(bundle: Bundle) -> str | None:
-    """Why the decoder of a bundle cannot run on `runtime.kernels`; None if it can."""
-    if bundle.decoder.kernels_file is None:
+def kernels_missing(bundle: Bundle, part: DecoderPart | None = None) -> str | None:
+    """Why the decoder of a bundle, or `part` of it, cannot run on `runtime.kernels`; None if it can."""
+    if (part or bundle.decoder).kernels_file is None:
         return f"{bundle.folder} has no graph for them, which decoders of 4 and 8 bits have if they are exported anew"
     return kernels.unavailable()
 

@@ -4,7 +4,8 @@
       manifest.json   format, producers, sha256 and size of every file, image rule, prompt template, tokenizer,
                       encoder and decoder with their precisions, KV-cache shape, which graphs were compared with PyTorch
       encoder/        fp32.onnx | fp16.onnx | int8.onnx (+ .data); engines/, added later, see runtime/bundle/engines.py
-      decoder/        model.onnx (+ .data), fused for ONNX Runtime; portable.onnx (+ .data) where one was asked for
+      decoder/        model.onnx (+ .data), fused for ONNX Runtime; *-kv16.onnx, the same with a float16 KV cache;
+                      portable.onnx (+ .data) where one was asked for
       tokenizer/      tokenizer.json
 
 The runtime believes nothing but the manifest. Bundles are written beside their place and renamed into it, the
@@ -17,7 +18,7 @@ import os
 import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -89,10 +90,27 @@ class Bundle:
         """The manifest's hash of a file; None for one that is not the bundle's."""
         return self.files.get(file, {}).get("sha256")
 
+    def decoder_with_cache(self, kv_dtype: str) -> DecoderPart | None:
+        """The decoder with its KV cache in this type; None where the bundle has no such graph."""
+        part = self.decoder
+        if part.kv_dtype == kv_dtype:
+            return part
+        names = ("file", "prefill_file", "kernels_file")
+        halves = {name: half_cache_file(getattr(part, name) or "") for name in names}
+        there = {name: file if file in self.files else None for name, file in halves.items()}
+        if kv_dtype != "float16" or there["file"] is None:
+            return None
+        return replace(part, kv_dtype=kv_dtype, **there)
+
     def encoder_file(self, precision: str) -> str | None:
         """The encoder graph of a precision, a path inside the bundle; None where it has none."""
         file = f"encoder/{precision}.onnx"
         return file if file in self.files else None
+
+
+def half_cache_file(file: str) -> str:
+    """Name of the graph with a float16 KV cache beside the decoder graph `file`."""
+    return f"{file.removesuffix('.onnx')}-kv16.onnx"
 
 
 def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
@@ -109,6 +127,23 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
 def opening(folder: str | os.PathLike[str]) -> Generator[Bundle]:
     """`open_bundle` for whoever has work of its own meanwhile: files whose sha256 is not known are read beside it, and
     one that was altered is an error at its end, in the place of whatever that has led to."""
+    bundle = read_bundle(folder)
+    given_up = threading.Event()
+    with ThreadPoolExecutor(1) as reader:
+        checked = reader.submit(check_hashes, bundle.folder, bundle.files, given_up)
+        try:
+            yield bundle
+        except Exception:
+            checked.result()
+            raise
+        except BaseException:  # whoever interrupts a start waits for the file at hand alone
+            given_up.set()
+            raise
+        checked.result()
+
+
+def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
+    """As `open_bundle`, but of the files only sizes are compared with the manifest's."""
     folder = Path(folder)
     manifest = _read_manifest(folder)
     for section in ("image", "prompt", "tokenizer", "encoder", "decoder", "files"):
@@ -139,18 +174,7 @@ def opening(folder: str | os.PathLike[str]) -> Generator[Bundle]:
             f"{folder / MANIFEST}: images are multiples of {bundle.image.multiple}, the encoder's stride is "
             f"{bundle.encoder.stride}; export it again"
         )
-    given_up = threading.Event()
-    with ThreadPoolExecutor(1) as reader:
-        checked = reader.submit(check_hashes, folder, manifest["files"], given_up)
-        try:
-            yield bundle
-        except Exception:
-            checked.result()
-            raise
-        except BaseException:  # whoever interrupts a start waits for the file at hand alone
-            given_up.set()
-            raise
-        checked.result()
+    return bundle
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

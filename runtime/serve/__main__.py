@@ -15,16 +15,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from runtime.backends.memory_plan import mebibytes
 from runtime.command import run
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from runtime.backends.memory_plan import Plan
     from runtime.bundle.manifest import Bundle
     from runtime.model import Model
     from runtime.serve.settings import Settings
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    from runtime.backends.memory_plan import KV_PRECISIONS
     from runtime.backends.ort_session import PROVIDERS
     from runtime.backends.select import DECODERS, ENCODERS, PRECISIONS
 
@@ -38,7 +41,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # Those of `Settings`, which has the defaults
     settings = parser.add_argument_group("what is served, and within which limits", argument_default=argparse.SUPPRESS)
     settings.add_argument("--bundle", help="folder made by export.bundle; default: the demo model's")
-    settings.add_argument("--max-batch", type=int, metavar="N", help="answers decoded at once; default: 8")
+    settings.add_argument(
+        "--max-batch", type=int, metavar="N", help="answers decoded at once; default: 8, or as many as fit the memory"
+    )
+    settings.add_argument(
+        "--context", type=int, metavar="N", help="positions of a sequence; default: the model's, or what fits"
+    )
+    settings.add_argument("--kv-precision", choices=KV_PRECISIONS, help="of the KV cache; default: fp32 if that fits")
     settings.add_argument("--max-queue", type=int, metavar="N", help="requests that may wait; default: 64")
     settings.add_argument(
         "--no-batch-invariant",
@@ -63,7 +72,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     settings.add_argument("--max-image-pixels", type=int, metavar="N", help="default: 50 million")
     settings.add_argument(
-        "--image-cache-bytes", type=int, metavar="N", help="of embeddings of images seen before; default: 256 MiB"
+        "--image-cache-bytes",
+        type=int,
+        metavar="N",
+        help="of embeddings of images seen before; default: up to 256 MiB",
     )
     settings.add_argument("--max-output", type=int, metavar="N", help="new tokens of an answer; default: 4096")
     settings.add_argument("--timeout", type=float, metavar="S", help="seconds that a request may take; default: 300")
@@ -97,9 +109,13 @@ def main(argv: list[str] | None = None) -> int:
         chosen[name] = ",".join(chosen[name])
     settings = Settings.of(**chosen)
     address = None if check else bound(host, port)  # a port in use is told before the model is loaded
+    settings, plan = settings.fitted()
     model = settings.load()
-    print(described(model, settings.max_batch), file=sys.stdout if check else sys.stderr)
+    print(described(model, plan), file=sys.stdout if check else sys.stderr)
+    if not plan.fits:
+        print(f"warning: {too_large(plan)}", file=sys.stderr)
     if address is None:
+        print(_aligned(plan.rows()))
         for row in engine_rows(model.bundle):
             print(row)
     else:
@@ -150,17 +166,25 @@ def serve(
     Server(config).run(sockets=[address])
 
 
-def described(model: "Model", slots: int) -> str:
+def too_large(plan: "Plan") -> str:
+    """What to do about a plan that does not fit."""
+    total, available = (dict(plan.rows())[name] for name in ("total at most", "available"))
+    return (
+        f"all slots full would take {total}, {available} are available: lower --max-batch, --context or "
+        "--image-cache-bytes, or --kv-precision fp16"
+    )
+
+
+def described(model: "Model", plan: "Plan") -> str:
     """What is served, and what each slot may take."""
-    part = model.bundle.decoder
-    per_position = 2 * part.layers * part.kv_heads * part.head_dim * (2 if part.kv_dtype == "float16" else 4)
     rows = [
         ("model", model.bundle.name),
         ("encoder", f"{model.encoder_backend}"),
         ("decoder", f"{model.decoder_backend}"),
         ("images", f"{model.bundle.image.resolution} pixels, {model.bundle.image.aspect}"),
-        ("context", f"{part.context_length} positions"),
-        ("KV cache", f"{slots} slots of up to {per_position * part.context_length / 2**20:.0f} MiB"),
+        ("context", f"{plan.context} positions"),
+        ("KV cache", f"{plan.slots} slots of up to {mebibytes(plan.kv_bytes // plan.slots)} in {plan.kv_precision}"),
+        ("memory", ", ".join(f"{name} {size}" for name, size in plan.rows()[5:])),
     ]
     rows += [("note", backend.reason) for backend in (model.encoder_backend, model.decoder_backend) if backend.reason]
     return _aligned(rows)

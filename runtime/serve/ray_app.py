@@ -23,6 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from runtime.backends.memory_plan import MAX_SLOTS
 from runtime.serve.app import add_page, error_response, event_stream, model_card, new_app
 from runtime.serve.chat import check_model
 from runtime.serve.limits import Bodies
@@ -53,7 +54,8 @@ class Replica:
     """One scheduler. Its answers are streams whose first item says what kind of answer follows."""
 
     def __init__(self, settings: Settings):
-        self._service = settings.service(settings.load())
+        fitted, _ = settings.fitted()
+        self._service = fitted.service(fitted.load())
 
     @serve.multiplexed(max_num_models_per_replica=IMAGES)
     async def _has_images(self, key: str) -> str:
@@ -109,7 +111,7 @@ def build(args: dict[str, str]) -> serve.Application:
     scaling = {"min_replicas": settings.replicas, "max_replicas": most, "target_ongoing_requests": settings.target}
     replica = Replica.options(
         autoscaling_config=scaling,
-        max_ongoing_requests=settings.max_batch + settings.max_queue,
+        max_ongoing_requests=(settings.max_batch or MAX_SLOTS) + settings.max_queue,
         max_queued_requests=settings.max_queue,  # at the ingress, while every replica has so many
         graceful_shutdown_timeout_s=settings.timeout + SCHEDULER_GRACE_S,  # what it has begun is finished
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},

@@ -5,10 +5,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
+from runtime.backends.memory_plan import Costs, Plan, plan
 from runtime.backends.select import MAX_THREADS, Backends
+from runtime.bundle.manifest import read_bundle
 from runtime.demo import demo_bundle
+from runtime.device.host_memory import available_bytes
 from runtime.errors import UserError
-from runtime.image.embedding_cache import DEFAULT_BYTES
 from runtime.model import Model, load
 from runtime.serve.chat import ChatService
 from runtime.serve.limits import Limits
@@ -20,7 +22,9 @@ from runtime.serve.vision_worker import ENCODER_NICE
 
 
 class Settings(BaseModel):
-    """bundle: None for the demo model's. max_batch: answers decoded at once. max_queue: requests that may wait.
+    """bundle: None for the demo model's. max_batch: answers decoded at once. context: positions of a sequence.
+    kv_precision: as `Backends`. What is None of these and of image_cache_bytes, `fitted` chooses. max_queue: requests
+    that may wait.
     threads: of one operator. allow_remote_images: hosts, with commas between them. max_images: of a request.
     image_cache_bytes: of embeddings of images seen before. max_output: new tokens of an answer. timeout: seconds that a
     request may take. allowed_host, cors_origin: as `OriginCheck`, with commas between them."""
@@ -28,7 +32,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     bundle: str | None = None
-    max_batch: PositiveInt = 8
+    max_batch: PositiveInt | None = None
+    context: PositiveInt | None = None
+    kv_precision: Literal["auto", "fp32", "fp16"] = "auto"
     max_queue: PositiveInt = 64
     threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
     encoder: str = "auto"
@@ -40,7 +46,7 @@ class Settings(BaseModel):
     max_images: PositiveInt = Limits.images
     max_image_bytes: PositiveInt = Limits.image_bytes
     max_image_pixels: PositiveInt = Limits.image_pixels
-    image_cache_bytes: NonNegativeInt = DEFAULT_BYTES
+    image_cache_bytes: NonNegativeInt | None = None
     max_output: PositiveInt = Limits.output_tokens
     timeout: float = Field(default=Limits.seconds, gt=0, allow_inf_nan=False)
     allowed_host: str = ""
@@ -92,20 +98,51 @@ class Settings(BaseModel):
             seconds=self.timeout,
         )
 
+    def planned(self) -> Plan:
+        """What the model's sequences and caches may take, so that all fits the memory of this machine.
+
+        Raises UserError as `read_bundle`, and for a context longer than the model's.
+        """
+        bundle = read_bundle(self.bundle or demo_bundle())
+        costs = Costs.of(bundle)
+        if self.context is not None and self.context > costs.context:
+            raise UserError(f"--context is {self.context}, the model has {costs.context} positions")
+        on_host = self.provider == "cpu"
+        kv_precision = self.kv_precision if on_host else next(iter(costs.positions))
+        available = available_bytes() if on_host else None
+        return plan(costs, available, self.max_batch, self.context, kv_precision, self.image_cache_bytes)
+
+    def fitted(self) -> tuple[Self, Plan]:
+        """(these settings with everything chosen, what was chosen). Raises UserError as `planned`."""
+        chosen = self.planned()
+        values = {
+            "max_batch": chosen.slots,
+            "context": chosen.context,
+            "image_cache_bytes": chosen.cache_bytes,
+            "kv_precision": chosen.kv_precision if self.provider == "cpu" else self.kv_precision,
+        }
+        return self.model_copy(update=values), chosen
+
     def load(self) -> Model:
-        """Raises UserError as `runtime.load`."""
-        return load(
-            self.bundle or demo_bundle(),
-            backends=Backends(
-                self.encoder, self.decoder, self.provider, self.encoder_precision, self.threads, ENCODER_NICE
-            ),
-            cache_bytes=self.image_cache_bytes,
+        """The model. Raises UserError as `runtime.load` and `planned`."""
+        settings, _ = self.fitted()
+        backends = Backends(
+            self.encoder,
+            self.decoder,
+            self.provider,
+            self.encoder_precision,
+            self.threads,
+            ENCODER_NICE,
+            settings.kv_precision,
+            settings.context,
         )
+        return load(self.bundle or demo_bundle(), backends=backends, cache_bytes=settings.image_cache_bytes or 0)
 
     def service(self, model: Model, metrics: Metrics | None = None) -> ChatService:
-        """A scheduler over the model, and what begins answers on it."""
+        """A scheduler over the model, and what begins answers on it. Raises UserError as `planned`."""
+        slots = self.max_batch or self.planned().slots
         scheduler = Scheduler(
-            model.encoder, model.decoder, model.cache, self.max_batch, self.max_queue, metrics, self.batch_invariant
+            model.encoder, model.decoder, model.cache, slots, self.max_queue, metrics, self.batch_invariant
         )
         scheduler.start()
         hosts = listed(self.allow_remote_images)
