@@ -13,9 +13,10 @@ from typing import Any
 
 import onnx
 
-from export.bundle_writer import new_bundle, write_manifest
+from export.bundle_writer import check_place, new_bundle, write_manifest
 from export.cli import (
     CHECK_HELP,
+    NOTHING_COMPARED,
     check_comparison,
     choose_resolution,
     installed_versions,
@@ -26,6 +27,7 @@ from export.decoder.check import check_decoder
 from export.decoder.export import BLOCKS, CAPACITY_HELP, check_options, decoder_part, export_decoder
 from export.decoder.sampler import sampler_graph
 from export.encoder import check_encoder, check_precision, export_encoder, parity_inputs
+from export.estimate import Job, Sizes, require_room
 from export.graphs.kv_precision import write_half_caches
 from export.graphs.variants import write_variants
 from export.parity import Difference, ParityError, report
@@ -72,12 +74,7 @@ def export_bundle(
         ParityError: a graph does not compute what the model does.
     """
     prompt, image = prompt_template(checkpoint, template), image_rule(checkpoint, resolution)
-    tokens, context = (resolution // image.multiple) ** 2, checkpoint.llama_config.max_position_embeddings
-    if capacity is not None and not tokens < capacity <= context:
-        raise UserError(f"--capacity {capacity}: a KV cache holds {tokens} visual tokens and text, at most {context}")
-    if tokens >= context:
-        raise UserError(f"resolution {resolution} makes {tokens} visual tokens, the decoder's context is {context}")
-
+    check_context(checkpoint, resolution, capacity)
     with new_bundle(out) as folder:
         checks = None if check == "none" else Checks(checkpoint, folder)
         sections: dict[str, Any] = {
@@ -95,6 +92,16 @@ def export_bundle(
         sections["decoder"] = {key: value for key, value in asdict(decoder).items() if value is not None}
         sections["checked"] = NOT_CHECKED if checks is None else checks.errors
         write_manifest(folder, name_of(checkpoint), installed_versions(PRODUCERS), sections)
+
+
+def check_context(checkpoint: Checkpoint, resolution: int, capacity: int | None) -> None:
+    """Raises UserError where an image of the resolution leaves no room for text."""
+    tokens = (resolution // checkpoint.encoder_config.stride) ** 2
+    context = checkpoint.llama_config.max_position_embeddings
+    if capacity is not None and not tokens < capacity <= context:
+        raise UserError(f"--capacity {capacity}: a KV cache holds {tokens} visual tokens and text, at most {context}")
+    if tokens >= context:
+        raise UserError(f"resolution {resolution} makes {tokens} visual tokens, the decoder's context is {context}")
 
 
 class Checks:
@@ -233,8 +240,15 @@ def main(argv: list[str] | None = None) -> int:
         check_options(portable_precision(args.decoder_precision), "portable", args.capacity)
     checkpoint = open_checkpoint(args.checkpoint)
     resolution = choose_resolution(args.res, checkpoint)
-    check_finite(checkpoint.vision_tensors(), checkpoint.projector_tensors(), checkpoint.language_tensors())
+    prompt_template(checkpoint, args.template)
+    check_context(checkpoint, resolution, args.capacity)
     out = args.out or DEMO_BUNDLE.parent / name_of(checkpoint)
+    check_place(out)
+    portable = portable_precision(args.decoder_precision) if args.portable_decoder else None
+    job = Job(resolution, args.precision, args.decoder_precision, portable, args.check)
+    room = require_room(Sizes.of(checkpoint), job, out, {"encoder": "--precision", "decoder": "--decoder-precision"})
+    check_finite(checkpoint.vision_tensors(), checkpoint.projector_tensors(), checkpoint.language_tensors())
+    print(room, flush=True)
     export_bundle(
         checkpoint,
         out,
@@ -246,6 +260,8 @@ def main(argv: list[str] | None = None) -> int:
         args.template,
         args.check,
     )
+    if args.check == "none":
+        print(NOTHING_COMPARED)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: encoder {args.precision}, decoder {args.decoder_precision}, {size / 1e6:.0f} MB")
     return 0

@@ -11,6 +11,7 @@ from train.model import Checkpoint
 
 CHECKS = ("full", "none")
 CHECK_HELP = "full: compare each graph with PyTorch, layer by layer; none: compare nothing; default: full"
+NOTHING_COMPARED = "nothing was compared with PyTorch (--check none)"
 BUILD = Path(__file__).parents[1] / "build"
 
 
@@ -24,11 +25,9 @@ def open_checkpoint(source: str | None) -> Checkpoint:
 
 
 def check_comparison(check: str) -> None:
-    """Raises UserError unless `check` is one of CHECKS; says so where nothing is going to be compared."""
+    """Raises UserError unless `check` is one of CHECKS."""
     if check not in CHECKS:
         raise UserError(f"--check {check!r}: expected {' or '.join(CHECKS)}")
-    if check == "none":
-        print("--check none: nothing is compared with PyTorch", flush=True)
 
 
 def name_of(checkpoint: Checkpoint) -> str:

@@ -18,8 +18,17 @@ import torch
 from tqdm import tqdm
 
 from export.bundle_writer import partial_folder
-from export.cli import BUILD, CHECK_HELP, check_comparison, choose_resolution, name_of, open_checkpoint
+from export.cli import (
+    BUILD,
+    CHECK_HELP,
+    NOTHING_COMPARED,
+    check_comparison,
+    choose_resolution,
+    name_of,
+    open_checkpoint,
+)
 from export.encoder_graph import OPSET, write_encoder
+from export.estimate import Job, Sizes, require_room
 from export.graphs.pieces import cut, open_piece, run_piece
 from export.parity import TOLERANCES, Difference, ParityError, compare, report
 from runtime.command import run
@@ -122,16 +131,21 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = open_checkpoint(args.checkpoint)
     stride = checkpoint.encoder_config.stride
     resolution = choose_resolution(args.res, checkpoint)
-    check_finite(checkpoint.vision_tensors(), checkpoint.projector_tensors())
     out = args.out or BUILD / "encoder" / name_of(checkpoint)
     if out.is_file():
         raise UserError(f"--out {out} is a file, expected a folder")
+    job = Job(resolution, encoder=args.precision, check=args.check)
+    room = require_room(Sizes.of(checkpoint), job, out, {"encoder": "--precision"})
+    check_finite(checkpoint.vision_tensors(), checkpoint.projector_tensors())
+    print(room, flush=True)
     model = load_image_encoder(checkpoint, None)
     with partial_folder(out) as partial:
         file = partial / f"{args.precision}.onnx"
         export_encoder(model, file, args.precision)
         inputs = parity_inputs(resolution, stride)
-        if args.check == "full" and not report(check_encoder(file, model, inputs, args.precision)):
+        if args.check == "none":
+            print(NOTHING_COMPARED)
+        elif not report(check_encoder(file, model, inputs, args.precision)):
             raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
         for written in sorted(partial.iterdir(), reverse=True):  # weights before the graph that names them
             written.replace(out / written.name)

@@ -5,12 +5,14 @@ python -m export.decoder [--checkpoint DIR] [--precision fp32|fp16|int8|int4|w4a
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from export.bundle_writer import partial_folder
-from export.cli import BUILD, CHECK_HELP, check_comparison, name_of, open_checkpoint
+from export.cli import BUILD, CHECK_HELP, NOTHING_COMPARED, check_comparison, name_of, open_checkpoint
 from export.decoder.check import check_decoder
 from export.decoder.export import CAPACITY_HELP, PRECISIONS, check_options, export_decoder
+from export.estimate import Job, Sizes, require_room
 from export.parity import ParityError, report
 from runtime.command import run
 from train.model import check_finite
@@ -34,11 +36,17 @@ def main(argv: list[str] | None = None) -> int:
     check_options(args.precision, args.graph, args.capacity)
     check_comparison(args.check)
     checkpoint = open_checkpoint(args.checkpoint)
-    check_finite(checkpoint.language_tensors())
     out = args.out or BUILD / "decoder" / f"{name_of(checkpoint)}-{args.precision}"
+    part = "decoder" if args.graph == "fused" else "portable"
+    job = replace(Job(checkpoint.resolution, check=args.check), **{part: args.precision})
+    room = require_room(Sizes.of(checkpoint), job, out, {"decoder": "--precision"})
+    check_finite(checkpoint.language_tensors())
+    print(room, flush=True)
     with partial_folder(out) as partial:
         file = export_decoder(checkpoint, partial, args.precision, args.graph, args.capacity)
-        if args.check == "full" and not report(check_decoder(checkpoint, file, args.precision, args.graph)):
+        if args.check == "none":
+            print(NOTHING_COMPARED)
+        elif not report(check_decoder(checkpoint, file, args.precision, args.graph)):
             raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
         size = 0
         for written in sorted(partial.iterdir(), reverse=True):  # weights before the graph that names them

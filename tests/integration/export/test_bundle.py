@@ -127,6 +127,7 @@ def test_a_file_in_the_way_is_one_line(conformance, tmp_path):
 def test_a_terminated_export_cleans_up(conformance, tmp_path):
     command = [sys.executable, "-m", "export.bundle", "--checkpoint", str(conformance / "checkpoint")]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "bundle")], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()  # the estimate
     process.stdout.readline()  # the encoder's table begins: the export is at work
     process.terminate()
     assert process.wait() == 143
