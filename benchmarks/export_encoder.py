@@ -3,19 +3,17 @@
     python -m benchmarks.export_encoder
 
 Writes a checkpoint of random weights under build/ (2.8 GB), runs `python -m export.encoder --res 1536` on it and
-records wall time and peak memory of that process. Limits: 3 minutes and 12 GiB on two cores.
+records wall time and peak memory (`benchmarks.memory`). Limits: 3 minutes and 4 GiB on two cores.
 """
 
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import record
+from benchmarks.memory import GIB, run_measured
 from train.model import (
     Checkpoint,
     ConvLLaVA,
@@ -28,7 +26,7 @@ from train.model import (
 
 ROOT = Path(__file__).parents[1]
 RESOLUTION = 1536
-MAX_SECONDS, MAX_GIB = 180, 12
+MAX_SECONDS, MAX_GIB = 180, 4
 # Vicuna-7B's width, so that the projector has the released size; one thin layer and a few words stand in for the rest
 LLAMA = {
     "hidden_size": 4096,
@@ -65,15 +63,13 @@ def main() -> None:
     for precision in ("fp32", "fp16"):
         command = [sys.executable, "-m", "export.encoder", "--res", str(RESOLUTION), "--precision", precision]
         command += ["--checkpoint", str(checkpoint), "--out", str(out)]
-        begin = time.perf_counter()
-        _, status, usage = os.wait4(subprocess.Popen(command, cwd=ROOT).pid, 0)
-        seconds = time.perf_counter() - begin
+        ran = run_measured(command, capture=False, cwd=ROOT)
         rows.append(
             {
                 "precision": precision,
-                "exit_status": status,
-                "seconds": round(seconds, 1),
-                "peak_memory_gib": round(usage.ru_maxrss / 2**20, 2),
+                "exit_status": ran.status,
+                "seconds": round(ran.seconds, 1),
+                "peak_memory_gib": round(ran.peak.own / GIB, 2),
                 "files_gb": round(sum(file.stat().st_size for file in out.glob(f"{precision}*")) / 1e9, 2),
             }
         )

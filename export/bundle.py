@@ -46,7 +46,7 @@ CALIBRATE = (
     "; calib.quantize --part decoder --method gptq makes 4 bits of a bundle in float32 that lose less, "
     "given data like what the model will be asked about"
 )
-PRODUCERS = ("torch", "transformers", "timm", "onnx", "onnxscript", "onnxruntime", "tokenizers")
+PRODUCERS = ("torch", "transformers", "timm", "onnx", "onnxruntime", "tokenizers")
 
 
 def export_bundle(
