@@ -15,14 +15,13 @@ import os
 import tempfile
 from pathlib import Path
 
-import onnx
 from onnx import TensorProto
 
 from export.decoder.fused import fused_graph
-from export.decoder.llama import SMALL, llama_graph
+from export.decoder.llama import llama_graph
 from export.decoder.surgery import add_next_token, merge_image_embeds
 from export.graphs.matmul_nbits import quantize_weights
-from export.graphs.mixed_precision import half_graph
+from export.graphs.mixed_precision import half_decoder
 from export.graphs.store import write_graph
 from runtime.bundle.manifest import DecoderPart
 from runtime.errors import UserError
@@ -113,15 +112,13 @@ def _build_fused(checkpoint: Checkpoint, folder: Path, precision: str) -> Path:
 
 def _build_portable(checkpoint: Checkpoint, folder: Path, precision: str, capacity: int) -> Path:
     check_rotary(checkpoint)
-    file, data = folder / "portable.onnx", folder / "portable.onnx.data"
-    model = llama_graph(checkpoint.llama_config, load_language_state(checkpoint), data, capacity)
+    file = folder / "portable.onnx"
+    model, read = llama_graph(checkpoint.llama_config, load_language_state(checkpoint), capacity)
     merge_image_embeds(model)
     add_next_token(model)
-    onnx.save(model, str(file))
     if precision == "fp16":
-        model, _ = half_graph(onnx.load(str(file)), "decoder")
-        data.unlink()  # onnx appends to a file that is there
-        onnx.save(model, str(file), save_as_external_data=True, location=data.name, size_threshold=SMALL)
+        model, read = half_decoder(model, read)
+    write_graph(model, read, file)
     return file
 
 

@@ -14,55 +14,46 @@ merge and transpose them itself, but keeps what it has rearranged once for each 
 """
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from export.decoder.writer import GraphWriter
+from export.graphs.store import Read
 from runtime.errors import UserError
+from runtime.graph_io import INPUT_IDS, LOGITS, PAST, PRESENT, WRITE_INDICES
 
 OPSET = 24  # the first with TensorScatter
 IR_VERSION = 12
-SMALL = 4096  # bytes of a tensor that stays in the graph's own file
 
 
-def llama_graph(config: LlamaConfig, state: dict[str, torch.Tensor], data: Path, capacity: int) -> onnx.ModelProto:
-    """The graph in float32; large weights go to the file `data`, beside which the graph must be saved.
+def llama_graph(config: LlamaConfig, state: dict[str, torch.Tensor], capacity: int) -> tuple[onnx.ModelProto, Read]:
+    """(the graph in float32, whose weights have no values yet, their reader).
 
-    config, state: as transformers' LlamaForCausalLM has them; any float type, one tensor is converted at a time.
-    capacity: positions of the KV cache, a constant, since TensorRT updates no cache of variable length.
-    Raises UserError for an activation other than SiLU and a capacity beyond the positions that the model knows.
+    Args:
+        config, state: see `export.decoder.writer.GraphWriter`.
+        capacity: positions of the KV cache, a constant, since TensorRT updates no cache of variable length.
+
+    Raises:
+        UserError: an activation other than SiLU, a capacity beyond the positions that the model knows.
     """
-    if config.hidden_act != "silu":
-        raise UserError(f"hidden_act is {config.hidden_act!r}, but the portable graph knows silu alone")
     if not 1 <= capacity <= config.max_position_embeddings:
         raise UserError(f"a KV cache of {capacity} positions: the model knows 1 to {config.max_position_embeddings}")
-    with data.open("wb") as stream:
-        return _Writer(config, state, capacity, stream, data.name).model()
+    writer = _Portable(config, state, capacity)
+    return writer.whole(), writer.read
 
 
-class _Writer:
-    """Appends nodes and weights in the order of a forward pass; its methods take and return names of tensors."""
+class _Portable(GraphWriter):
+    def __init__(self, config: LlamaConfig, state: dict[str, torch.Tensor], capacity: int):
+        super().__init__(config, state, TensorProto.FLOAT)
+        self.capacity = capacity
 
-    def __init__(
-        self, config: LlamaConfig, state: dict[str, torch.Tensor], capacity: int, stream: BinaryIO, location: str
-    ):
-        self.config, self.state, self.capacity = config, state, capacity
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[TensorProto] = []
-        self._stream, self._location = stream, location
-
-    def model(self) -> onnx.ModelProto:
+    def whole(self) -> onnx.ModelProto:
         self.constants()
-        table = self.weight("model.embed_tokens.weight", self.state["model.embed_tokens.weight"])  # [vocab, hidden]
-        hidden = self.node("Gather", [table, "input_ids"], "embed_tokens")  # [batch, sequence, hidden]
+        table = self.weight("model.embed_tokens.weight", "model.embed_tokens.weight")  # [vocab, hidden]
+        hidden = self.node("Gather", [table, INPUT_IDS], "embed_tokens")  # [batch, sequence, hidden]
         positions = self.positions()
         mask = self.causal_mask(positions)
         for i in range(self.config.num_hidden_layers):
@@ -73,33 +64,19 @@ class _Writer:
             hidden = self.node("Add", [hidden, mapped], f"{layer}.mlp_residual")
         last = self.norm(self.node("Gather", [hidden, "minus_one"], "last_position", axis=1), "model.norm")
         if not self.config.tie_word_embeddings:
-            table = self.weight("lm_head.weight", self.state["lm_head.weight"])
+            table = self.weight("lm_head.weight", "lm_head.weight")
         logits = self.node("Gemm", [last, table], "lm_head", transB=1)  # transposes itself: a tied table is stored once
-        self.node("Unsqueeze", [logits, "axis_1"], "logits", output="logits")
-        graph = helper.make_graph(self.nodes, "llama", self.inputs(), self.outputs(), self.initializers)
-        opset = [helper.make_opsetid("", OPSET)]
-        return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="convllava-deploy")
-
-    def inputs(self) -> list[onnx.ValueInfoProto]:
-        return [
-            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
-            helper.make_tensor_value_info("write_indices", TensorProto.INT64, ["batch"]),
-            *self.caches("past_key_values"),
+        self.node("Unsqueeze", [logits, "axis_1"], "logits", LOGITS)
+        inputs = [
+            helper.make_tensor_value_info(INPUT_IDS, TensorProto.INT64, ["batch_size", "sequence_length"]),
+            helper.make_tensor_value_info(WRITE_INDICES, TensorProto.INT64, ["batch_size"]),
+            *self.caches(PAST, self.capacity),
         ]
-
-    def outputs(self) -> list[onnx.ValueInfoProto]:
-        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 1, self.config.vocab_size])
-        return [logits, *self.caches("present")]
-
-    def caches(self, name: str) -> list[onnx.ValueInfoProto]:
-        shape = ["batch", self.kv_heads, self.capacity, self.head_dim]
-        names = [f"{name}.{i}.{kind}" for i in range(self.config.num_hidden_layers) for kind in ("key", "value")]
-        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names]
+        logits = helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch_size", 1, self.config.vocab_size])
+        return self.model("llama", inputs, [logits, *self.caches(PRESENT, self.capacity)], {"": OPSET}, IR_VERSION)
 
     def constants(self) -> None:
-        rotary = LlamaRotaryEmbedding(self.config)
-        for name, table in zip(("cos", "sin"), rotary(torch.zeros(1), torch.arange(self.capacity)[None]), strict=True):
-            self.weight(name, table[0, :, : self.head_dim // 2])  # [capacity, head_dim / 2]: both halves are alike
+        self.rotary_tables(("cos", "sin"), self.capacity)
         integers = {
             "zero": 0,
             "one": 1,
@@ -114,7 +91,7 @@ class _Writer:
             "gate_and_up": [0, 0, 2, self.config.intermediate_size],
         }
         for name, value in integers.items():
-            self.initializers.append(numpy_helper.from_array(np.array(value, np.int64), name))
+            self.integer(name, value)
 
     def positions(self) -> str:
         """Of the new tokens: [batch, sequence]."""
@@ -148,8 +125,8 @@ class _Writer:
         return self.node("RotaryEmbedding", [heads, "cos", "sin", positions], f"{heads}.rotary")
 
     def append(self, new: str, name: str) -> str:
-        inputs = [f"past_key_values.{name}", new, "write_indices"]
-        return self.node("TensorScatter", inputs, f"update.{name}", output=f"present.{name}", axis=2)
+        inputs = [f"{PAST}.{name}", new, WRITE_INDICES]
+        return self.node("TensorScatter", inputs, f"update.{name}", f"{PRESENT}.{name}", axis=2)
 
     def mlp(self, hidden: str, name: str) -> str:
         both = self.linear(hidden, f"{name}.gate_up_proj", [f"{name}.gate_proj", f"{name}.up_proj"])
@@ -160,40 +137,20 @@ class _Writer:
         return self.linear(self.node("Mul", [silu, up], f"{name}.gated"), f"{name}.down_proj")
 
     def norm(self, hidden: str, name: str) -> str:
-        scale = self.weight(f"{name}.weight", self.state[f"{name}.weight"])
+        scale = self.weight(f"{name}.weight", f"{name}.weight")
         return self.node("RMSNormalization", [hidden, scale], name, axis=-1, epsilon=self.config.rms_norm_eps)
 
     def linear(self, rows: str, name: str, parts: Iterable[str] = ()) -> str:
         """x @ W.T + b; W and b are those of `parts`, by default of `name`, one below the other."""
         parts = list(parts) or [name]
-        weight = self.weight(f"{name}.weight", torch.cat([self.state[f"{part}.weight"] for part in parts]))
+        weight = self.weight(f"{name}.weight", [f"{part}.weight" for part in parts])
         weight = self.node("Transpose", [weight], f"{name}.transposed", perm=[1, 0])
         out = self.node("MatMul", [rows, weight], name)
         if f"{parts[0]}.bias" not in self.state:
             return out
-        bias = self.weight(f"{name}.bias", torch.cat([self.state[f"{part}.bias"] for part in parts]))
+        bias = self.weight(f"{name}.bias", [f"{part}.bias" for part in parts])
         return self.node("Add", [out, bias], f"{name}.biased")
 
     def split(self, heads: str, sizes: str, outputs: list[str]) -> list[str]:
-        self.nodes.append(helper.make_node("Split", [heads, sizes], outputs, name=f"{heads}.split", axis=1))
+        self.node("Split", [heads, sizes], f"{heads}.split", outputs, axis=1)
         return outputs
-
-    def node(self, operator: str, inputs: list[str], name: str, output: str | None = None, **attributes) -> str:
-        """Append a node and return its output, whose name is the node's with `/out` unless `output` gives it."""
-        output = output or f"{name}/out"
-        self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
-        return output
-
-    def weight(self, name: str, value: torch.Tensor) -> str:
-        """Add an initializer in float32, its bytes at the end of the data file unless they are few."""
-        array = np.ascontiguousarray(value.detach().float().numpy())
-        if array.nbytes <= SMALL:
-            self.initializers.append(numpy_helper.from_array(array, name))
-            return name
-        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        place = {"location": self._location, "offset": self._stream.tell(), "length": array.nbytes}
-        tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=str(v)) for key, v in place.items())
-        array.tofile(self._stream)
-        self.initializers.append(tensor)
-        return name

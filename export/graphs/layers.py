@@ -66,8 +66,9 @@ def run_by_layer(
         piece.graph.node.extend(nodes)
         piece.graph.initializer.extend(weights[name] for name in sorted(read & weights.keys()))
         for name in inputs:
-            element = helper.np_dtype_to_tensor_dtype((cache if name in cache else calls[0])[name].dtype)
-            piece.graph.input.append(helper.make_tensor_value_info(name, element, None))
+            value = (cache if name in cache else calls[0])[name]
+            element = helper.np_dtype_to_tensor_dtype(value.dtype)
+            piece.graph.input.append(helper.make_tensor_value_info(name, element, [None] * value.ndim))
         piece.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         run = open_piece(piece)
         for call in calls:

@@ -14,12 +14,22 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16, convert_np_to_float16
 
-from export.graphs.ranges import inferred_types, largest_magnitudes, probe_inputs, without_quantisation
+from export.graphs.ranges import (
+    inferred_types,
+    largest_magnitudes,
+    magnitudes_by_layer,
+    probe_inputs,
+    without_quantisation,
+)
+from export.graphs.store import Read, values_of
 from runtime.errors import UserError
+from runtime.graph_io import PAST
 
 LIMIT = 65504 / 4  # inputs that nobody ran may go further than those that were run
+SMALLEST, LARGEST = 6e-8, 65504.0  # weights nearer to zero, or further from it, are moved there
+CHUNK = 1 << 22  # weights that are converted at a time
 LARGEST_WEIGHT_ERROR = 1e-3  # relative; FP16's own rounding is 3e-4, subnormal weights lose more
 
 
@@ -55,6 +65,41 @@ def half_graph(model: onnx.ModelProto, part: str) -> tuple[onnx.ModelProto, list
     return to_half(model, kept), kept
 
 
+def half_decoder(model: onnx.ModelProto, read: Read) -> tuple[onnx.ModelProto, Read]:
+    """(a decoder in FP16, the reader of its weights), found out with the weights of one layer in memory.
+
+    Args:
+        model: in FP32; its weights need no values.
+        read: of those.
+
+    Raises:
+        UserError: a graph that is not finite in FP32.
+    """
+    (feed,) = probe_inputs(model, "decoder")
+    feed = {name: value for name, value in feed.items() if not name.startswith(PAST)}
+    errors = {
+        tensor.name: _weight_error(values_of(tensor, read))
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.FLOAT
+    }
+    try:
+        kept = _kept(model, magnitudes_by_layer(model, feed, read), errors)
+    except ValueError as error:
+        raise UserError(f"the decoder cannot be built: {error}; its checkpoint is broken") from error
+    half = to_half(model, kept, errors)
+    halves = {tensor.name for tensor in half.graph.initializer if tensor.data_type == TensorProto.FLOAT16}
+
+    def converted(name: str) -> np.ndarray:
+        values = read(name)
+        if name not in halves:
+            return values
+        rows = max(1, CHUNK * len(values) // values.size)
+        parts = [values[begin : begin + rows].astype(np.float32) for begin in range(0, len(values), rows)]
+        return np.concatenate([convert_np_to_float16(part, SMALLEST, LARGEST) for part in parts])
+
+    return half, converted
+
+
 def nodes_to_keep(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -> list[Kept]:
     """The nodes of the FP32 `model` that must not compute in FP16, found by running it on `inputs`.
 
@@ -63,8 +108,12 @@ def nodes_to_keep(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -
     plain, aliases = without_quantisation(model)
     ranges = largest_magnitudes(plain, inputs)
     ranges |= {name: ranges[of] for name, of in aliases.items() if of in ranges}
-    errors = _weight_errors(model.graph)
-    kept = []
+    return _kept(model, ranges, _weight_errors(model.graph))
+
+
+def _kept(model: onnx.ModelProto, ranges: dict[str, float], errors: dict[str, float]) -> list[Kept]:
+    """ranges: of tensors, see `export.graphs.ranges`. errors: of weights, what float16 loses."""
+    errors, kept = dict(errors), []
     for node in model.graph.node:
         if node.op_type == "Transpose" and node.input[0] in errors:
             errors[node.output[0]] = errors[node.input[0]]
@@ -82,42 +131,56 @@ def nodes_to_keep(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -
     return kept
 
 
-def to_half(model: onnx.ModelProto, kept: list[Kept]) -> onnx.ModelProto:
+def to_half(model: onnx.ModelProto, kept: list[Kept], errors: dict[str, float] | None = None) -> onnx.ModelProto:
     """The graph with FP16 weights, inputs and outputs, the nodes in `kept` in FP32. `model` is not changed.
 
     Q/DQ nodes get FP16 scales, so that what lies between them and the next layer is FP16 too.
+
+    Args:
+        errors: what float16 loses of each weight, where weights have no values; they change their type alone.
     """
     model = copy.deepcopy(model)
-    in_fp32 = _scale_products(model.graph, kept)
+    in_fp32 = _scale_products(model.graph, kept, _weight_errors(model.graph) if errors is None else errors)
     types = inferred_types(model)
+    # The converter looks at values even where it needs a type alone
+    shapes = {
+        t.name: list(t.dims) for t in model.graph.initializer if errors is not None and not t.HasField("raw_data")
+    }
+    for tensor in model.graph.initializer:
+        if tensor.name in shapes:
+            tensor.dims[:] = [0]
     del model.graph.value_info[:]
     model.graph.value_info.extend(types)
     blocked = [op for op in DEFAULT_OP_BLOCK_LIST if op not in ("QuantizeLinear", "DequantizeLinear", "TopK")]
     half = convert_float_to_float16(
         model,
-        min_positive_val=6e-8,
-        max_finite_val=65504.0,
+        min_positive_val=SMALLEST,
+        max_finite_val=LARGEST,
         disable_shape_infer=True,
         op_block_list=blocked,
         node_block_list=in_fp32,
     )
+    for tensor in half.graph.initializer:
+        if tensor.name in shapes:
+            tensor.dims[:] = shapes[tensor.name]
     del half.graph.value_info[:]  # they name types of before
     _drop_round_trips(half.graph)
     return half
 
 
-def _scale_products(graph: onnx.GraphProto, kept: list[Kept]) -> list[str]:
-    """Put each kept product with a weight matrix between two scalings; returns the nodes that have to be in FP32."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+def _scale_products(graph: onnx.GraphProto, kept: list[Kept], errors: dict[str, float]) -> list[str]:
+    """Put each kept product with a weight matrix between two scalings; returns the nodes that have to be in FP32.
+    errors: what float16 loses of each weight."""
+    errors = dict(errors)
     for node in graph.node:
-        if node.op_type == "Transpose" and node.input[0] in constants:
-            constants[node.output[0]] = constants[node.input[0]]
+        if node.op_type == "Transpose" and node.input[0] in errors:
+            errors[node.output[0]] = errors[node.input[0]]
     kept_by_name = {keep.node: keep for keep in kept}
     in_fp32, nodes = [], []
     for node in graph.node:
         keep = kept_by_name.get(node.name)
-        weights = constants.get(node.input[1]) if node.op_type == "MatMul" else None
-        if keep is None or weights is None or _weight_error(weights) > LARGEST_WEIGHT_ERROR:
+        error = errors.get(node.input[1]) if node.op_type == "MatMul" else None
+        if keep is None or error is None or error > LARGEST_WEIGHT_ERROR:
             nodes.append(node)
             in_fp32 += [node.name] if keep else []
             continue
@@ -174,15 +237,20 @@ def cast_embeds(model: onnx.ModelProto, dtype: str) -> None:
 
 def _weight_errors(graph: onnx.GraphProto) -> dict[str, float]:
     """Relative error of each FP32 initializer that float16 rounds."""
-    return {t.name: _weight_error(t) for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+    return {
+        t.name: _weight_error(numpy_helper.to_array(t)) for t in graph.initializer if t.data_type == TensorProto.FLOAT
+    }
 
 
-def _weight_error(tensor: TensorProto) -> float:
-    weights = numpy_helper.to_array(tensor)
-    with np.errstate(over="ignore"):
-        rounded = weights.astype(np.float16).astype(np.float32)
-    norm = float(np.linalg.norm(weights))
-    return float(np.linalg.norm(rounded - weights)) / norm if norm else 0.0
+def _weight_error(weights: np.ndarray) -> float:
+    lost = norm = 0.0
+    for begin in range(0, weights.size, CHUNK):
+        part = weights.reshape(-1)[begin : begin + CHUNK].astype(np.float32)
+        with np.errstate(over="ignore"):
+            rounded = part.astype(np.float16).astype(np.float32)
+        lost += float(np.square(rounded - part, dtype=np.float64).sum())
+        norm += float(np.square(part, dtype=np.float64).sum())
+    return math.sqrt(lost / norm) if norm else 0.0
 
 
 def _attribute(node: onnx.NodeProto, name: str):

@@ -11,6 +11,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from export.graphs.layers import Feed, Run, run_by_layer
+from export.graphs.store import Read
+
 SIDE = 512  # pixels of the images that an encoder is run on
 PROMPT = 64  # tokens that a decoder is run on
 MASKED = 1e30  # beyond it lie an attention mask's values alone
@@ -44,6 +47,61 @@ def largest_magnitudes(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray
 
     Raises ValueError where an output is NaN or infinite, naming the first tensor that is.
     """
+    probe, names = _with_probes(model)
+    found = []
+    with _session(probe) as session:
+        for feed in inputs:
+            *outputs, maximum = map(np.asarray, session.run(None, feed))
+            found.append(maximum)
+            if not all(np.isfinite(value).all() for value in outputs):
+                raise ValueError(f"{_first_not_finite(model, feed)} is not finite in FP32 already")
+    found = dict(zip(names, np.max(found, axis=0).tolist(), strict=True))
+    return _without_masks(model, found)
+
+
+def magnitudes_by_layer(model: onnx.ModelProto, feed: Feed, read: Read) -> dict[str, float]:
+    """As `largest_magnitudes`, of a decoder with an empty KV cache: one layer after the other.
+
+    Args:
+        model: its weights need no values.
+        feed: inputs but the KV cache.
+        read: values of a weight that has none.
+    """
+    magnitudes: dict[str, float] = {}
+
+    def opened(piece: onnx.ModelProto) -> Run:
+        for tensor in piece.graph.initializer:
+            if not tensor.HasField("raw_data"):
+                tensor.raw_data = np.asarray(read(tensor.name), np.float32, order="C").tobytes()
+        types = onnx.shape_inference.infer_shapes(_without_weights(piece)).graph.output
+        for value, inferred in zip(piece.graph.output, types, strict=True):
+            value.type.CopyFrom(inferred.type)
+        probe, names = _with_probes(piece)
+
+        def run(feed: Feed) -> list[np.ndarray]:
+            with _session(probe) as session:
+                *outputs, maxima = map(np.asarray, session.run(None, feed))
+            magnitudes.update(zip(names, maxima.tolist(), strict=True))
+            if not all(np.isfinite(value).all() for value in outputs):
+                raise ValueError(f"{_first_not_finite(piece, feed)} is not finite in FP32 already")
+            return outputs
+
+        return run
+
+    for _ in run_by_layer(model, [feed], opened):
+        pass
+    return _without_masks(model, magnitudes)
+
+
+def _without_masks(model: onnx.ModelProto, magnitudes: dict[str, float]) -> dict[str, float]:
+    """With 0 for the minus infinity of attention's masks, which FP16 has too."""
+    if not any(node.op_type in ("Softmax", "Attention") for node in model.graph.node):
+        return magnitudes
+    return {name: 0.0 if value > MASKED else value for name, value in magnitudes.items()}
+
+
+def _with_probes(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """(a copy with one output more, what each of its values is of)."""
     probe = copy.deepcopy(model)
     graph = probe.graph
     types = {v.name: v.type.tensor_type.elem_type for v in inferred_types(model)}
@@ -74,17 +132,7 @@ def largest_magnitudes(model: onnx.ModelProto, inputs: list[dict[str, np.ndarray
             add(f"{node.name}/sum_of_squares", f"{source}/squares")
     graph.node.append(helper.make_node("Concat", maxima, ["range/all"], axis=0))
     graph.output.append(helper.make_tensor_value_info("range/all", TensorProto.FLOAT, [len(names)]))
-    found = []
-    with _session(probe) as session:
-        for feed in inputs:
-            *outputs, maximum = map(np.asarray, session.run(None, feed))
-            found.append(maximum)
-            if not all(np.isfinite(value).all() for value in outputs):
-                raise ValueError(f"{_first_not_finite(model, feed)} is not finite in FP32 already")
-    found = np.max(found, axis=0)
-    if any(node.op_type in ("Softmax", "Attention") for node in model.graph.node):
-        found[found > MASKED] = 0  # of attention's masks, whose minus infinity FP16 has too
-    return dict(zip(names, found.tolist(), strict=True))
+    return probe, names
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from export.decoder.check import check_decoder
 from export.decoder.export import export_decoder
 from export.decoder.llama import llama_graph
 from export.decoder.surgery import merge_image_embeds
-from export.graphs.mixed_precision import LIMIT, half_graph, nodes_to_keep, to_half
+from export.graphs import store
+from export.graphs.mixed_precision import LIMIT, half_decoder, half_graph, nodes_to_keep, to_half
 from export.tensorrt.build import Options, build, capability
 from runtime.errors import UserError
 from train.model import Checkpoint
@@ -63,10 +64,10 @@ def write_graph(llama: LlamaForCausalLM, folder, capacity: int = CAPACITY):
     state = dict(llama.state_dict())
     if llama.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    model = llama_graph(llama.config, state, folder / "portable.onnx.data", capacity)
+    model, read = llama_graph(llama.config, state, capacity)
     merge_image_embeds(model)
     file = folder / "portable.onnx"
-    onnx.save(model, str(file))
+    store.write_graph(model, read, file)
     onnx.checker.check_model(str(file))
     return file
 
@@ -107,6 +108,28 @@ def test_it_computes_what_pytorch_does_with_standard_operators_alone(checkpoint,
     rows = check_decoder(checkpoint, file, precision, "portable")
     assert len(rows) == 6
     assert all(row.ok for row in rows), rows
+
+
+def test_fp16_found_out_layer_by_layer_is_that_of_the_whole_graph(tmp_path):
+    """Weights are so large that the residual stream does not fit FP16 from the first layer on."""
+    llama = random_llama(attention_bias=True)
+    with torch.no_grad():
+        llama.model.layers[0].mlp.down_proj.weight *= 3e5
+        llama.model.layers[1].self_attn.o_proj.weight *= 1e-7
+    state = {name: value for name, value in llama.state_dict().items() if name != "lm_head.weight"}
+    model, read = llama_graph(llama.config, state, CAPACITY)
+    merge_image_embeds(model)
+    streamed, streamed_read = half_decoder(model, read)
+    store.write_graph(streamed, streamed_read, tmp_path / "streamed.onnx")
+    whole, kept = half_graph(onnx.load(write_graph(llama, tmp_path)), "decoder")
+    assert len(kept) > 5
+    found = onnx.load(tmp_path / "streamed.onnx")
+    assert [str(node) for node in found.graph.node] == [str(node) for node in whole.graph.node]
+    pairs = list(zip(found.graph.initializer, whole.graph.initializer, strict=True))
+    assert {one.data_type for one, _ in pairs} >= {TensorProto.FLOAT, TensorProto.FLOAT16}
+    for one, other in pairs:
+        assert (one.name, one.data_type) == (other.name, other.data_type)
+        np.testing.assert_array_equal(numpy_helper.to_array(one), numpy_helper.to_array(other))
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
@@ -165,10 +188,10 @@ def test_a_tied_table_is_stored_once_and_other_weights_beside_the_graph(tmp_path
 def test_what_the_graph_cannot_be_is_said(tmp_path):
     llama = random_llama()
     with pytest.raises(UserError, match="65 positions"):
-        llama_graph(llama.config, llama.state_dict(), tmp_path / "data", 65)
+        llama_graph(llama.config, llama.state_dict(), 65)
     llama.config.hidden_act = "gelu"
     with pytest.raises(UserError, match="gelu"):
-        llama_graph(llama.config, llama.state_dict(), tmp_path / "data", 8)
+        llama_graph(llama.config, llama.state_dict(), 8)
 
 
 def test_a_product_beyond_fp16_has_its_weights_in_fp16():
