@@ -57,6 +57,14 @@ def partial_folder(parent: Path, prefix: str = PARTIAL) -> Iterator[Path]:
         yield folder
 
 
+def move_graph(partial: Path, out: Path, name: str) -> None:
+    """Move the graph `name` and its weights from `partial` to `out`, so that at no moment a graph lies beside others'
+    weights."""
+    (out / name).unlink(missing_ok=True)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == name):  # the graph last
+        file.replace(out / file.name)
+
+
 @contextlib.contextmanager
 def _locked(folder: Path, how: int) -> Iterator[bool]:
     """Whether the folder could be locked: another process holds it, or the file system knows no locks."""

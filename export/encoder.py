@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from tqdm import tqdm
 
-from export.bundle_writer import partial_folder
+from export.bundle_writer import move_graph, partial_folder
 from export.cli import (
     BUILD,
     CHECK_HELP,
@@ -147,8 +147,7 @@ def main(argv: list[str] | None = None) -> int:
             print(NOTHING_COMPARED)
         elif not report(check_encoder(file, model, inputs, args.precision)):
             raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
-        for written in sorted(partial.iterdir(), reverse=True):  # weights before the graph that names them
-            written.replace(out / written.name)
+        move_graph(partial, out, file.name)
     tokens = (resolution // stride) ** 2
     print(f"{out / args.precision}.onnx: {resolution}x{resolution} -> {tokens} visual tokens, opset {OPSET}")
     return 0

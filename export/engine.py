@@ -19,6 +19,7 @@ from pathlib import Path
 
 import onnx
 
+from export.bundle_writer import partial_folder
 from export.tensorrt import trtexec
 from export.tensorrt.build import CURRENT, Options, build, capability, import_flavour
 from export.tensorrt.source import Source, engine_graph, fp32_by_standard, source_of, source_of_file
@@ -40,13 +41,13 @@ def build_engine(source: Source, options: Options) -> Path:
     """
     model, kept = engine_graph(source, options)
     out = source.folder / engine_name(options.flavour, options.target, options.precision)
-    with tempfile.TemporaryDirectory(dir=source.file.parent, prefix=".partial-") as scratch:
-        graph = Path(scratch, "graph.onnx")
+    with partial_folder(source.file.parent) as scratch:
+        graph = scratch / "graph.onnx"
         onnx.save(model, str(graph), save_as_external_data=True, location="graph.onnx.data")
         inside = [name for name in fp32_by_standard(model) if name not in {keep.node for keep in kept}]
         del model
         serialised, about = build(graph, options)
-        partial = Path(scratch, "engine")
+        partial = scratch / "engine"
         partial.write_bytes(serialised)
         report = {
             "format": FORMAT,

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from export.bundle_writer import partial_folder
+from export.bundle_writer import move_graph, partial_folder
 from export.cli import BUILD, CHECK_HELP, NOTHING_COMPARED, check_comparison, name_of, open_checkpoint
 from export.decoder.check import check_decoder
 from export.decoder.export import CAPACITY_HELP, PRECISIONS, check_options, export_decoder
@@ -48,10 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             print(NOTHING_COMPARED)
         elif not report(check_decoder(checkpoint, file, args.precision, args.graph)):
             raise ParityError("the exported graph does not compute what the checkpoint does; nothing was written")
-        size = 0
-        for written in sorted(partial.iterdir(), reverse=True):  # weights before the graph that names them
-            size += written.stat().st_size
-            written.replace(out / written.name)
+        size = sum(written.stat().st_size for written in partial.iterdir())
+        move_graph(partial, out, file.name)
     print(f"{out / file.name}: {args.graph} {args.precision}, {size / 1e6:.1f} MB")
     return 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle_writer import new_bundle
+from export.bundle_writer import move_graph, new_bundle
 from runtime.bundle.manifest import open_bundle
 from runtime.bundle.verify import MANIFEST, PARTIAL
 from runtime.errors import UserError
@@ -178,6 +178,23 @@ def test_other_peoples_folders_stay(tmp_path):
     write_fake_bundle(others[0])
     write_fake_bundle(tmp_path / "[b]undle")
     assert sorted(tmp_path.iterdir()) == sorted([*others[:-1], tmp_path / "[b]undle"])
+
+
+@pytest.mark.parametrize("fault", [kill, fail])
+def test_a_graph_never_lies_beside_the_weights_of_another(tmp_path, fault):
+    names, out = ("a.onnx", "a.onnx.data"), tmp_path / "out"
+    for status in outcomes(lambda: replace_graph(tmp_path / "new", out), fault):
+        versions = {name: (out / name).read_text() for name in names if (out / name).exists()}
+        assert versions.keys() <= {"a.onnx.data"} or len(set(versions.values())) == 1, versions
+        assert status != DONE or set(versions.values()) == {"new"}
+
+
+def replace_graph(partial: Path, out: Path) -> None:
+    for folder, version in ((out, "old"), (partial, "new")):
+        folder.mkdir(exist_ok=True)
+        for name in ("a.onnx.data", "a.onnx"):
+            (folder / name).write_text(version)
+    move_graph(partial, out, "a.onnx")
 
 
 def test_something_that_is_no_bundle_is_not_replaced(tmp_path):
