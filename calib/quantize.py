@@ -7,8 +7,9 @@
 
 The encoder gets explicit Q/DQ nodes (`calib.qdq`), for ONNX Runtime, OpenVINO and TensorRT alike; the float32 graph
 stays in the bundle beside it. With --budget the most sensitive layers stay in higher precision (`calib.sensitivity`),
-as few as bring the loss within it. Of the decoder only the weights are rounded (`calib.decoder`). The report in calib/
-of the new bundle says what is lost against float32.
+as few as bring the loss within it. Of the decoder, in float32 or float16, only the weights are rounded
+(`calib.decoder`). The report in calib/ of the new bundle says what is lost against float32. Both parts are looked at a
+block or layer at a time, so that memory does not grow with their depth.
 """
 
 import argparse
@@ -37,13 +38,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "decoder: q4_1 (int4's default), rtn (int8's), gptq",
     )
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="images or, for gptq, prompts to calibrate on; default: 64, gptq 128"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="images or, for gptq, prompts to calibrate on, whose number its time grows with; default: 64, gptq 128",
     )
     parser.add_argument(
         "--questions",
         type=int,
         metavar="N",
-        help="to measure losses on; 0: the encoder's SQNR alone; default: 200 with --budget, else those about 8 images",
+        help="to measure losses on; 0: the encoder's SQNR alone; default: 200 with --budget, else those about 8 images "
+        "(of a decoder in float16: none)",
     )
     parser.add_argument("--budget", type=float, metavar="B", help="points of ANLS, or else %% of next tokens, to lose")
     parser.add_argument("--depthwise", action="store_true", help="quantize depthwise convolutions too")
