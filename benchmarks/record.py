@@ -11,6 +11,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
+    "gguf",
     "nncf",
     "numpy",
     "onnx",

@@ -17,6 +17,8 @@ from benchmarks.record import RESULTS, instructions
 from benchmarks.released.checkpoint import Shape, main_shapes
 from benchmarks.released.measure import (
     STEPS,
+    Piece,
+    Start,
     beside,
     decoder_pieces,
     encoder_piece,
@@ -27,6 +29,7 @@ from benchmarks.released.rows import (
     DECODERS,
     ENCODERS,
     GGUF_PEERS,
+    complete,
     export_row,
     fastest,
     missing,
@@ -88,6 +91,7 @@ class Comparison:
                 found |= {f"peer_{key}": value for key, value in quality(found["peer"], weights).items()}
         if "first_token" in plan.works:
             self._first_token(bundles, graphs, models)
+        self.rows = [complete(found) for found in self.rows]
         about = {"threads": plan.threads, "layers": plan.layers, "versions_of_peers": versions_of_peers()}
         return about | {"limits": {key: round(value, 1) for key, value in limits.items()}}
 
@@ -112,6 +116,15 @@ class Comparison:
         if reason:
             self.rows += missing(peer, self.plan.works, reason)
         return not reason
+
+    def _beside(self, peer: str, forms: list[str], start: Start, pieces: list[Piece], loads: bool = True) -> None:
+        """The peer's rows; a worker that ends is one with its last words."""
+        plan = self.plan
+        try:
+            self.rows += beside(peer, forms, start, pieces, plan.rounds, loads and "load" in plan.works)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            self.rows += [{"work": piece.work, "peer": peer, "reason": reason[-300:]} for piece in pieces]
 
     def _encoders(self, bundle: Bundle) -> dict[str, str]:
         """OpenVINO beside our encoder; returns the graphs that it ran, by peer."""
@@ -140,8 +153,7 @@ class Comparison:
             def start(name: str, specs: dict = specs) -> Running:
                 return Running("encoders", "ours" if name == FLOAT32 else "openvino", specs[name])
 
-            pieces, loads = [encoder_piece(self.plan.res)], "load" in self.plan.works
-            self.rows += beside(peer, [FLOAT32], start, pieces, self.plan.rounds, loads)
+            self._beside(peer, [FLOAT32], start, [encoder_piece(self.plan.res)])
         return graphs
 
     def _decoders(self, bundles: dict[str, Bundle], costs: dict[str, Cost]) -> dict[str, str]:
@@ -164,7 +176,7 @@ class Comparison:
                     continue
                 models[peer] = str(file)
                 if "export" in plan.works:
-                    self.rows += [export_row(peer, ours, costs[ours], cost) for ours in costs]
+                    self.rows.append(export_row(peer, INT4, costs[INT4], cost))
             if not pieces and "load" not in plan.works:
                 continue
             specs = {ours: common | {"bundle": str(bundle.folder)} for ours, bundle in bundles.items()}
@@ -173,7 +185,7 @@ class Comparison:
             def start(name: str, specs: dict = specs) -> Running:
                 return Running("decoders", name if name in DECODERS else "ours", specs[name], interpreter(name))
 
-            self.rows += beside(peer, [*bundles], start, pieces, plan.rounds, "load" in plan.works)
+            self._beside(peer, [*bundles], start, pieces)
         return models
 
     def _first_token(self, bundles: dict[str, Bundle], graphs: dict[str, str], models: dict[str, str]) -> None:
@@ -202,7 +214,7 @@ class Comparison:
                 return interpreter(name) if name == peer else Path(sys.executable)
 
             piece = first_token_piece(self.plan.res)
-            self.rows += beside(peer, [form], start, [piece], self.plan.rounds, loads=False)
+            self._beside(peer, [form], start, [piece], loads=False)
 
 
 def own_encoders(found: Collection[str]) -> dict[str, dict[str, str]]:

@@ -10,6 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from benchmarks.peers.products import GGUF_FORMATS, Cost
 from benchmarks.peers.turns import compared, not_installed
 
+KEYS = (  # noqa: SIM905 - a literal would take twenty lines
+    "work peer format context metric ours theirs ratio ratio_least ratio_most limit reached perplexity peer_perplexity "
+    "anls peer_anls peak_mib peer_peak_mib mapped_mib peer_mapped_mib reason"
+).split()
 # peer -> in what OpenVINO computes; None leaves the rest of an INT8 graph to it
 ENCODERS = {"openvino-fp32": "f32", "openvino-bf16": "bf16", "openvino-int8": None}
 GGUF_PEERS = {f"llama.cpp-{form}": form for form in GGUF_FORMATS}
@@ -25,6 +29,11 @@ def missing(peer: str, works: Collection[str], reason: str) -> list[dict]:
     """The rows of a peer that cannot take part."""
     own = ("encoder",) if peer in ENCODERS else WORKS_OF_DECODERS
     return [{"work": work, "peer": peer, "reason": reason} for work in own if work in works]
+
+
+def complete(row: dict) -> dict:
+    """The row with all KEYS; "" is what it does not say."""
+    return dict.fromkeys(KEYS, "") | row
 
 
 def why_not(peer: str, instructions: Collection[str], weights_gb: float, free_gb: float) -> str | None:

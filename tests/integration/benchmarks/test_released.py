@@ -97,6 +97,21 @@ def test_a_missing_peer_is_a_row_with_its_reason(monkeypatch):
     assert [row["work"] for row in missing("llama.cpp-q4_0", ("decode", "load"), "why")] == ["decode"]
 
 
+def test_a_worker_that_ends_is_a_row_with_its_last_words(tmp_path: Path):
+    def refuse(name: str) -> Fake:
+        raise RuntimeError(f"{name} ended with -9: \n out of memory")
+
+    plan = compare.Plan(tmp_path, 1, 256, WORKS, PEERS, [640], [], 1, 1)
+    comparison = compare.Comparison(plan)
+    pieces = decoder_pieces([640], [128], WORKS)
+    comparison._beside("llama.cpp-q4_0", ["int4"], refuse, pieces)
+    assert [row["work"] for row in comparison.rows] == ["prefill", "decode"]
+    assert {row["reason"] for row in comparison.rows} == {"int4 ended with -9: out of memory"}
+    comparison._beside("llama.cpp-q4_0", ["int4"], start, pieces)
+    assert [row["work"] for row in comparison.rows[2:]] == ["load", "prefill", "decode"]
+    assert len({tuple(rows.complete(row)) for row in comparison.rows}) == 1, "all rows have the same keys"
+
+
 def test_the_fastest_is_that_of_all_contexts():
     def of(peer: str, context: int, theirs: float, form: str = "int4") -> dict:
         return {"work": "prefill", "peer": peer, "context": context, "theirs": theirs, "format": form}
