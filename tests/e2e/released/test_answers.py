@@ -16,6 +16,7 @@ from tests.support.released import run_command
 from tests.support.served import Served, asked, picture
 
 ANSWER_BYTES = 3 * GIB // 2  # beside weights and KV cache
+SIDE, TOKENS = 512, 64  # of an image: pixels, visual tokens
 SCHEMA = {
     "type": "object",
     "properties": {"total": {"type": "integer"}, "paid": {"type": "boolean"}},
@@ -25,8 +26,17 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def model(exported: tuple[Path, Ran]):
-    return Settings.of(bundle=str(exported[0]), max_batch=3).load()
+def model(exported: tuple[Path, Ran], tmp_path_factory: pytest.TempPathFactory):
+    """Of smaller images, which are encoded sooner."""
+    folder = tmp_path_factory.mktemp("small") / "bundle"
+    folder.mkdir()
+    for entry in exported[0].iterdir():
+        (folder / entry.name).symlink_to(entry)
+    (folder / "manifest.json").unlink()
+    manifest = json.loads((exported[0] / "manifest.json").read_text())
+    manifest["image"]["resolution"] = SIDE
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Settings.of(bundle=str(folder), max_batch=3).load()
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +88,10 @@ def test_batched_answers_are_the_lone_ones(served):
 def test_a_second_question_takes_over_the_image_and_follows_a_schema(served):
     page = picture(0, (200, 200))
     first = ask(served, "What is it?", page, max_tokens=2)
-    assert first.usage.prompt_tokens > 576
+    assert first.usage.prompt_tokens > TOKENS
     schema = {"type": "json_schema", "json_schema": {"name": "bill", "schema": SCHEMA, "strict": True}}
     second = ask(served, "What is the total?", page, max_tokens=60, response_format=schema)
-    assert second.usage.prompt_tokens_details.cached_tokens > 576
+    assert second.usage.prompt_tokens_details.cached_tokens > TOKENS
     choice = second.choices[0]
     if choice.finish_reason == "stop":
         assert json.loads(choice.message.content).keys() == {"total", "paid"}
