@@ -32,8 +32,12 @@ class Blocks:
 
 def nearest(weights: np.ndarray, bits: int) -> Blocks:
     """[K, N] in symmetric blocks: 4 bits on a `SymmetricGrid`; in 8 bits the weight of a block that is furthest from
-    zero takes the lowest level."""
-    return SymmetricGrid.of(weights).nearest(weights) if bits == 4 else _by_furthest(_blocks(weights), bits)
+    zero takes the lowest level, and scales have the digits of a float16."""
+    if bits == 4:
+        return SymmetricGrid.of(weights).nearest(weights)
+    blocks = _by_furthest(_blocks(weights), bits)
+    mantissa, exponent = np.frexp(blocks.scales)
+    return replace(blocks, scales=np.ldexp(np.rint(mantissa * 2**11), exponent - 11).astype(np.float32))
 
 
 def _by_furthest(blocks: np.ndarray, bits: int) -> Blocks:

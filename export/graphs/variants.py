@@ -1,12 +1,16 @@
 """Variants of a block-quantized decoder graph that share its weights."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 from onnx import helper
 
 from export.graphs.block_formats import BLOCK
+from export.graphs.kernel_scales import kernel_scales
+from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import FLOAT_COMPUTE
+from export.graphs.store import Read, store
 
 DOMAIN = "convllava"  # of the operators in runtime.kernels
 
@@ -32,22 +36,51 @@ def write_prefill(source: Path, target: Path) -> None:
 
 def write_kernels(source: Path, target: Path) -> bool:
     """The graph at `source` with this project's operators (`runtime.kernels`) in place of MatMulNBits and of what
-    surrounds it. target: a file beside it; the weights are those of `source`.
+    surrounds it. target: a file beside it; codes are those of `source`, scales go to `target`.data.
 
     Means of blocks become part of BlockMatMul, and two products, SiLU and their multiplication one GatedBlockMatMul.
     Returns False, and writes nothing, where a matrix's inputs are no multiple of a block.
     """
-    model = onnx.load(str(source), load_external_data=False)
+    model, read = open_graph(source)
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     _replace_nodes(graph, [_block_matmul(node, makers) for node in graph.node])
     if any(node.op_type == "MatMulNBits" for node in graph.node):
         return False
+    with open(f"{target}.data", "wb") as data:
+        added = _take_kernel_scales(graph, read, data)
     makers = {name: node for node in graph.node for name in node.output}
     _replace_nodes(graph, [_gated(node, makers) for node in graph.node])
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in [*graph.initializer, *added] if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     onnx.save(model, str(target))
     return True
+
+
+def _take_kernel_scales(graph: onnx.GraphProto, read: Read, data: BinaryIO) -> list[onnx.TensorProto]:
+    """Give each BlockMatMul [x, codes, scales, zero points] the inputs [x, codes, kernel's scales, units]. Returns
+    these, which are written to `data` one matrix at a time."""
+    added: dict[str, onnx.TensorProto] = {}
+    for node in graph.node:
+        if node.op_type != "BlockMatMul":
+            continue
+        codes, *given = node.input[1:]
+        names = [f"{codes}/kernel_scales", f"{codes}/kernel_units"]
+        if names[0] not in added:
+            bits, size = (next(a.i for a in node.attribute if a.name == name) for name in ("bits", "K"))
+            scales, zeros = read(given[0]), read(given[1]) if len(given) > 1 else None
+            stored = read(codes)
+            shape = stored.shape[:2]
+            zeros = None if zeros is None else zeros.reshape(len(stored), -1)
+            arrays = kernel_scales(bits, stored, scales.reshape(shape), zeros, size // BLOCK)
+            for name, array in zip(names, arrays, strict=True):
+                added[name] = store(name, array, data)
+        del node.input[2:]
+        node.input.extend(names)
+    return list(added.values())
 
 
 def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
@@ -73,7 +106,8 @@ def _block_matmul(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> on
         means = makers.get(extended.input[-1])
         if means is not None and means.op_type == "AveragePool":
             inputs, size = extended.input[0], size * BLOCK // (BLOCK + 1)
-    if size % BLOCK or attributes["block_size"] != BLOCK:
+    is_asymmetric = len(weights) > 2 or inputs != node.input[0]
+    if size % BLOCK or attributes["block_size"] != BLOCK or (attributes["bits"] == 8 and is_asymmetric):
         return node
     return helper.make_node(
         "BlockMatMul", [inputs, *weights], list(node.output), node.name, domain=DOMAIN, K=size, bits=attributes["bits"]
@@ -93,7 +127,7 @@ def _gated(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> onnx.Node
         return node
     if sigmoid.input[0] != silu.input[0] or gate.input[0] != up.input[0] or gate.attribute != up.attribute:
         return node
-    weights = [name for matmul in (gate, up) for name in [*matmul.input[1:], ""][:3]]
+    weights = [*gate.input[1:], *up.input[1:]]
     gated = helper.make_node("GatedBlockMatMul", [gate.input[0], *weights], list(node.output), node.name, domain=DOMAIN)
     gated.attribute.extend(gate.attribute)
     return gated

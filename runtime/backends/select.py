@@ -244,6 +244,9 @@ def kernels_missing(bundle: Bundle, part: DecoderPart | None = None) -> str | No
     """Why the decoder of a bundle, or `part` of it, cannot run on `runtime.kernels`; None if it can."""
     if (part or bundle.decoder).kernels_file is None:
         return f"{bundle.folder} has no graph for them, which decoders of 4 and 8 bits have if they are exported anew"
+    file = bundle.path(bundle.decoder.kernels_file)
+    if not file.with_name(f"{file.name}.data").is_file():
+        return f"{file} is of an earlier version, whose weights were packed when it was opened; export the bundle anew"
     return kernels.unavailable()
 
 

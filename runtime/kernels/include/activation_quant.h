@@ -1,6 +1,7 @@
 // Activations, quantized in blocks of 32 columns.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -10,12 +11,22 @@ namespace convllava {
 
 // Rows of x in blocks. Of 8 bits: x = scale * code, codes up to 127. Of 24 bits: x = scale * (128^2 a + 128 b + c),
 // with the codes a (up to 127), b and c (-64 to 63) in three planes. A block with a NaN has the scale NaN.
+//
+// Blocks of TILE rows lie together, those of the last rows where there are fewer: [tiles, blocks, rows of the tile].
+// Within a block, columns lie as in the weights that they meet: for 4 bits, the 16 even ones and then the 16 odd ones.
 struct Activations {
-  int64_t rows, blocks;
-  int8_t* codes;       // [planes, rows, blocks, 32]
-  float* scales;       // [rows, blocks]
-  float* scaled_sums;  // [rows, blocks]: scale * sum of what it multiplies
-  int32_t* act_sums;   // [1, rows, blocks]: sums of codes; of 24 bits [2, ...]: sums of 128 a + b, and of c
+  int64_t rows, blocks, tile;
+  Format format;          // of the weights
+  int8_t* codes;          // [planes, rows * blocks, 32]
+  float* scales;          // [rows * blocks]
+  float* scaled_sums;     // [rows * blocks]: scale * sum of what it multiplies
+  int32_t* initial_sums;  // [1, rows * blocks]: -zero_point * sum of codes; of 24 bits [2, ...]: of 128 a + b, and of c
+
+  int64_t at(int64_t row, int64_t block) const {
+    const int64_t first = row / tile * tile;
+    return first * blocks + block * std::min(tile, rows - first) + row - first;
+  }
+  int64_t plane() const { return rows * blocks; }
 };
 
 constexpr int planes(int activation_bits) { return activation_bits == 24 ? 3 : 1; }
@@ -23,15 +34,8 @@ constexpr float largest_code(int activation_bits) { return activation_bits == 24
 // Blocks of nothing larger are 0: the inverse of their scale would be infinite
 constexpr float SMALLEST_BLOCK = 1e-30f;
 
-// Memory for the activations of one call, kept for the next.
-class ActivationBuffer {
- public:
-  Activations reserve(int64_t rows, int64_t blocks, int activation_bits);
-
- private:
-  AlignedBytes memory_;
-  size_t capacity_ = 0;
-};
+// Activations in the memory of `buffer`.
+Activations reserve(Buffer& buffer, int64_t rows, int64_t blocks, int64_t tile, Format format, int activation_bits);
 
 // Quantizes one row of x [rows, 32 * blocks].
 using QuantizeRow = void (*)(const float* x, const Activations& a, int64_t row);

@@ -1,4 +1,4 @@
-// The GEMM y = x W^T of quantized activations and packed weights, for each instruction set.
+// The GEMM y = x W^T of quantized activations and block-quantized weights, for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -10,25 +10,28 @@ namespace convllava {
 
 // One call: y [rows of x, rows of W], or with two matrices y = silu(x W0^T) * (x W1^T).
 struct GemmCall {
-  const PackedMatrix* weights[2];  // the second null for one matrix
+  const Weights* weights[2];  // of one size; the second null for one matrix
   Activations a;
   float* y;
 };
 
-// Computes y's columns of the groups `begin` to `end` of weights.
-using GemmGroups = void (*)(const GemmCall& call, int64_t begin, int64_t end);
+// Computes y's columns of the groups `begin` to `end` of weights. buffer: of this thread. Throws std::bad_alloc.
+using GemmGroups = void (*)(const GemmCall& call, int64_t begin, int64_t end, Buffer& buffer);
 
 // One instruction set. What it computes within a block are integers, and floats are rounded in the same order by all:
 // results are equal, bit for bit.
 struct KernelSet {
   const char* name;  // in CONVLLAVA_KERNELS
+  int64_t tile;      // rows of activations that lie together
   QuantizeRow quantize_row_8, quantize_row_24;
-  GemmGroups gemm[2][2];  // [4 or 8 bits][8 or 24 activation bits]
+  GemmGroups gemm[3][2];  // [format][8 or 24 activation bits]
 
   QuantizeRow quantize_row(int activation_bits) const {
     return activation_bits == 24 ? quantize_row_24 : quantize_row_8;
   }
-  GemmGroups gemm_groups(int bits, int activation_bits) const { return gemm[bits == 8][activation_bits == 24]; }
+  GemmGroups gemm_groups(Format format, int activation_bits) const {
+    return gemm[static_cast<int>(format)][activation_bits == 24];
+  }
 };
 
 extern const KernelSet REFERENCE;  // scalar: for any processor, and what the others are tested against

@@ -23,7 +23,7 @@ struct Options;  // OrtSessionOptions
 struct CustomOp;
 
 enum ElementType : int { UNDEFINED = 0, FLOAT = 1, UINT8 = 2 };
-enum Characteristic : int { REQUIRED = 0, OPTIONAL = 1 };
+enum Characteristic : int { REQUIRED = 0 };
 enum ErrorCode : int { FAIL = 1, INVALID_ARGUMENT = 2 };
 
 // Places in OrtApi, by its names.

@@ -23,28 +23,28 @@ int8_t saturate(int32_t code) { return static_cast<int8_t>(std::clamp(code, -128
 
 }  // namespace
 
-Activations ActivationBuffer::reserve(int64_t rows, int64_t blocks, int activation_bits) {
+Activations reserve(Buffer& buffer, int64_t rows, int64_t blocks, int64_t tile, Format format, int activation_bits) {
   const int sums = activation_bits == 24 ? 2 : 1;
   const size_t count = rows * blocks, codes = count * BLOCK * planes(activation_bits);
-  const size_t bytes = codes + count * (2 * sizeof(float) + sums * sizeof(int32_t));
-  if (bytes > capacity_) {
-    memory_.reset();  // never both at once
-    capacity_ = 0;
-    memory_ = allocate_aligned(bytes);
-    capacity_ = bytes;
-  }
-  uint8_t* base = memory_.get();
+  uint8_t* base = buffer.reserve(codes + count * (2 * sizeof(float) + sums * sizeof(int32_t)));
   float* scales = reinterpret_cast<float*>(base + codes);
-  return {rows,   blocks,         reinterpret_cast<int8_t*>(base),
-          scales, scales + count, reinterpret_cast<int32_t*>(scales + 2 * count)};
+  return {rows,
+          blocks,
+          tile,
+          format,
+          reinterpret_cast<int8_t*>(base),
+          scales,
+          scales + count,
+          reinterpret_cast<int32_t*>(scales + 2 * count)};
 }
 
 template <int ACTIVATION_BITS>
 void quantize_row_reference(const float* x, const Activations& a, int64_t row) {
-  const int64_t count = a.rows * a.blocks;
+  const bool is_split = bits(a.format) == 4;
+  const uint32_t zero = zero_point(a.format);
   for (int64_t block = 0; block < a.blocks; ++block) {
-    const int64_t at = row * a.blocks + block;
-    const float* in = x + at * BLOCK;
+    const int64_t at = a.at(row, block);
+    const float* in = x + (row * a.blocks + block) * BLOCK;
     int8_t* out = a.codes + at * BLOCK;
     float largest = 0;
     bool has_nan = false;
@@ -56,22 +56,23 @@ void quantize_row_reference(const float* x, const Activations& a, int64_t row) {
     uint32_t upper_sum = 0, lower_sum = 0;  // those of an infinite x wrap around
     for (int64_t i = 0; i < BLOCK; ++i) {
       int32_t code = round_to_int(in[i] * per_scale);
+      const int64_t place = is_split ? i / 2 + i % 2 * 16 : i;
       if constexpr (ACTIVATION_BITS == 24) {
         int32_t upper = split_code(code);
         lower_sum += code;
-        out[2 * count * BLOCK + i] = saturate(code);
+        out[2 * a.plane() * BLOCK + place] = saturate(code);
         code = upper;
         upper_sum += code;
         upper = split_code(code);
-        out[count * BLOCK + i] = saturate(code);
+        out[a.plane() * BLOCK + place] = saturate(code);
         code = upper;
       } else {
         upper_sum += code;
       }
-      out[i] = saturate(code);
+      out[place] = saturate(code);
     }
-    a.act_sums[at] = upper_sum;
-    if constexpr (ACTIVATION_BITS == 24) a.act_sums[count + at] = lower_sum;
+    a.initial_sums[at] = 0 - zero * upper_sum;
+    if constexpr (ACTIVATION_BITS == 24) a.initial_sums[a.plane() + at] = 0 - zero * lower_sum;
     const auto sum = static_cast<int32_t>(ACTIVATION_BITS == 24 ? 128 * upper_sum + lower_sum : upper_sum);
     a.scales[at] = has_nan ? std::numeric_limits<float>::quiet_NaN() : largest / largest_code(ACTIVATION_BITS);
     a.scaled_sums[at] = a.scales[at] * sum;

@@ -16,12 +16,18 @@
 namespace convllava {
 namespace {
 
-// 32 codes to bytes that saturate, in their order.
-void store_codes(const __m256i (&codes)[4], int8_t* out) {
+// 32 codes to bytes that saturate, in their order; split: the even ones, then the odd ones.
+void store_codes(const __m256i (&codes)[4], bool split, int8_t* out) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i packed =
       _mm256_packs_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(packed, order));
+  __m256i bytes = _mm256_permutevar8x32_epi32(packed, order);
+  if (split) {
+    const __m256i pairs =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    bytes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, pairs), 0b11011000);
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bytes);
 }
 
 int32_t sum_codes(const __m256i (&codes)[4]) {
@@ -45,12 +51,13 @@ void split_codes(__m256i (&codes)[4], __m256i (&lower)[4]) {
 
 template <int ACTIVATION_BITS>
 void quantize_row_avx2(const float* x, const Activations& a, int64_t row) {
-  const __m256 sign = _mm256_set1_ps(-0.0f), zero = _mm256_setzero_ps();
-  const int64_t count = a.rows * a.blocks;
+  const __m256 sign = _mm256_set1_ps(-0.0f), none = _mm256_setzero_ps();
+  const bool split = bits(a.format) == 4;
+  const uint32_t zero = zero_point(a.format);
   for (int64_t block = 0; block < a.blocks; ++block) {
-    const int64_t at = row * a.blocks + block;
-    const float* in = x + at * BLOCK;
-    __m256 v[4], most = zero, nans = zero;
+    const int64_t at = a.at(row, block);
+    const float* in = x + (row * a.blocks + block) * BLOCK;
+    __m256 v[4], most = none, nans = none;
     for (int i = 0; i < 4; ++i) {
       v[i] = _mm256_loadu_ps(in + 8 * i);
       most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v[i]));
@@ -67,16 +74,18 @@ void quantize_row_avx2(const float* x, const Activations& a, int64_t row) {
     if constexpr (ACTIVATION_BITS == 24) {
       __m256i lower[4];
       split_codes(codes, lower);
-      sum = a.act_sums[count + at] = sum_codes(lower);
-      store_codes(lower, out + 2 * count * BLOCK);
-      a.act_sums[at] = sum_codes(codes);
-      sum += 128u * a.act_sums[at];
+      const uint32_t lower_sum = sum_codes(lower), upper_sum = sum_codes(codes);
+      a.initial_sums[at] = 0 - zero * upper_sum;
+      a.initial_sums[a.plane() + at] = 0 - zero * lower_sum;
+      sum = 128 * upper_sum + lower_sum;
+      store_codes(lower, split, out + 2 * a.plane() * BLOCK);
       split_codes(codes, lower);
-      store_codes(lower, out + count * BLOCK);
+      store_codes(lower, split, out + a.plane() * BLOCK);
     } else {
-      sum = a.act_sums[at] = sum_codes(codes);
+      sum = sum_codes(codes);
+      a.initial_sums[at] = 0 - zero * sum;
     }
-    store_codes(codes, out);
+    store_codes(codes, split, out);
     a.scales[at] =
         _mm256_movemask_ps(nans) ? std::numeric_limits<float>::quiet_NaN() : largest / largest_code(ACTIVATION_BITS);
     a.scaled_sums[at] = a.scales[at] * static_cast<int32_t>(sum);

@@ -19,23 +19,29 @@ namespace convllava {
 namespace {
 
 // Without VNNI sums of two products saturate at 16 bits. Those of a block of 4 bits fit: 16 * 15 * 127 = 30480. Of 8
-// bits a pair fits: x takes the sign of the code, which becomes its size: 2 * 128 * 127 = 32512.
+// bits a pair fits where codes have their sign: x takes it, and the code becomes its size: 2 * 128 * 127 = 32512.
 struct Lanes : Lanes8 {
-  CONVLLAVA_INLINE static Ints dot_4(Ints sum, Ints codes, Ints x) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+  template <Format>
+  CONVLLAVA_INLINE static Ints start(int32_t) {
+    return _mm256_setzero_si256();
   }
-  CONVLLAVA_INLINE static Ints finish_4(Ints sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
-  CONVLLAVA_INLINE static Ints dot_8(Ints sum, Ints codes, Ints x) {
+  template <Format FORMAT>
+  CONVLLAVA_INLINE static Ints dot(Ints sum, Ints codes, Ints x) {
+    if constexpr (bits(FORMAT) == 4) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+    codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
     const Ints pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
     return add(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  CONVLLAVA_INLINE static Ints finish_8(Ints sum, int32_t) { return sum; }
+  template <Format FORMAT>
+  CONVLLAVA_INLINE static Ints finish(Ints sum, int32_t initial) {
+    if constexpr (bits(FORMAT) == 8) return sum;
+    return add(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), broadcast_int(initial));
+  }
 };
 
 struct Isa {
   using Lanes = convllava::Lanes;
-  using WideLanes = Lanes;
-  static constexpr int MAX_ROWS = 4;
+  static constexpr int TILE = 4;
 };
 
 }  // namespace

@@ -19,13 +19,14 @@ namespace convllava {
 namespace {
 
 struct Dot : Lanes8 {
-  CONVLLAVA_INLINE static Ints dot(Ints sum, Ints codes, Ints x) { return _mm256_dpbusd_avx_epi32(sum, codes, x); }
+  CONVLLAVA_INLINE static Ints dot_bytes(Ints sum, Ints codes, Ints x) {
+    return _mm256_dpbusd_avx_epi32(sum, codes, x);
+  }
 };
 
 struct Isa {
   using Lanes = Vnni<Dot>;
-  using WideLanes = Lanes;
-  static constexpr int MAX_ROWS = 4;
+  static constexpr int TILE = 4;
 };
 
 }  // namespace

@@ -9,52 +9,51 @@
 namespace convllava {
 namespace {
 
-// Sums of codes of one row of a packed block times those of a block of x.
-template <int BITS>
-int32_t dot_block(const uint8_t* packed_block, int64_t lane, const int8_t* x) {
-  int32_t sum = 0;
-  for (int64_t column = 0; column < BLOCK; ++column) sum += packed_code(packed_block, BITS, lane, column) * x[column];
+// Sum over a block: `initial`, and codes of one row times those of a block of x. Wraps around where x is infinite.
+template <Format FORMAT>
+uint32_t dot_block(const uint8_t* codes, const int8_t* x, uint32_t initial) {
+  uint32_t sum = initial;
+  for (int64_t i = 0; i < code_bytes(FORMAT); ++i) {
+    if constexpr (bits(FORMAT) == 4) {
+      sum += (codes[i] & 15) * x[i] + (codes[i] >> 4) * x[16 + i];
+    } else {
+      sum += codes[i] * x[i];
+    }
+  }
   return sum;
 }
 
-// Scale `index` of a packed block; behind GROUP scales come GROUP offsets.
-template <int ACTIVATION_BITS>
-float load_scale(const uint8_t* scales, int64_t index) {
-  if constexpr (ACTIVATION_BITS == 24) {
-    float scale;
-    std::memcpy(&scale, scales + 4 * index, 4);
-    return scale;
-  } else {
-    uint16_t scale;
-    std::memcpy(&scale, scales + 2 * index, 2);
-    return from_half(scale);
-  }
+float to_float(uint32_t sum) { return static_cast<float>(static_cast<int32_t>(sum)); }
+
+float load_half(const uint8_t* halves, int64_t index) {
+  uint16_t value;
+  std::memcpy(&value, halves + 2 * index, 2);
+  return from_half(value);
 }
 
 // One element of x W^T.
-template <int BITS, int ACTIVATION_BITS>
-float dot_row(const PackedMatrix& w, int64_t column, const Activations& a, int64_t row) {
-  constexpr size_t BLOCK_BYTES = packed_block_bytes(BITS, ACTIVATION_BITS);
-  const int64_t lane = column % GROUP, plane = a.rows * a.blocks * BLOCK;
-  const uint8_t* packed_block = w.data.get() + column / GROUP * w.blocks * BLOCK_BYTES;
+template <Format FORMAT, int ACTIVATION_BITS>
+float dot_row(const Weights& w, int64_t column, const Activations& a, int64_t row) {
+  const int64_t lane = column % GROUP, plane = a.plane() * BLOCK;
+  const uint8_t *codes = w.codes + column * w.row_bytes, *scales = w.block_scales(column / GROUP, 0);
   float y = 0;
-  for (int64_t block = 0; block < w.blocks; ++block, packed_block += BLOCK_BYTES) {
-    const int64_t at = row * a.blocks + block;
+  for (int64_t block = 0; block < w.blocks; ++block, codes += code_bytes(FORMAT), scales += scale_bytes(FORMAT)) {
+    const int64_t at = a.at(row, block);
     const int8_t* x = a.codes + at * BLOCK;
+    const uint32_t initial = a.initial_sums[at];
     float dot;
     if constexpr (ACTIVATION_BITS == 24) {
-      const int32_t upper =
-          128 * dot_block<BITS>(packed_block, lane, x) + dot_block<BITS>(packed_block, lane, x + plane);
-      const int32_t lower = dot_block<BITS>(packed_block, lane, x + 2 * plane);
-      dot = std::fma(static_cast<float>(upper), 128.0f, static_cast<float>(lower));
+      const uint32_t upper = 128 * dot_block<FORMAT>(codes, x, 0) + dot_block<FORMAT>(codes, x + plane, initial);
+      const uint32_t lower = dot_block<FORMAT>(codes, x + 2 * plane, a.initial_sums[a.plane() + at]);
+      dot = std::fma(to_float(upper), 128.0f, to_float(lower));
     } else {
-      dot = static_cast<float>(dot_block<BITS>(packed_block, lane, x));
+      dot = to_float(dot_block<FORMAT>(codes, x, initial));
     }
-    const uint8_t* scales = packed_block + code_bytes(BITS);
-    y = std::fma(dot * load_scale<ACTIVATION_BITS>(scales, lane), a.scales[at], y);
-    y = std::fma(load_scale<ACTIVATION_BITS>(scales, GROUP + lane), a.scaled_sums[at], y);
+    const float scale = FORMAT == Format::INT4 ? static_cast<int8_t>(scales[lane]) : load_half(scales, lane);
+    y = std::fma(dot * scale, a.scales[at], y);
+    if constexpr (FORMAT == Format::INT4_OFFSETS) y = std::fma(load_half(scales, GROUP + lane), a.scaled_sums[at], y);
   }
-  return y * w.scale_unit;
+  return y * w.units[column];
 }
 
 // e^x as `exponential` of gemm_tile.h.
@@ -68,14 +67,14 @@ float exponential(float x) {
   return std::ldexp(sum, static_cast<int>(n));
 }
 
-template <int BITS, int ACTIVATION_BITS>
-void gemm_groups(const GemmCall& call, int64_t begin, int64_t end) {
+template <Format FORMAT, int ACTIVATION_BITS>
+void gemm_groups(const GemmCall& call, int64_t begin, int64_t end, Buffer&) {
   const int64_t columns = call.weights[0]->rows, last = std::min(end * GROUP, columns);
   for (int64_t row = 0; row < call.a.rows; ++row) {
     for (int64_t column = begin * GROUP; column < last; ++column) {
-      float y = dot_row<BITS, ACTIVATION_BITS>(*call.weights[0], column, call.a, row);
+      float y = dot_row<FORMAT, ACTIVATION_BITS>(*call.weights[0], column, call.a, row);
       if (call.weights[1])
-        y = y / (1 + exponential(0 - y)) * dot_row<BITS, ACTIVATION_BITS>(*call.weights[1], column, call.a, row);
+        y = y / (1 + exponential(0 - y)) * dot_row<FORMAT, ACTIVATION_BITS>(*call.weights[1], column, call.a, row);
       call.y[row * columns + column] = y;
     }
   }
@@ -84,8 +83,11 @@ void gemm_groups(const GemmCall& call, int64_t begin, int64_t end) {
 }  // namespace
 
 const KernelSet REFERENCE{"reference",
+                          1,
                           quantize_row_reference<8>,
                           quantize_row_reference<24>,
-                          {{gemm_groups<4, 8>, gemm_groups<4, 24>}, {gemm_groups<8, 8>, gemm_groups<8, 24>}}};
+                          {{gemm_groups<Format::INT4, 8>, gemm_groups<Format::INT4, 24>},
+                           {gemm_groups<Format::INT4_OFFSETS, 8>, gemm_groups<Format::INT4_OFFSETS, 24>},
+                           {gemm_groups<Format::INT8, 8>, gemm_groups<Format::INT8, 24>}}};
 
 }  // namespace convllava

@@ -3,17 +3,21 @@
 //   BlockMatMul       y = x W^T
 //   GatedBlockMatMul  y = silu(x G^T) * (x U^T), the first half of a Llama's MLP
 //
-// Inputs: x float [..., K], then for each matrix what MatMulNBits has: codes uint8 [N, blocks, bytes], scales float
-// [N, blocks], zero points uint8 [N, bytes] or none. Attributes: K, a multiple of 32, and bits, 4 or 8.
+// Inputs: x float [..., K], then for each matrix the constants codes uint8 [N, blocks, bytes], as MatMulNBits has them,
+// scales uint8 [groups of rows, blocks, bytes] and units float [16 * groups] (weight_format.h). Attributes: K, a
+// multiple of 32, and bits, 4 or 8. They are read where ONNX Runtime has them, which for those in a file beside the
+// graph is the mapped file: nothing is copied.
 //
 // Activations are rounded to 8 bits in each block, as MatMulNBits does at accuracy level 4. The session's entry
-// convllava.activation_bits=24 makes it 24, and keeps scales and offsets of weights in float32: results are then as
-// near to float32 matmuls as those are to each other in another order. A row of y is the same whatever rows it is
-// computed with. A row of x with a NaN gives NaN.
+// convllava.activation_bits=24 makes it 24: results are then as near to float32 matmuls of the same weights as those
+// are to each other in another order. A row of y is the same whatever rows it is computed with. A row of x with a NaN
+// gives NaN.
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -24,7 +28,9 @@
 namespace convllava {
 namespace {
 
-constexpr int64_t GROUPS_PER_TASK = 4;
+constexpr int64_t GROUPS_PER_TILE = 2;  // of weights that a task transposes for many rows of x
+constexpr int64_t FEW_ROWS = 8;  // of x: weights are read once, and tasks with more of them read memory in longer runs
+constexpr int64_t TASKS_OF_FEW_ROWS = 32, MAX_GROUPS_OF_FEW_ROWS = 32;
 constexpr int64_t MIN_PARALLEL_ROWS = 4;  // fewer rows of x one thread quantizes sooner than two
 
 void check(const ort::Api& api, ort::Status* status) {
@@ -58,15 +64,13 @@ Tensor<T> constant(const ort::Api& api, const ort::Info* info, size_t index) {
   return {static_cast<const T*>(memory), dims(api, value)};
 }
 
-size_t first_input(size_t matrix) { return 1 + 3 * matrix; }
-
-PackedMatrix pack_input(const ort::Api& api, const ort::Info* info, int matrix, int activation_bits) {
+Weights input_weights(const ort::Api& api, const ort::Info* info, int matrix) {
   int64_t columns = 0, bits = 0;
   check(api, api.integer(info, "K", &columns));
   check(api, api.integer(info, "bits", &bits));
-  const size_t first = first_input(matrix);
-  const auto codes = constant<uint8_t>(api, info, first), zeros = constant<uint8_t>(api, info, first + 2);
-  return pack(stored_matrix(codes, constant<float>(api, info, first + 1), zeros, bits), columns, activation_bits);
+  const size_t first = 1 + 3 * matrix;
+  return weights(constant<uint8_t>(api, info, first), constant<uint8_t>(api, info, first + 1),
+                 constant<float>(api, info, first + 2), columns, bits);
 }
 
 struct Task {
@@ -74,38 +78,47 @@ struct Task {
   const float* x;
   QuantizeRow quantize_row;
   GemmGroups gemm_groups;
+  int64_t groups;  // a task
+  std::atomic<bool> out_of_memory{false};
+
+  int64_t count() const { return (call.weights[0]->groups() + groups - 1) / groups; }
 
   static void quantize(void* data, size_t row) {
     const Task& task = *static_cast<const Task*>(data);
     task.quantize_row(task.x, task.call.a, row);
   }
   static void gemm(void* data, size_t index) {
-    const Task& task = *static_cast<const Task*>(data);
-    const int64_t begin = index * GROUPS_PER_TASK;
-    task.gemm_groups(task.call, begin, std::min(begin + GROUPS_PER_TASK, task.call.weights[0]->groups));
+    Task& task = *static_cast<Task*>(data);
+    const int64_t begin = index * task.groups;
+    thread_local Buffer buffer;
+    try {
+      task.gemm_groups(task.call, begin, std::min(begin + task.groups, task.call.weights[0]->groups()), buffer);
+    } catch (const std::bad_alloc&) {  // which ONNX Runtime's threads do not catch
+      task.out_of_memory = true;
+    }
   }
 };
+
+int64_t groups_per_task(int64_t groups, int64_t rows) {
+  if (rows > FEW_ROWS) return GROUPS_PER_TILE;
+  return std::clamp(groups / TASKS_OF_FEW_ROWS, GROUPS_PER_TILE, MAX_GROUPS_OF_FEW_ROWS);
+}
 
 class Kernel {
  public:
   Kernel(const ort::Api& api, const ort::Info* info, int matrices, int activation_bits)
-      : api_(api), kernels_(chosen_kernels()) {
-    for (int matrix = 0; matrix < matrices; ++matrix) {
-      weights_.push_back(pack_input(api, info, matrix, activation_bits));
-      has_zeros_.push_back(constant<uint8_t>(api, info, first_input(matrix) + 2).data != nullptr);
-    }
-    if (weights_[0].rows != weights_.back().rows) throw KernelError("expected two matrices of one size");
+      : api_(api), kernels_(chosen_kernels()), activation_bits_(activation_bits) {
+    for (int matrix = 0; matrix < matrices; ++matrix) weights_.push_back(input_weights(api, info, matrix));
+    const Weights &first = weights_[0], &last = weights_.back();
+    if (first.rows != last.rows || first.format != last.format)
+      throw KernelError("expected two matrices of one size and format");
   }
 
   const ort::Api& api() const { return api_; }
 
   void compute(ort::Context* context) const {
-    const PackedMatrix& w = weights_[0];
+    const Weights& w = weights_[0];
     const ort::Value* input = nullptr;
-    for (size_t matrix = 0; matrix < weights_.size(); ++matrix) {  // there was no telling whether one would come
-      check(api_, api_.input(context, first_input(matrix) + 2, &input));
-      if (input && !has_zeros_[matrix]) throw KernelError("expected constant zero points");
-    }
     check(api_, api_.input(context, 0, &input));
     std::vector<int64_t> shape = dims(api_, input);
     if (shape.empty() || shape.back() != w.blocks * BLOCK) throw KernelError("expected x with K columns");
@@ -118,25 +131,26 @@ class Kernel {
     check(api_, api_.data(input, &x));
     check(api_, api_.data(output, &y));
 
-    thread_local ActivationBuffer buffer;
+    thread_local Buffer buffer;
     const GemmCall call{{&w, weights_.size() == 2 ? &weights_[1] : nullptr},
-                        buffer.reserve(rows, w.blocks, w.activation_bits),
+                        reserve(buffer, rows, w.blocks, kernels_.tile, w.format, activation_bits_),
                         static_cast<float*>(y)};
-    Task task{call, static_cast<const float*>(x), kernels_.quantize_row(w.activation_bits),
-              kernels_.gemm_groups(w.bits, w.activation_bits)};
+    Task task{call, static_cast<const float*>(x), kernels_.quantize_row(activation_bits_),
+              kernels_.gemm_groups(w.format, activation_bits_), groups_per_task(w.groups(), rows)};
     if (rows < MIN_PARALLEL_ROWS) {
       for (int64_t row = 0; row < rows; ++row) Task::quantize(&task, row);
     } else {
       check(api_, api_.parallel_for(context, Task::quantize, rows, &task));
     }
-    check(api_, api_.parallel_for(context, Task::gemm, (w.groups + GROUPS_PER_TASK - 1) / GROUPS_PER_TASK, &task));
+    check(api_, api_.parallel_for(context, Task::gemm, task.count(), &task));
+    if (task.out_of_memory) throw std::bad_alloc();
   }
 
  private:
   ort::Api api_;
   const KernelSet& kernels_;
-  std::vector<PackedMatrix> weights_;
-  std::vector<bool> has_zeros_;
+  int activation_bits_;
+  std::vector<Weights> weights_;
 };
 
 // Runs `call`; what it throws becomes a status of ONNX Runtime's.
@@ -163,8 +177,6 @@ ort::Status* compute(void* data, ort::Context* context) {
   return guarded(kernel->api(), [&] { kernel->compute(context); });
 }
 
-bool is_zeros(size_t index) { return index && index % 3 == 0; }
-
 template <int MATRICES, int ACTIVATION_BITS>
 ort::CustomOp describe() {
   ort::CustomOp op{};
@@ -172,15 +184,13 @@ ort::CustomOp describe() {
   op.name = [](const ort::CustomOp*) { return MATRICES == 1 ? "BlockMatMul" : "GatedBlockMatMul"; };
   op.provider = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
   op.input_type = [](const ort::CustomOp*, size_t index) {
-    return index % 3 == 1 || is_zeros(index) ? ort::UINT8 : ort::FLOAT;
+    return index % 3 == 0 ? ort::FLOAT : ort::UINT8;  // x and units
   };
   op.inputs = [](const ort::CustomOp*) -> size_t { return 1 + 3 * MATRICES; };
   op.output_type = [](const ort::CustomOp*, size_t) { return ort::FLOAT; };
   op.outputs = [](const ort::CustomOp*) -> size_t { return 1; };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.input_characteristic = [](const ort::CustomOp*, size_t index) {
-    return is_zeros(index) ? ort::OPTIONAL : ort::REQUIRED;
-  };
+  op.input_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
   op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
   op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
   op.create_v2 = create<MATRICES, ACTIVATION_BITS>;

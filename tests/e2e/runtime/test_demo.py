@@ -58,10 +58,10 @@ def alone(model, page):
 
 
 @pytest.mark.usefixtures("built")
-def test_4_bits_by_the_kernels_give_the_ids_of_float32_products(model, page, tmp_path):
+def test_8_bits_by_the_kernels_give_the_ids_of_float32_products(model, page, tmp_path):
     """`kernels24`, of the same weights, about the page and about nothing that is in it."""
-    checkpoint, out = model.bundle.folder.parent / "checkpoint", tmp_path / "int4"
-    options = ("--checkpoint", checkpoint, "--res", 320, "--decoder-precision", "int4", "--out", out)
+    checkpoint, out = model.bundle.folder.parent / "checkpoint", tmp_path / "int8"
+    options = ("--checkpoint", checkpoint, "--res", 320, "--decoder-precision", "int8", "--out", out)
     run_module("export.bundle", *options).check_returncode()
     ours = runtime.load(out, backends=Backends(decoder="kernels24"))
     plain = runtime.load(out, backends=Backends(decoder="onnx"))
