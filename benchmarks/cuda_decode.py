@@ -5,23 +5,21 @@
 
 A Llama of Vicuna-7B's shape with random weights; libraries take turns in processes of their own, as in
 `benchmarks.decode`. prefill: so many image embeds (ids, where a library cannot begin with embeds) to the first token;
-decode: greedy steps after a prompt as long. ONNX Runtime's 4 bits are its model builder's, ours as GenAI's.
+decode: greedy steps after a prompt as long. GenAI's 4 bits are its model builder's, ours around zero like them.
 limit: the bytes of the weights, read once a step as fast as a copy of this GPU reads and writes, or a prompt's
 operations as fast as its largest product in half precision.
 """
 
 import argparse
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -30,10 +28,11 @@ from benchmarks.peers import genai_export
 from benchmarks.peers.cuda_decoders import PEERS
 from benchmarks.peers.turns import Running, compared, in_turn, same
 from export.cli import BUILD
-from export.decoder.surgery import add_next_token, merge_image_embeds
+from export.decoder.export import HALF, write_fused
 from runtime.bundle.manifest import DecoderPart
 
 DTYPES = {"cuda": torch.float16, "cpu": torch.float32}
+OURS = {"cuda": {"int4": "w4a16"}, "cpu": {}}  # the precision that is compared with GenAI's of that name
 SPREAD = 0.02  # of the random weights
 KIND = "cuda_decoders"
 
@@ -127,9 +126,10 @@ def _cut(block: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def spec_of(args: argparse.Namespace, folder: Path, precision: str) -> dict:
     """What workers are told; writes the graphs, ours beside GenAI's."""
     genai, graph = folder / f"genai-{precision}", folder / f"ours-{precision}"
-    genai_export.build(str(folder / "llama"), str(genai), precision, args.device)
+    if "ort-genai" in args.peers:
+        genai_export.build(str(folder / "llama"), str(genai), precision, args.device)
     graph.mkdir()
-    write_ours(genai, graph, config_of(args), precision)
+    write_ours(folder / "llama", graph, config_of(args), OURS[args.device].get(precision, precision))
     random = np.random.default_rng(0)
     capacity = args.prompt + args.steps + 2
     return {
@@ -144,15 +144,9 @@ def spec_of(args: argparse.Namespace, folder: Path, precision: str) -> dict:
     }
 
 
-def write_ours(genai: Path, folder: Path, config: LlamaConfig, precision: str) -> None:
-    """The same graph as a bundle has it: with image embeds and the likeliest token."""
-    model = onnx.load(str(genai / "model.onnx"), load_external_data=False)
-    merge_image_embeds(model)
-    add_next_token(model)
-    onnx.save(model, str(folder / "model.onnx"))
-    shutil.copy(genai / "model.onnx.data", folder / "model.onnx.data")
-    cache = next(value for value in model.graph.input if value.name.startswith("past_key"))
-    kv_dtype = onnx.helper.tensor_dtype_to_np_dtype(cache.type.tensor_type.elem_type).name
+def write_ours(source: Path, folder: Path, config: LlamaConfig, precision: str) -> None:
+    """The graph as a bundle has it. source: the folder of `write_random_llama`."""
+    write_fused(config, load_file(source / "model.safetensors"), precision, folder / "model.onnx")
     head_dim = config.hidden_size // config.num_attention_heads
     part = DecoderPart(
         file="model.onnx",
@@ -161,7 +155,7 @@ def write_ours(genai: Path, folder: Path, config: LlamaConfig, precision: str) -
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         context_length=config.max_position_embeddings,
-        kv_dtype=kv_dtype,
+        kv_dtype="float16" if precision in HALF else "float32",
         vocab_size=config.vocab_size,
     )
     (folder / "part.json").write_text(json.dumps(asdict(part)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The decoder's graphs side by side: ONNX Runtime GenAI's fused one in each precision, the same with this project's
+"""The decoder's graphs side by side: the fused one in each precision, the same with this project's
 kernels, and our portable one.
 
     python -m benchmarks.decoder_graphs [--checkpoint DIR]

@@ -1,21 +1,25 @@
 """Llama -> one ONNX graph with a KV cache that takes token ids and image embeds alike.
 
-fused: ONNX Runtime GenAI's model builder (GroupQueryAttention with the rotary embedding inside, MatMulNBits), for ONNX
-Runtime; the cache is updated in place and only the last position gets logits.
-portable: our own graph of ONNX's standard operators (`export.decoder.llama`), which TensorRT can parse; fp32 and fp16,
+fused: for ONNX Runtime (`export.decoder.fused`: GroupQueryAttention with the rotary embedding inside, MatMulNBits); the
+cache is updated in place and only the last position gets logits.
+portable: ONNX's standard operators (`export.decoder.llama`), which TensorRT can parse; fp32 and fp16,
 where nodes that overflow FP16 stay in FP32 (`export.graphs.mixed_precision`). Its cache is updated in place too, and
 has a fixed capacity.
 
 Both start from token ids only. Neither can begin with an image, so `merge_image_embeds` adds an input: image_embeds
 [N, D]; an id of -1 - k in input_ids stands for its row k. int8 and int4 round the weights alone
-(`export.graphs.matmul_nbits`); w4a16 is for GPUs: 4 bits around zero by the model builder, all else in float16.
+(`export.graphs.matmul_nbits`); w4a16 is for GPUs: 4 bits around zero, all else in float16.
+
+Weights pass one at a time from the checkpoint's mapped files to the one beside the graph.
 """
 
 import os
 import tempfile
 from pathlib import Path
 
+import torch
 from onnx import TensorProto
+from transformers import LlamaConfig
 
 from export.decoder.fused import fused_graph
 from export.decoder.llama import llama_graph
@@ -52,7 +56,9 @@ def export_decoder(
     file = folder / ("model.onnx" if graph == "fused" else "portable.onnx")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         if graph == "fused":
-            built = _build_fused(checkpoint, Path(scratch), precision)
+            check_rotary(checkpoint)
+            built = Path(scratch, file.name)
+            write_fused(checkpoint.llama_config, load_language_state(checkpoint), precision, built)
         else:
             capacity = checkpoint.llama_config.max_position_embeddings if capacity is None else capacity
             built = _build_portable(checkpoint, Path(scratch), precision, capacity)
@@ -96,18 +102,15 @@ def decoder_part(checkpoint: Checkpoint, precision: str, file: str, **others: st
     )
 
 
-def _build_fused(checkpoint: Checkpoint, folder: Path, precision: str) -> Path:
-    check_rotary(checkpoint)
-    file = folder / "model.onnx"
-    element = TensorProto.FLOAT16 if precision in HALF else TensorProto.FLOAT
-    model, read = fused_graph(checkpoint.llama_config, load_language_state(checkpoint), element)
+def write_fused(config: LlamaConfig, state: dict[str, torch.Tensor], precision: str, file: Path) -> None:
+    """Write the fused graph to `file` and its weights beside it. config, state: see `GraphWriter`."""
+    model, read = fused_graph(config, state, TensorProto.FLOAT16 if precision in HALF else TensorProto.FLOAT)
     merge_image_embeds(model)
     add_next_token(model)
     if precision in ROUNDED:
         quantize_weights(model, read, file, *ROUNDED[precision])
     else:
         write_graph(model, read, file)
-    return file
 
 
 def _build_portable(checkpoint: Checkpoint, folder: Path, precision: str, capacity: int) -> Path:
