@@ -242,9 +242,10 @@ def _cuda_decoder(bundle: Bundle, device: Cuda) -> tuple[OnnxDecoder, str]:
 
 def kernels_missing(bundle: Bundle, part: DecoderPart | None = None) -> str | None:
     """Why the decoder of a bundle, or `part` of it, cannot run on `runtime.kernels`; None if it can."""
-    if (part or bundle.decoder).kernels_file is None:
+    kernels_file = bundle.decoder.kernels_file  # beside which lie the scales that all such graphs share
+    if kernels_file is None or (part or bundle.decoder).kernels_file is None:
         return f"{bundle.folder} has no graph for them, which decoders of 4 and 8 bits have if they are exported anew"
-    file = bundle.path(bundle.decoder.kernels_file)
+    file = bundle.path(kernels_file)
     if not file.with_name(f"{file.name}.data").is_file():
         return f"{file} is of an earlier version, whose weights were packed when it was opened; export the bundle anew"
     return kernels.unavailable()
