@@ -1,6 +1,8 @@
 """Hidden states and logits of an exported decoder against PyTorch's, layer by layer."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import onnx
@@ -17,53 +19,73 @@ from train.model import Checkpoint, load_language_state
 from train.model.streamed import StreamedDecoder
 
 
-def check_decoder(checkpoint: Checkpoint, file: Path, precision: str, graph: str = "fused") -> list[Difference]:
-    """Compare a graph with PyTorch: a prompt with two images, a second turn, three single steps.
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch computes in float32: a prompt with two images, a second turn, three single steps.
 
-    Both sides are computed one layer at a time, each from its own hidden states; PyTorch in float32.
+    Args:
+        calls: token IDs of each; -1 - k stands for image embedding k.
+        images: embeddings [9, D].
+        states: for each layer, the hidden state [S, D] after it, of all calls' positions.
+        logits: of each call's last position, [calls, V].
+    """
+
+    calls: dict[str, list[int]]
+    images: np.ndarray
+    states: list[np.ndarray]
+    logits: np.ndarray
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """Computed one layer at a time."""
+        config = checkpoint.llama_config
+        llama, calls = StreamedDecoder(config, load_language_state(checkpoint)), _calls(config.vocab_size)
+        ids = np.concatenate(list(calls.values()))
+        tokens = llama.embed(np.maximum(ids, 0).tolist()).numpy()  # [S, D]
+        images = np.random.default_rng(1).standard_normal((9, tokens.shape[1]), np.float32) * tokens.std()
+        embeddings = torch.from_numpy(np.where(ids[:, None] < 0, images[-1 - np.minimum(ids, -1)], tokens))
+        layers = llama.hidden_states(embeddings)
+        bar = tqdm(layers, "PyTorch", config.num_hidden_layers, unit="layer", disable=None)
+        states = [state.numpy() for state in bar]
+        last = torch.from_numpy(states[-1][np.cumsum([len(call) for call in calls.values()]) - 1])
+        return cls(calls, images, states, llama.logits(last).numpy())
+
+
+def check_decoder(
+    checkpoint: Checkpoint, file: Path, precision: str, graph: str = "fused", reference: Reference | None = None
+) -> list[Difference]:
+    """Compare a graph with PyTorch, layer by layer, each side on its own hidden states.
 
     Args:
         graph: fused, portable, prefill or kernels (a fused one with the operators of `runtime.kernels`).
+        reference: of the checkpoint, for several graphs; None computes it.
 
     Returns:
         The layer and call that differ most, or the first that differ too much, and the logits of each call.
     """
-    reference = StreamedDecoder(checkpoint.llama_config, load_language_state(checkpoint))
-    calls = _calls(checkpoint.llama_config.vocab_size)
-    ids = np.concatenate(list(calls.values()))
-    embeddings = reference.embed(np.maximum(ids, 0).tolist()).numpy()  # [positions, hidden]
-    images = np.random.default_rng(1).standard_normal((9, embeddings.shape[1]), np.float32) * embeddings.std()
-    embeddings = torch.from_numpy(np.where(ids[:, None] < 0, images[-1 - np.minimum(ids, -1)], embeddings))
-    ends = np.cumsum([len(call) for call in calls.values()])
-
+    reference = reference or Reference.of(checkpoint)
     model = onnx.load(str(file), load_external_data=False)
-    tolerance, layers = TOLERANCES["decoder", precision], checkpoint.llama_config.num_hidden_layers
-    sums = _residual_sums(model, layers)
+    tolerance, sums = TOLERANCES["decoder", precision], _residual_sums(model, len(reference.states))
     libraries = [str(kernels.library())] if graph == "kernels" else []
 
     def opened(piece: onnx.ModelProto) -> Run:
         session = open_piece(piece, file.parent, libraries)
         return lambda feed: list(map(np.asarray, session.run(None, feed)))
 
-    pieces = run_by_layer(
-        model, _feeds(model, list(calls.values()), images), opened, {name for names in sums for name in names}
-    )
+    feeds = _feeds(model, list(reference.calls.values()), reference.images)
+    pieces = run_by_layer(model, feeds, opened, {name for names in sums for name in names})
     next(pieces)  # the embeddings
-    worst, expected = None, embeddings
-    with tqdm(total=layers, desc="compare", unit="layer", disable=None) as bar:
-        for i, expected in enumerate(reference.hidden_states(embeddings)):
-            for (what, ids), end, values in zip(calls.items(), ends, next(pieces), strict=True):
-                found = sum(values[name][0].astype(np.float32) for name in sums[i])
-                row = compare(f"layer {i}, {what}", found, expected[end - len(ids) : end], tolerance)
-                if worst is None or (worst.ok and not row.error <= worst.error):
-                    worst = row
-            bar.update()
-    last = reference.logits(expected[ends - 1])
+    ends = np.cumsum([len(call) for call in reference.calls.values()])
+    rows = []
+    for i, expected in enumerate(tqdm(reference.states, graph, unit="layer", disable=None)):
+        for what, state, values in zip(reference.calls, np.split(expected, ends[:-1]), next(pieces), strict=True):
+            found = sum(values[name][0].astype(np.float32) for name in sums[i])
+            rows.append(compare(f"layer {i}, {what}", found, state, tolerance))
     logits = [
-        compare(f"{graph} {precision} logits, {what}", values[LOGITS][0, -1], row, tolerance)
-        for what, values, row in zip(calls, next(pieces), last, strict=True)
+        compare(f"{graph} {precision} logits, {what}", values[LOGITS][0, -1], expected, tolerance)
+        for what, values, expected in zip(reference.calls, next(pieces), reference.logits, strict=True)
     ]
-    return [*([worst] if worst else []), *logits]
+    return [next((row for row in rows if not row.ok), max(rows, key=lambda row: row.error)), *logits]
 
 
 def _calls(vocabulary: int) -> dict[str, list[int]]:
