@@ -7,7 +7,7 @@
 checkpoint: write one in the released layout; 13.5 GB in float16 with all 32 layers, and 1.3 GB for the encoder.
 
 Without it, checkpoint, bundles and what peers make of them are made in --folder and stay there for the next run; each
-peer then takes turns with ours (`benchmarks.decode` says how). Two models and no more are in memory at a time.
+peer then takes turns with ours (`benchmarks.decode` says how), while no other peer is in memory.
 export: from the checkpoint to files; ours with encoder and comparisons with PyTorch, llama.cpp's the language model.
 load: from the start of a process until it can be asked. encoder: one image. prefill: so many image embeddings to the
 first token. decode: greedy steps after so many positions. first_token: a new image from its file, against the fastest

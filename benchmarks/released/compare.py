@@ -164,19 +164,11 @@ class Comparison:
         ids = np.random.default_rng(0).integers(3, self.config.vocab_size, capacity).tolist()
         common = {"threads": plan.threads, "capacity": capacity, "hidden": self.config.hidden_size, "ids": ids}
         common |= {"checkpoint": str(self.checkpoint), "products": "auto"}
-        models: dict[str, str] = {}
-        for peer in [name for name in DECODERS if name in plan.peers]:
-            if not self._takes_part(peer):
+        peers = [name for name in DECODERS if name in plan.peers and self._takes_part(name)]
+        models = self._gguf([name for name in peers if name in GGUF_PEERS], costs[INT4])
+        for peer in peers:
+            if peer in GGUF_PEERS and peer not in models:
                 continue
-            if form := GGUF_PEERS.get(peer):
-                try:
-                    file, cost = gguf_files(self.checkpoint, plan.folder / "gguf", [form])[form]
-                except ProductError as error:
-                    self.rows += missing(peer, plan.works, str(error))
-                    continue
-                models[peer] = str(file)
-                if "export" in plan.works:
-                    self.rows.append(export_row(peer, INT4, costs[INT4], cost))
             if not pieces and "load" not in plan.works:
                 continue
             specs = {ours: common | {"bundle": str(bundle.folder)} for ours, bundle in bundles.items()}
@@ -188,24 +180,38 @@ class Comparison:
             self._beside(peer, [*bundles], start, pieces)
         return models
 
+    def _gguf(self, peers: list[str], own: Cost) -> dict[str, str]:
+        """llama.cpp's files, by peer; their export is a row beside ours."""
+        if not peers:
+            return {}
+        try:
+            files = gguf_files(self.checkpoint, self.plan.folder / "gguf", [GGUF_PEERS[peer] for peer in peers])
+        except ProductError as error:
+            for peer in peers:
+                self.rows += missing(peer, self.plan.works, str(error))
+            return {}
+        if "export" in self.plan.works:
+            self.rows += [export_row(peer, INT4, own, files[GGUF_PEERS[peer]][1]) for peer in peers]
+        return {peer: str(files[GGUF_PEERS[peer]][0]) for peer in peers}
+
     def _first_token(self, bundles: dict[str, Bundle], graphs: dict[str, str], models: dict[str, str]) -> None:
-        """Our chains beside the fastest encoder before the fastest decoder of the others."""
+        """Our fastest decoder behind each encoder, beside the fastest encoder before the fastest decoder of others."""
         encoder = fastest(self.rows, "encoder", graphs) or next(iter(graphs), None)
         decoder = fastest(self.rows, "prefill", models) or next(iter(models), None)
+        form = fastest(self.rows, "prefill", bundles, own=True) or INT4
         if not encoder or not decoder:
             self.rows.append({"work": "first_token", "peer": "", "reason": "no encoder or no decoder to compare with"})
             return
         peer, threads = f"{encoder}+{decoder}", self.plan.threads
         image = page(self.plan.folder)
         specs = {
-            f"{form}, {name}": spec_of(bundle, image, threads) | {"backends": options}
-            for form, bundle in bundles.items()
+            f"{form}, {name}": spec_of(bundles[form], image, threads) | {"backends": options}
             for name, options in own_encoders(instructions()).items()
         }
         specs[peer] = spec_of(bundles[INT4], image, threads)
         specs[peer] |= {"graph": graphs[encoder], "hint": ENCODERS[encoder], "gguf": models[decoder]}
-        forms = [name for name in specs if name != peer]
-        for form in forms:  # two chains and no more in memory
+        chains = [name for name in specs if name != peer]
+        for chain in chains:  # of which no two fit beside the peer
 
             def start(name: str) -> Running:
                 return Running("chains", "openvino+llama.cpp" if name == peer else "ours", specs[name], python(name))
@@ -214,7 +220,7 @@ class Comparison:
                 return interpreter(name) if name == peer else Path(sys.executable)
 
             piece = first_token_piece(self.plan.res)
-            self._beside(peer, [form], start, [piece], loads=False)
+            self._beside(peer, [chain], start, [piece], loads=False)
 
 
 def own_encoders(found: Collection[str]) -> dict[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Ours and one peer at a time, in turn at the same work, so that two models and no more are in memory."""
+"""Our formats and one peer at a time, in turn at the same work, so that no other model is in memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

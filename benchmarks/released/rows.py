@@ -71,13 +71,17 @@ def export_row(peer: str, form: str, own: Cost, other: Cost) -> dict:
     return found | {"peer_peak_mib": other.own_mib, "peer_mapped_mib": other.mapped_mib}
 
 
-def fastest(rows: Sequence[Mapping], work: str, peers: Collection[str]) -> str | None:
-    """The peer that took least for `work`, by the sum of its contexts; None where no row has figures."""
+def fastest(rows: Sequence[Mapping], work: str, names: Collection[str], own: bool = False) -> str | None:
+    """The peer that took least for `work`, by the sum of its contexts; None where no row has figures.
+
+    own: of our formats in place of peers.
+    """
+    key, value = ("format", "ours") if own else ("peer", "theirs")
     taken: dict[str, dict[object, float]] = {}
     for found in rows:
-        if found["work"] == work and found["peer"] in peers and "theirs" in found:
-            taken.setdefault(found["peer"], {})[found["context"]] = found["theirs"]
-    return min(taken, key=lambda peer: sum(taken[peer].values()), default=None)
+        if found["work"] == work and found.get(key) in names and value in found:
+            taken.setdefault(found[key], {}).setdefault(found["context"], found[value])
+    return min(taken, key=lambda name: sum(taken[name].values()), default=None)
 
 
 def quality(form: str, measured: Sequence[Mapping]) -> dict[str, float]:

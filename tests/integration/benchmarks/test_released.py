@@ -121,6 +121,8 @@ def test_the_fastest_is_that_of_all_contexts():
     assert fastest(found, "prefill", ("a", "b", "c", "d")) == "c"
     assert fastest(found, "prefill", ("d",)) is None
     assert fastest(found, "decode", ("a",)) is None
+    ours = [{**of("a", 1, 5, form), "ours": taken} for form, taken in (("int4", 3), ("int4-rtn", 2), ("other", 1))]
+    assert fastest(ours, "prefill", ("int4", "int4-rtn"), own=True) == "int4-rtn"
 
 
 def test_quality_is_that_of_the_format_on_the_demo_model():
