@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or DEMO_BUNDLE.parent / name_of(checkpoint)
     check_place(out)
     portable = portable_precision(args.decoder_precision) if args.portable_decoder else None
-    job = Job(resolution, args.precision, args.decoder_precision, portable, args.check)
+    job = Job(resolution, args.precision, args.decoder_precision, portable, args.check, variants=True)
     room = require_room(Sizes.of(checkpoint), job, out, {"encoder": "--precision", "decoder": "--decoder-precision"})
     check_finite(checkpoint.vision_tensors(), checkpoint.projector_tensors(), checkpoint.language_tensors())
     print(room, flush=True)

@@ -28,10 +28,13 @@ BITS = {
     "int4": (5.3, 9, 32),
     "w4a16": (4.5, 4.5, 16),
 }
+# The same of what a bundle has beside it for the project's own operators
+KERNEL_BITS = {"int8": (0.5, 0.5), "int4": (1.03, 0.5)}
+VARIANTS = {"fp32": 2, "int8": 4, "int4": 4}  # graphs of a bundle's decoder that are compared
 BASE_BYTES = 0.45 * GIB  # the process with its libraries
 MAP_COPIES = 24  # of the encoder's largest feature map in float32, while a block is compared
-MATRIX_COPIES = 3  # of the decoder's largest matrix in float32, while it is written
-LAYER_COPIES = 2.5  # of a decoder's layer in float32, while it is compared
+MATRIX_COPIES = 2  # of the decoder's largest matrix in float32, while it is written
+LAYER_COPIES = 1.5  # of a decoder's layer in float32, while it is compared
 # Seconds on one core
 SECONDS_TO_START = 15
 SECONDS_A_GB = 6  # written
@@ -95,13 +98,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Job:
-    """What is exported: precision of each graph, or None without it."""
+    """What is exported: precision of each graph, or None without it.
+
+    variants: the decoder gets the other graphs of a bundle: for prompts, for kernels, with a float16 KV cache.
+    """
 
     resolution: int
     encoder: str | None = None
     decoder: str | None = None
     portable: str | None = None
     check: str = "full"
+    variants: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,21 +123,25 @@ class Estimate:
 def estimate(sizes: Sizes, job: Job, cores: int) -> Estimate:
     """Temporary files lie within what the output takes."""
     memory, disk, seconds = [0.0], 0.0, float(SECONDS_TO_START)
-    compared = job.check == "full"
     if job.encoder is not None:
         disk += sizes.encoder_weights * BITS[job.encoder][0] / 8
-        if compared:
+        if job.check == "full":
             memory.append(MAP_COPIES * sizes.largest_map(job.resolution))
             seconds += SECONDS_A_TERAFLOP * sizes.encoder_flops(job.resolution) / 1e12
     body = sizes.layers * sizes.layer_weights
     for precision in filter(None, (job.decoder, job.portable)):
         body_bits, head_bits, table_bits = BITS[precision]
+        compared_graphs = int(job.check == "full")
+        if job.variants and precision == job.decoder:
+            more = KERNEL_BITS.get(precision, (0, 0))
+            body_bits, head_bits = body_bits + more[0], head_bits + more[1]
+            compared_graphs *= VARIANTS.get(precision, 1)
         disk += (body * body_bits + sizes.table * (head_bits + (0 if sizes.tied else table_bits))) / 8
         memory.append(MATRIX_COPIES * 4 * max(sizes.table, sizes.hidden * sizes.mlp))
         seconds += SECONDS_TO_ROUND.get(precision, 0) * (body + sizes.table) / 1e9
-        if compared:
+        if compared_graphs:
             memory.append(LAYER_COPIES * 4 * sizes.layer_weights)
-            seconds += SECONDS_TO_COMPARE * (body + sizes.table) / 1e9
+            seconds += compared_graphs * SECONDS_TO_COMPARE * (body + sizes.table) / 1e9
     return Estimate(BASE_BYTES + max(memory), disk, (seconds + SECONDS_A_GB * disk / GB) / cores)
 
 

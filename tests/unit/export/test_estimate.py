@@ -36,6 +36,14 @@ def test_disk_is_that_of_the_files(precision, layers, size):
     assert found.disk == pytest.approx(size, rel=0.01)
 
 
+def test_a_bundles_further_graphs_share_the_weights_and_take_time():
+    job = Job(1536, decoder="int4")
+    alone, whole = (estimate(RELEASED, replace(job, variants=variants), 2) for variants in (False, True))
+    assert alone.disk < whole.disk < 1.25 * alone.disk
+    assert alone.memory == whole.memory
+    assert alone.seconds < whole.seconds < 4 * alone.seconds
+
+
 def test_a_tied_table_is_stored_once():
     tied = replace(RELEASED, tied=True)
     saved = estimate(RELEASED, Job(1536, decoder="fp16"), 2).disk - estimate(tied, Job(1536, decoder="fp16"), 2).disk
