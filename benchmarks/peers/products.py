@@ -39,6 +39,8 @@ class Cost:
 class ProductError(Exception):
     """A command that should have made something failed; says its last words."""
 
+    exit_code = 1
+
 
 def make(path: Path, command: Callable[[Path], Command], before: Cost | None = None, run: Run = run_measured) -> Cost:
     """What it cost to make `path`, made now where it is not there.

@@ -12,6 +12,7 @@ from calib.bundle import copy_bundle, manifest_of
 from export.bundle_writer import new_bundle, write_manifest
 from export.decoder.fused import fused_graph
 from export.decoder.surgery import add_next_token, merge_image_embeds
+from export.graphs.kv_precision import write_half_caches
 from export.graphs.matmul_nbits import quantize_weights
 from export.graphs.variants import write_variants
 from runtime.bundle.manifest import open_bundle
@@ -22,18 +23,18 @@ def main() -> None:
     source, bundle, out = sys.argv[1:]
     checkpoint, like = Checkpoint.open(source), open_bundle(bundle)
     with new_bundle(Path(out)) as folder:
-        sections = copy_bundle(like, folder, lambda name: Path(name).name.partition(".")[0] in DECODER_GRAPHS)
+        kept = like.decoder.sampler_file
+        sections = copy_bundle(like, folder, lambda name: name.startswith("decoder/") and name != kept)
         file = folder / like.decoder.file
+        file.parent.mkdir(exist_ok=True)
         model, read = fused_graph(checkpoint.llama_config, load_language_state(checkpoint), TensorProto.FLOAT)
         merge_image_embeds(model)
         add_next_token(model)
         quantize_weights(model, read, file, 4, "rtn")
-        variants = {key: path.relative_to(folder).as_posix() for key, path in write_variants(file).items()}
-        sections["decoder"] |= variants
+        variants = write_variants(file)
+        write_half_caches([file, *variants.values()])
+        sections["decoder"] |= {key: path.relative_to(folder).as_posix() for key, path in variants.items()}
         write_manifest(folder, like.name, manifest_of(like)["producers"], sections)
-
-
-DECODER_GRAPHS = ("model", "prefill", "kernels")
 
 
 if __name__ == "__main__":
