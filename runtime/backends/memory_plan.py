@@ -37,7 +37,7 @@ class Costs:
 
     @classmethod
     def of(cls, bundle: Bundle) -> "Costs":
-        graphs = (bundle.encoder.file, bundle.decoder.file)
+        graphs = tuple(filter(None, (bundle.encoder.file, bundle.decoder.file, bundle.decoder.kernels_file)))
         weights = sum(entry["size"] for file, entry in bundle.files.items() if file.startswith(graphs))
         part = bundle.decoder
         elements = 2 * part.layers * part.kv_heads * part.head_dim

@@ -45,14 +45,22 @@ class OnnxEncoder:
         """
         self.device: Device = device or Cpu()
         self.batches = not isinstance(self.device, Cpu)
-        mapped = provider == "cpu" and Path(f"{file}.data").is_file()  # where exporters put large weights
-        self._session = open_session(file, threads, provider, self.device, channels_last=channels_last, mapped=mapped)
+        large = provider == "cpu" and Path(f"{file}.data").is_file()  # where exporters put large weights
+        self._session = open_session(
+            file,
+            threads,
+            provider,
+            self.device,
+            channels_last=channels_last,
+            mapped=large and file.stem != "int8",  # a quarter of the bytes, and more to lose
+            lean=large,
+        )
         outputs = {IMAGE_EMBEDS: (FLOATS, (None, None, None))}
         check_graph(self._session, file, {PIXEL_VALUES: (FLOATS, (None, 3, None, None))}, outputs)
         self._stride = stride
         self.dtype = np.dtype(float_dtype(self._session, PIXEL_VALUES))
         self._hidden = self._session.get_outputs()[0].shape[2]
-        self._options = run_options(self.device, shrink=mapped)
+        self._options = run_options(self.device, shrink=large)
 
     def __call__(self, images: list[np.ndarray]) -> Array:
         """On a GPU images of one size that follow one another are a batch; on a CPU that takes as long and needs more

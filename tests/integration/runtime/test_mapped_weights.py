@@ -54,7 +54,7 @@ def test_memory_of_weights(graph, mapped, copies):
 
 
 def test_memory_of_activations_is_given_back(graph):
-    session = open_session(graph, 2, mapped=True)
+    session = open_session(graph, 2, lean=True)
     x = np.ones((4096, WIDTH), np.float32)  # of which 64 MiB come
     before = anonymous_bytes()
     for _ in range(3):
