@@ -33,7 +33,7 @@ KERNEL_BITS = {"int8": (0.5, 0.5), "int4": (1.03, 0.5)}
 VARIANTS = {"fp32": 2, "int8": 4, "int4": 4}  # graphs of a bundle's decoder that are compared
 BASE_BYTES = 0.45 * GIB  # the process with its libraries
 MAP_COPIES = 24  # of the encoder's largest feature map in float32, while a block is compared
-MATRIX_COPIES = 2  # of the decoder's largest matrix in float32, while it is written
+MATRIX_COPIES = 3.5  # of the decoder's largest matrix in float32, while it is written or compared
 LAYER_COPIES = 1.5  # of a decoder's layer in float32, while it is compared
 # Seconds on one core
 SECONDS_TO_START = 15

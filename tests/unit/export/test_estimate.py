@@ -75,7 +75,7 @@ def test_what_fits_is_told_with_what_there_is():
 @pytest.mark.parametrize(
     ("job", "memory", "disk", "mentions"),
     [
-        (INT4, 2, 50, ["(2.0 available)", "; --check none takes"]),
+        (INT4, 2.5, 50, ["(2.5 available)", "; --check none takes"]),
         (replace(INT4, decoder="fp32"), 20, 20, ["(20.0 free)", "; --decoder-precision fp16 takes"]),
         (replace(INT4, decoder="fp32"), 20, 8, ["; --decoder-precision int4 takes"]),
         (INT4, 20, 7, ["; --precision fp16 takes"]),
