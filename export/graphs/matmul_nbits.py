@@ -7,7 +7,7 @@ levels as zero points alone; what is left of the offsets meets the sum of a bloc
 are put behind the inputs (AveragePool, Concat), and the rest of the offsets behind the weights, in 4 bits: 3 % more
 columns.
 
-The head takes 8 bits around zero in any case, since what is lost there is lost in every token, and with it the token
+The head takes 8 bits around zero by default, since what is lost there is lost in every token, and with it the token
 embeddings where they are the same matrix; where they have their own, it stays as it is. Activations are float32; ONNX
 Runtime rounds them to 8 bits for each product. A graph in float16 is for GPUs: it stays in float16, its head takes as
 many bits as the rest, and scales are float16.
@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from export.graphs.block_formats import BLOCK, Blocks, rounded
 from export.graphs.store import Read, by_layer, store, values_of
 from runtime.errors import UserError
 
 FLOAT_COMPUTE, INT8_COMPUTE = 0, 4  # MatMulNBits' accuracy level; in INT8, activations are rounded on the fly
+TABLE = "embed_tokens/rows"  # of token embeddings that the head's blocks hold
 AT_ONCE = 1 << 22  # weights that a thread rounds at a time
 
 
@@ -39,6 +40,7 @@ def quantize_weights(
     bits: int | None,
     method: str = "rtn",
     rounding: Callable[[str, np.ndarray], Blocks] | None = None,
+    head_bits: int = 8,
 ) -> None:
     """Write a fused float graph with rounded weights to `target` (and `target`.data).
 
@@ -48,8 +50,9 @@ def quantize_weights(
         read: values of an initializer that has none of its own, in any float type.
         bits: None rounds the head alone.
         method: a key of `METHODS` that is for these bits.
-        rounding: by which the body's matrices get their blocks, from name and values [K, N]; None rounds each weight to
-            the nearest.
+        rounding: by which the body's matrices get their blocks, and the head's if it has 4 bits, from name and values
+            [K, N]; None rounds each weight to the nearest.
+        head_bits: 4 or 8, of symmetric blocks.
 
     Raises:
         UserError: q4_1, and a matrix has a number of inputs that BLOCK does not divide.
@@ -61,7 +64,7 @@ def quantize_weights(
     plans = {node.input[1]: (bits, method) for node in products if bits is not None}
     half = tensors[head.input[1]].data_type == onnx.TensorProto.FLOAT16
     if not half:
-        plans[head.input[1]] = (8, "rtn")
+        plans[head.input[1]] = (head_bits, "rtn")
     check_whole_blocks(graph, {name for name, (_, how) in plans.items() if how == "q4_1"})
     shapes = {name: (tensors[name].dims[0], tensors[name].dims[1]) for name in plans}
     _share_embeddings(graph, head, shapes[head.input[1]], plans[head.input[1]][0])
@@ -73,13 +76,15 @@ def quantize_weights(
         for name in by_layer(tensors):
             values = values_of(tensors[name], read)
             if name in plans:
-                if rounding is None or name == head.input[1]:
+                if rounding is None or (name == head.input[1] and head_bits == 8):
                     arrays = _rounded(values, *plans[name])
                 else:
                     arrays = rounding(name, values).tensors()
                 for ending, array in arrays.items():
                     element = onnx.TensorProto.FLOAT16 if half and ending == "scales" else None
                     graph.initializer.append(store(f"{name}/{ending}", array, data, element))
+                    if name == head.input[1] and ending.startswith("Q") and TABLE in used:
+                        graph.initializer.append(_as_table(graph.initializer[-1]))
             if name in used:
                 graph.initializer.append(store(name, values, data, tensors[name].data_type))
     onnx.save(model, str(target))
@@ -157,21 +162,18 @@ def _take_blocks(
 
 
 def _share_embeddings(graph: onnx.GraphProto, head: onnx.NodeProto, shape: tuple[int, int], bits: int) -> None:
-    """Where token embeddings are the transposed matrix of the head, look them up in its blocks instead.
-    Embeddings that are a matrix of their own stay as they are. shape: of the head's matrix, [D, V]."""
+    """Where token embeddings are the transposed matrix of the head, look them up in its blocks instead, by the name
+    TABLE. Embeddings that are a matrix of their own stay as they are. shape: of the head's matrix, [D, V]."""
     matrix = head.input[1]
     tables = {node.output[0]: node for node in graph.node if node.op_type == "Transpose" and node.input[0] == matrix}
     lookup = next((node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables), None)
     if lookup is None or shape[0] % BLOCK:
         return
-    rows = numpy_helper.from_array(np.array([shape[1], shape[0] * bits // 8]), "embed_tokens/shape")
-    graph.node.insert(0, helper.make_node("Constant", [], [rows.name], value=rows))
-    table = tables[lookup.input[0]]
-    table.CopyFrom(helper.make_node("Reshape", [f"{matrix}/Q{bits}", rows.name], ["embed_tokens/rows"]))
+    graph.node.remove(tables[lookup.input[0]])
     lookup.CopyFrom(
         helper.make_node(
             "GatherBlockQuantized",
-            ["embed_tokens/rows", lookup.input[1], f"{matrix}/scales"],
+            [TABLE, lookup.input[1], f"{matrix}/scales"],
             list(lookup.output),
             name=lookup.name,
             domain="com.microsoft",
@@ -181,3 +183,13 @@ def _share_embeddings(graph: onnx.GraphProto, head: onnx.NodeProto, shape: tuple
             quantize_axis=1,
         )
     )
+
+
+def _as_table(codes: onnx.TensorProto) -> onnx.TensorProto:
+    """The head's codes [V, blocks, bytes], where they lie, as [V, all bytes]: a Reshape would be a copy in memory."""
+    table = onnx.TensorProto()
+    table.CopyFrom(codes)
+    table.name = TABLE
+    vocabulary, blocks, size = codes.dims
+    table.dims[:] = [vocabulary, blocks * size]
+    return table

@@ -76,7 +76,9 @@ def test_symmetric_steps_are_whole_multiples_of_one_unit_a_row(matrix, size):
     weights[:, 0] = 0
     weights[:BLOCK, 1] = 0
     grid = SymmetricGrid.of(weights)
-    multiples, units = step_multiples(grid.steps)
+    found = step_multiples(grid.steps)
+    assert found is not None
+    multiples, units = found
     assert multiples.any(-1).all() and np.abs(multiples).max() == 127
     np.testing.assert_array_equal(multiples * units[:, None], grid.steps)
     blocks = grid.nearest(weights)
@@ -136,6 +138,40 @@ def test_products_are_the_rounded_weights(tmp_path, bits, method, bound):
     error = np.linalg.norm(hidden - expected) / np.linalg.norm(expected)
     assert error < bound
     assert np.linalg.norm(logits - hidden) < 0.02 * np.linalg.norm(hidden), "the head has 8 bits"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_head_that_is_the_token_embeddings_is_stored_once(tmp_path, bits):
+    """Both are looked up, and multiplied, in the same bytes of the file."""
+    random = np.random.default_rng(5)
+    table = random.standard_normal((96, 64)).astype(np.float32)
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [
+            helper.make_node("Transpose", ["head"], ["table"], perm=[1, 0]),
+            helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+            helper.make_node("MatMul", ["x", "head"], ["logits"], name="head"),
+        ],
+        "g",
+        [info("input_ids", 7, [1, "s"])],
+        [info("logits", 1, [1, "s", 96]), info("x", 1, [1, "s", 64])],
+        [numpy_helper.from_array(table.T.copy(), "head")],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "plain.onnx")
+    quantize_weights(*open_graph(tmp_path / "plain.onnx"), tmp_path / "m.onnx", 4, head_bits=bits)
+    places = {t.name: {e.key: e.value for e in t.external_data} for t in stored_tensors(tmp_path / "m.onnx")}
+    assert places["embed_tokens/rows"] == places[f"head/Q{bits}"] != {}
+    blocks = nearest(table.T, bits)
+    rows = ((blocks.levels.astype(np.float64) - 2 ** (bits - 1)) * blocks.scales[..., None]).reshape(96, 64)
+    ids = np.array([[0, 5, 95, 5]])
+    x, logits = open_session(tmp_path / "m.onnx", 1).run(["x", "logits"], {"input_ids": ids})
+    np.testing.assert_allclose(x[0], rows[ids[0]], rtol=1e-6)
+    assert np.linalg.norm(logits[0] - rows[ids[0]] @ rows.T) < 0.02 * np.linalg.norm(logits)
+
+
+def stored_tensors(file):
+    return onnx.load(file, load_external_data=False).graph.initializer
 
 
 def test_weights_are_read_and_written_beside_the_graph(tmp_path):
