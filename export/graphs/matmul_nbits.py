@@ -85,8 +85,10 @@ def quantize_weights(
                     graph.initializer.append(store(f"{name}/{ending}", array, data, element))
                     if name == head.input[1] and ending.startswith("Q") and TABLE in used:
                         graph.initializer.append(_as_table(graph.initializer[-1]))
+                del arrays
             if name in used:
                 graph.initializer.append(store(name, values, data, tensors[name].data_type))
+            del values  # before the next one is read
     onnx.save(model, str(target))
 
 
