@@ -1,5 +1,5 @@
 """Weights rounded one input after the other, each time moving those still to come so that what the layer gives on
-calibration data changes least: GPTQ (arXiv 2210.17323), on the levels of `export.graphs.block_formats.Grid`.
+calibration data changes least: GPTQ (arXiv 2210.17323), on the levels of `export.graphs.block_formats`.
 
 With rounding to the nearest, a change that is small everywhere is lost: fine-tuning moves most weights by a few
 hundredths of a step. Here what is lost of it in one weight is carried to the next, until one moves.
@@ -9,7 +9,6 @@ their energy, the largest first, when most weights are left to make up for what 
 """
 
 import tempfile
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 import onnx
 
 from calib.pieces import Pieces
-from export.graphs.block_formats import BLOCK, Blocks, Grid
+from export.graphs.block_formats import BLOCK, Blocks, Grid, SymmetricGrid
 
 CUT_AFTER = "GroupQueryAttention"  # a layer at a time
 DAMPING = 0.01  # of the mean energy, added to each input's
@@ -30,27 +29,38 @@ LEAF = 256  # rows of a triangular matrix that is inverted whole
 class Compensated:
     """Rounds the matrices of a fused float graph to 4 bits: a `rounding` of `quantize_weights`.
 
-    The graph is run in float32, a layer at a time for all prompts: one layer, the second moments of what its matrices
-    take and one prompt's values are in memory. What the next layer takes waits in files without a name. Matrices are
-    wanted in the order of the graph; others cost a run from the beginning.
+    The graph is run in float32, a layer at a time for all prompts: one layer, the second moments of what the matrices
+    of two layers take and one prompt's values are in memory. What the next layer takes waits in files without a name.
+    Matrices are wanted in the order of the graph; others cost a run from the beginning.
 
     Args:
         source: the graph, in float32 or float16.
         feeds: of the graph, gone over once.
         folder: on the disk that the files take: for each token of the prompts, twice the hidden size in float32. None
             takes the system's for temporary files.
+        grid: of the codes.
     """
 
-    def __init__(self, source: Path, feeds: Iterable[dict[str, np.ndarray]], folder: Path | None = None):
+    def __init__(
+        self,
+        source: Path,
+        feeds: Iterable[dict[str, np.ndarray]],
+        folder: Path | None = None,
+        grid: type[Grid | SymmetricGrid] = Grid,
+    ):
+        self._folder, self._grid = folder, grid
         graph = onnx.load(str(source), load_external_data=False).graph
-        self._folder = folder
         sizes = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 2}
+        makers = {name: node for node in graph.node for name in node.output}
         products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes]
-        products = [node for node in products if "logits" not in node.output]  # the head is not rounded so
-        self._inputs = {node.input[1]: node.input[0] for node in products}
-        self._sizes = {node.input[0]: sizes[node.input[1]] for node in products}
+        self._inputs = {
+            node.input[1]: _at_all_positions(node.input[0], makers) if "logits" in node.output else node.input[0]
+            for node in products
+        }
+        self._sizes = {taken: sizes[matrix] for matrix, taken in self._inputs.items()}
         self._pieces = Pieces(source, self._sizes, CUT_AFTER, float32=True)
         self._feeds = [{name: self._kept(value) for name, value in feed.items()} for feed in feeds]
+        self._factor: tuple[str, np.ndarray, np.ndarray] = ("", np.empty(0), np.empty(0))  # of the input last asked for
         self._restart()
 
     def __call__(self, name: str, weights: np.ndarray) -> Blocks:
@@ -62,23 +72,23 @@ class Compensated:
             while wanted not in self._moments:
                 self._advance()
             self._factor = (wanted, *_factor(self._moments[wanted]))
-        self._left[wanted] -= 1
-        if self._left[wanted] <= 0:
-            self._moments.pop(wanted, None)
-        return compensated(weights, *self._factor[1:])
+        return compensated(weights, *self._factor[1:], self._grid)
 
     def _restart(self) -> None:
         self._next = 0  # piece
         self._live = list(self._feeds)  # values of each prompt that pieces to come take
-        self._moments: dict[str, np.ndarray] = {}
-        self._left = Counter(self._inputs.values())  # matrices that are still to be rounded by them
-        self._factor: tuple[str, np.ndarray, np.ndarray] = ("", np.empty(0), np.empty(0))  # of the input last asked for
+        self._sums: list[dict[str, np.ndarray]] = []  # of the last two pieces
+
+    @property
+    def _moments(self) -> dict[str, np.ndarray]:
+        """x^T x over all positions x of what matrices take, float32 [K, K]."""
+        return {name: sums for piece in self._sums for name, sums in piece.items()}
 
     def _comes(self, name: str) -> bool:
         return any(name in piece.names for piece in self._pieces.pieces[self._next :])
 
     def _advance(self) -> None:
-        """Run the next piece: x^T x over all positions x of what its matrices take, float32 [K, K]."""
+        """Run the next piece for all prompts."""
         piece, later = self._pieces.pieces[self._next], self._pieces.pieces[self._next + 1 :]
         taken = {name for other in later for name in other.inputs}
         sums = {name: np.zeros((self._sizes[name],) * 2, np.float32) for name in piece.names}
@@ -103,7 +113,7 @@ class Compensated:
                 add()
         if any(waiting.values()):
             add()
-        self._moments |= sums
+        self._sums = [*self._sums[-1:], sums]
         self._next += 1
 
     def _kept(self, values: np.ndarray) -> np.ndarray:
@@ -114,6 +124,13 @@ class Compensated:
             mapped = np.memmap(file, values.dtype, "w+", shape=values.shape)  # lives on without its name
         mapped[...] = values
         return mapped
+
+
+def _at_all_positions(name: str, makers: dict[str, onnx.NodeProto]) -> str:
+    """What the head takes at its one position, at all."""
+    while name in makers and makers[name].op_type in ("Gather", "Unsqueeze"):
+        name = makers[name].input[0]
+    return name
 
 
 def _factor(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,9 +157,11 @@ def _invert_lower(matrix: np.ndarray) -> None:
     below[...] = -second @ (below @ first)
 
 
-def compensated(weights: np.ndarray, order: np.ndarray, factor: np.ndarray) -> Blocks:
+def compensated(
+    weights: np.ndarray, order: np.ndarray, factor: np.ndarray, grid_type: type[Grid | SymmetricGrid]
+) -> Blocks:
     """weights: [K, N], K a multiple of BLOCK. order, factor: as `_factor` gives them."""
-    grid = Grid.of(weights)
+    grid = grid_type.of(weights)
     stored = grid.as_stored()
     rest = weights[order].astype(np.float32)  # what is left to be rounded
     levels = np.empty((weights.shape[1], len(order)), np.uint8)
