@@ -104,11 +104,14 @@ class Ours(Peer):
     batches = True
 
     def __init__(self, spec: dict[str, Any]):
+        from runtime.backends.memory_plan import DTYPES
         from runtime.backends.select import Backends, open_decoder
         from runtime.bundle.manifest import open_bundle
 
         bundle = open_bundle(spec["bundle"])
-        self._decoder = open_decoder(bundle, Backends(decoder=spec["products"], threads=spec["threads"]))
+        cache = next(name for name, dtype in DTYPES.items() if dtype == bundle.decoder.kv_dtype)  # whatever is free
+        backends = Backends(decoder=spec["products"], threads=spec["threads"], kv_precision=cache)
+        self._decoder = open_decoder(bundle, backends)
         self.reserve(spec["capacity"])
 
     def reserve(self, positions: int, rows: int = 1) -> None:
