@@ -1,5 +1,6 @@
 """Exports of the released width: their peak memory is that of a few layers, however many there are."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,10 @@ DECODER_GIB, BUNDLE_GIB = 4, 8
 def test_the_decoder_s_peak_does_not_grow_with_its_layers(precision: str, checkpoint_of: Callable, tmp_path: Path):
     peaks = {}
     for layers in (2, 4):
-        arguments = ["--checkpoint", checkpoint_of(layers), "--precision", precision, "--out", tmp_path / str(layers)]
+        out = tmp_path / str(layers)
+        arguments = ["--checkpoint", checkpoint_of(layers), "--precision", precision, "--out", out]
         peaks[layers] = run_command("export.decoder", *arguments).peak.own
+        shutil.rmtree(out)
     assert max(peaks.values()) < 1.1 * min(peaks.values()), peaks
     assert max(peaks.values()) < DECODER_GIB * GIB, peaks
 
