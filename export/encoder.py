@@ -89,13 +89,15 @@ def check_encoder(file: Path, model: ImageEncoder, inputs: list[np.ndarray], pre
     worst = Difference("", -1.0, tolerance)
     bar = tqdm(zip(blocks, pieces, strict=True), "encoder: check", len(blocks), unit="block", disable=None)
     for (name, module), piece in bar:
-        expected, session = run_block(name, module, expected), open_piece(piece, file.parent)
+        expected = run_block(name, module, expected)
+        session = open_piece(piece, file.parent)
         for i, reference in enumerate(expected):
             found[i] = run_piece(session, found[i])
             row = compare(name, found[i], reference.numpy(), tolerance)
             if not row.ok:
                 return [replace(row, what=f"first bad block: {name}")]
             worst = max(worst, row, key=lambda row: row.error)
+        del session  # and what it has kept for the next run, before PyTorch computes the next block
     rows = [replace(worst, what=f"worst block: {worst.what}")]
     sizes = [f"{len(pixels)} x {pixels.shape[2]}x{pixels.shape[3]} {precision}" for pixels in inputs]
     for size, ours, theirs in zip(sizes, found, expected, strict=True):

@@ -51,6 +51,7 @@ def open_piece(piece: onnx.ModelProto, folder: Path, libraries: Sequence[str] = 
         libraries: shared libraries of the operators that it needs.
     """
     options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = False  # a piece runs a few times: nothing is worth keeping for the next one
     options.add_session_config_entry(FOLDER, str(folder))
     for library in libraries:
         options.register_custom_ops_library(library)
