@@ -12,21 +12,23 @@ namespace convllava {
 // Rows of x in blocks. Of 8 bits: x = scale * code, codes up to 127. Of 24 bits: x = scale * (128^2 a + 128 b + c),
 // with the codes a (up to 127), b and c (-64 to 63) in three planes. A block with a NaN has the scale NaN.
 //
-// Blocks of TILE rows lie together, those of the last rows where there are fewer: [tiles, blocks, rows of the tile].
+// Blocks of TILE rows lie together, those of the last rows where there are fewer: [tiles, blocks, rows of the tile]. If
+// all rows are fewer than a tile, there is memory for as many as the next power of two.
 // Within a block, columns lie as in the weights that they meet: for 4 bits, the 16 even ones and then the 16 odd ones.
 struct Activations {
-  int64_t rows, blocks, tile;
+  int64_t rows, padded_rows, blocks, tile;
   Format format;          // of the weights
-  int8_t* codes;          // [planes, rows * blocks, 32]
-  float* scales;          // [rows * blocks]
-  float* scaled_sums;     // [rows * blocks]: scale * sum of what it multiplies
-  int32_t* initial_sums;  // [1, rows * blocks]: -zero_point * sum of codes; of 24 bits [2, ...]: of 128 a + b, and of c
+  int8_t* codes;          // [planes, padded_rows * blocks, 32]
+  float* scales;          // [padded_rows * blocks]
+  float* scaled_sums;     // [padded_rows * blocks]: scale * sum of what it multiplies
+  int32_t* initial_sums;  // [1, padded_rows * blocks]: -zero_point * sum of codes; of 24 bits [2, ...]: of 128 a + b, c
 
+  int64_t tile_rows(int64_t first) const { return std::min(tile, padded_rows - first); }
   int64_t at(int64_t row, int64_t block) const {
     const int64_t first = row / tile * tile;
-    return first * blocks + block * std::min(tile, rows - first) + row - first;
+    return first * blocks + block * tile_rows(first) + row - first;
   }
-  int64_t plane() const { return rows * blocks; }
+  int64_t plane() const { return padded_rows * blocks; }
 };
 
 constexpr int planes(int activation_bits) { return activation_bits == 24 ? 3 : 1; }

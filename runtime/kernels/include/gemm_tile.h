@@ -186,7 +186,9 @@ CONVLLAVA_INLINE void store(const GemmCall& call, int64_t row, int64_t first, co
                             const typename Lanes::Floats (&ups)[ROWS]) {
   const Weights *w = call.weights[0], *up = call.weights[1];
   const int64_t columns = std::min<int64_t>(Lanes::COUNT, w->rows - row);
+#pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m) {
+    if (first + m >= call.a.rows) break;  // padded ones
     float lanes[2][Lanes::COUNT];
     Lanes::store(lanes[0], Lanes::multiply(y[m], Lanes::load_floats(w->units + row)));
     if (up) Lanes::store(lanes[1], Lanes::multiply(ups[m], Lanes::load_floats(up->units + row)));
@@ -207,15 +209,15 @@ CONVLLAVA_INLINE void dot_stored(const Weights& w, int64_t row, const Activation
   });
 }
 
-// Whether x has ROWS rows, or half as many and so on, and was multiplied.
+// Whether x has ROWS rows with the padded ones, or half as many and so on, and was multiplied.
 template <class Lanes, Format FORMAT, int ACTIVATION_BITS, int ROWS>
 CONVLLAVA_INLINE bool gemm_stored(const GemmCall& call, int64_t row, int64_t end) {
-  if (call.a.rows != ROWS) {
+  if (call.a.padded_rows != ROWS) {
     if constexpr (ROWS > 1) return gemm_stored<Lanes, FORMAT, ACTIVATION_BITS, ROWS / 2>(call, row, end);
     return false;
   }
   for (; row < end; row += Lanes::COUNT) {
-    typename Lanes::Floats y[ROWS], ups[ROWS];
+    typename Lanes::Floats y[ROWS], ups[ROWS] = {};
     dot_stored<Lanes, FORMAT, ACTIVATION_BITS>(*call.weights[0], row, call.a, y);
     if (call.weights[1]) dot_stored<Lanes, FORMAT, ACTIVATION_BITS>(*call.weights[1], row, call.a, ups);
     store<Lanes>(call, row, 0, y, ups);
@@ -239,7 +241,7 @@ template <class Lanes, Format FORMAT, int ACTIVATION_BITS, int ROWS>
 CONVLLAVA_INLINE void gemm_rows(const GemmCall& call, int64_t row, const typename Lanes::Ints* const (&transposed)[2],
                                 int64_t first, int64_t end, int64_t tile) {
   for (; first + ROWS <= end; first += ROWS) {
-    typename Lanes::Floats y[ROWS], ups[ROWS];
+    typename Lanes::Floats y[ROWS], ups[ROWS] = {};
     dot_rows<Lanes, FORMAT, ACTIVATION_BITS>(*call.weights[0], row, transposed[0], call.a, first, tile, y);
     if (call.weights[1])
       dot_rows<Lanes, FORMAT, ACTIVATION_BITS>(*call.weights[1], row, transposed[1], call.a, first, tile, ups);
@@ -271,7 +273,7 @@ void gemm_groups(const GemmCall& call, int64_t begin, int64_t end, Buffer& buffe
     }
   }
   for (int64_t first = 0; first < a.rows; first += a.tile) {
-    const int64_t tile = std::min(a.tile, a.rows - first);
+    const int64_t tile = a.tile_rows(first);
     for (int64_t part = 0; part < parts; ++part) {
       const Ints* const both[2] = {transposed(0, part), transposed(matrices - 1, part)};
       gemm_rows<Lanes, FORMAT, ACTIVATION_BITS, ROWS>(call, first_row + part * Lanes::COUNT, both, first, first + tile,

@@ -25,17 +25,18 @@ int8_t saturate(int32_t code) { return static_cast<int8_t>(std::clamp(code, -128
 
 Activations reserve(Buffer& buffer, int64_t rows, int64_t blocks, int64_t tile, Format format, int activation_bits) {
   const int sums = activation_bits == 24 ? 2 : 1;
-  const size_t count = rows * blocks, codes = count * BLOCK * planes(activation_bits);
-  uint8_t* base = buffer.reserve(codes + count * (2 * sizeof(float) + sums * sizeof(int32_t)));
-  float* scales = reinterpret_cast<float*>(base + codes);
-  return {rows,
-          blocks,
-          tile,
-          format,
-          reinterpret_cast<int8_t*>(base),
-          scales,
-          scales + count,
-          reinterpret_cast<int32_t*>(scales + 2 * count)};
+  int64_t padded_rows = 1;
+  while (padded_rows < rows) padded_rows *= 2;
+  if (padded_rows > tile) padded_rows = rows;
+  const size_t count = padded_rows * blocks, codes = count * BLOCK * planes(activation_bits);
+  const size_t bytes = codes + count * (2 * sizeof(float) + sums * sizeof(int32_t));
+  uint8_t* base = buffer.reserve(bytes);
+  if (padded_rows > rows) std::fill(base, base + bytes, 0);
+  Activations a{rows, padded_rows, blocks, tile, format, reinterpret_cast<int8_t*>(base), nullptr, nullptr, nullptr};
+  a.scales = reinterpret_cast<float*>(base + codes);
+  a.scaled_sums = a.scales + count;
+  a.initial_sums = reinterpret_cast<int32_t*>(a.scaled_sums + count);
+  return a;
 }
 
 template <int ACTIVATION_BITS>
