@@ -92,3 +92,13 @@ def test_the_command_passes_its_options(monkeypatch, capsys):
     assert command.main(["checkpoint", "--layers", "4", "--kv-heads", "8", "--bin", "--out", "here"]) == 0
     assert given == [(Path("here"), Shape(layers=4, kv_heads=8), True)]
     assert capsys.readouterr().out == "here\n"
+
+
+def test_layers_add_little_to_what_they_are_given(tmp_path):
+    """Else rounding errors of 4 bits grow from layer to layer, until after 32 of them nothing of the logits is left."""
+    folder = tmp_path / "checkpoint"
+    write_checkpoint(folder, TINY)
+    state = load_model(folder, torch.float32).decoder.state_dict()
+    assert 0.9 < state["model.embed_tokens.weight"].std() < 1.1
+    for name, deviation in (("self_attn.o_proj", 0.0025), ("mlp.down_proj", 0.0025), ("mlp.up_proj", 0.02)):
+        assert 0.9 < state[f"model.layers.1.{name}.weight"].std() / deviation < 1.1
