@@ -19,6 +19,7 @@ from calib.pieces import widen
 from calib.report import write_decoder_report
 from export.bundle_writer import new_bundle, write_manifest
 from export.graphs.block_formats import METHODS as BLOCK_METHODS
+from export.graphs.block_formats import Grid, SymmetricGrid
 from export.graphs.kv_precision import write_half_caches
 from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import check_whole_blocks, quantize_weights
@@ -37,6 +38,21 @@ METHODS = {**BLOCK_METHODS, "gptq": (4,)}  # and the bits it is for
 DEFAULT_METHODS = {"int4": "q4_1", "int8": "rtn"}
 GPTQ_PROMPTS = 128
 REMOVED_METHODS = {"awq": "gptq loses less (ANLS 0.896 against 0.860 on the demo model); use --method gptq"}
+
+
+@dataclass(frozen=True)
+class GptqFormat:
+    """grid: of the codes. blocks: the method of `export.graphs.matmul_nbits` that stores such. head_bits: 4 rounds the
+    head by gptq too."""
+
+    grid: type[Grid | SymmetricGrid]
+    blocks: str
+    head_bits: int
+
+
+ASYMMETRIC = GptqFormat(Grid, "q4_1", 8)
+SYMMETRIC = GptqFormat(SymmetricGrid, "rtn", 8)
+SYMMETRIC_HEAD = GptqFormat(SymmetricGrid, "rtn", 4)
 
 
 @dataclass(frozen=True)
@@ -151,12 +167,18 @@ def _losses(bundle: Bundle, evaluation: Evaluation, decoder: OnnxDecoder) -> dic
 
 
 def quantize_decoder(
-    source: Path, target: Path, precision: str, method: str, feeds: Iterable[dict[str, np.ndarray]] = ()
+    source: Path,
+    target: Path,
+    precision: str,
+    method: str,
+    feeds: Iterable[dict[str, np.ndarray]] = (),
+    gptq: GptqFormat = ASYMMETRIC,
 ) -> None:
     """Write the fused float graph `source` in float32, with rounded weights, to `target` (weights to `target`.data).
 
     Args:
         feeds: what gptq is calibrated on, as `prompts` makes it.
+        gptq: what it writes.
 
     Raises:
         UserError: as `check_options` and `quantize_weights`.
@@ -166,8 +188,8 @@ def quantize_decoder(
     model, _ = open_graph(source)  # the reader's own keeps the types that weights are stored in
     widen(model)
     if method == "gptq":
-        rounding = Compensated(source, feeds, target.parent)
-        quantize_weights(model, read, target, BITS[precision], "q4_1", rounding)
+        rounding = Compensated(source, feeds, target.parent, gptq.grid)
+        quantize_weights(model, read, target, BITS[precision], gptq.blocks, rounding, gptq.head_bits)
     else:
         quantize_weights(model, read, target, BITS[precision], method)
 
