@@ -39,6 +39,9 @@ TOLERANCES = {
     ("decoder", "int8"): 0.1,
     ("decoder", "int4"): 0.8,
     ("decoder", "w4a16"): 0.8,
+    ("layer", "int8"): 0.1,  # what one layer adds to its input
+    ("layer", "int4"): 0.7,
+    ("layer", "w4a16"): 0.7,
     ("engine", "fp16"): 2e-2,
     ("engine", "int8"): 0.1,
     ("engine", "fp8"): 0.1,

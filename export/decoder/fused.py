@@ -65,14 +65,19 @@ class _Fused(GraphWriter):
         ]
 
     def embeddings(self) -> str:
-        """[batch, sequence, hidden]. Tied to the head, they are looked up in its matrix."""
-        name = "/model/embed_tokens"
-        if not self.config.tie_word_embeddings:
-            table = self.weight("model.embed_tokens.weight", "model.embed_tokens.weight")
-        else:
-            head = self.weight("lm_head.MatMul.weight", "model.embed_tokens.weight", transposed=True)
+        """[batch, sequence, hidden]. Tied to the head, they are looked up in its matrix; a table of their own stays in
+        float16 where it was stored so, since only a few of its rows are converted."""
+        name, key = "/model/embed_tokens", "model.embed_tokens.weight"
+        if self.config.tie_word_embeddings:
+            head = self.weight("lm_head.MatMul.weight", key, transposed=True)
             table = self.node("Transpose", [head], f"{name}/Transpose", perm=[1, 0])
-        return self.node("Gather", [table, INPUT_IDS], f"{name}/Gather")
+            return self.node("Gather", [table, INPUT_IDS], f"{name}/Gather")
+        is_half = self.state[key].dtype == torch.float16
+        table = self.weight(key, key, element=TensorProto.FLOAT16 if is_half else None)
+        rows = self.node("Gather", [table, INPUT_IDS], f"{name}/Gather")
+        if not is_half or self.element == TensorProto.FLOAT16:
+            return rows
+        return self.node("Cast", [rows], f"{name}/Cast", to=self.element)
 
     def norm(self, hidden: str, delta: str, name: str) -> tuple[str, str]:
         """(hidden + delta normalized, hidden + delta); the embeddings have no delta."""

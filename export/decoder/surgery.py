@@ -11,7 +11,8 @@ def merge_image_embeds(model: onnx.ModelProto) -> None:
     """Give a token-id decoder the input image_embeds [num_image_embeds, hidden], in place.
 
     Where input_ids [B, S] is below 0, row -1 - id of image_embeds takes the token embedding's place. Finds the one
-    node that looks `input_ids` up in the embedding table; raises ValueError if there is not exactly one.
+    node that looks `input_ids` up in the embedding table, and the Cast behind it if there is one; raises ValueError if
+    there is not exactly one.
     """
     graph = model.graph
     lookups = [
@@ -21,7 +22,9 @@ def merge_image_embeds(model: onnx.ModelProto) -> None:
         raise ValueError(f"expected one look-up of input_ids in the embedding table, found {len(lookups)}")
     lookup = lookups[0]
     hidden, element = _hidden_size(graph), _float_type(graph)
-    merged, lookup.output[0] = lookup.output[0], "image_merge/token_embeds"
+    cast = next((node for node in graph.node if node.op_type == "Cast" and node.input[0] == lookup.output[0]), None)
+    last = cast or lookup
+    merged, last.output[0] = last.output[0], "image_merge/token_embeds"
     lookup.input[list(lookup.input).index("input_ids")] = "image_merge/token_ids"
     constants = {
         "image_merge/zero": np.array(0, np.int64),
@@ -45,11 +48,11 @@ def merge_image_embeds(model: onnx.ModelProto) -> None:
         helper.make_node("Where", [n("is_image_row"), n("embeds"), n("token_embeds")], [merged]),
     ]
     nodes = list(graph.node)
-    at = nodes.index(lookup)
+    end = nodes.index(last)
     for node in before + after:
         node.name = node.output[0] + "/" + node.op_type
     del graph.node[:]
-    graph.node.extend([*before, *nodes[: at + 1], *after, *nodes[at + 1 :]])
+    graph.node.extend([*before, *nodes[: end + 1], *after, *nodes[end + 1 :]])
     graph.input.insert(1, helper.make_tensor_value_info("image_embeds", element, ["num_image_embeds", hidden]))
 
 

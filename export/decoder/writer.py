@@ -60,8 +60,15 @@ class GraphWriter:
         self.initializers.append(numpy_helper.from_array(np.array(value, np.int64), name))
         return name
 
-    def weight(self, name: str, parts: str | Iterable[str], transposed: bool = False) -> str:
-        """Add tensors of the state as one, one below the other; `transposed`: as [in, out]."""
+    def weight(
+        self, name: str, parts: str | Iterable[str], transposed: bool = False, element: int | None = None
+    ) -> str:
+        """Add tensors of the state as one, one below the other.
+
+        Args:
+            transposed: as [in, out].
+            element: its type, if that is not the graph's.
+        """
         tensors = [self.state[part] for part in ([parts] if isinstance(parts, str) else parts)]
 
         def value() -> torch.Tensor:
@@ -69,7 +76,7 @@ class GraphWriter:
             return joined.t() if transposed else joined
 
         shape = [sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:]]
-        return self._add(name, shape[::-1] if transposed else shape, value)
+        return self._add(name, shape[::-1] if transposed else shape, value, element)
 
     def rotary_tables(self, names: tuple[str, str], positions: int) -> None:
         """Cosines and sines, [positions, head_dim / 2]: both halves are alike."""
@@ -84,7 +91,7 @@ class GraphWriter:
         names = [f"{name}.{i}.{kind}" for i in range(self.config.num_hidden_layers) for kind in KINDS]
         return [helper.make_tensor_value_info(name, self.element, shape) for name in names]
 
-    def _add(self, name: str, shape: list[int], value: Callable[[], torch.Tensor]) -> str:
-        self.initializers.append(TensorProto(name=name, data_type=self.element, dims=shape))
+    def _add(self, name: str, shape: list[int], value: Callable[[], torch.Tensor], element: int | None = None) -> str:
+        self.initializers.append(TensorProto(name=name, data_type=element or self.element, dims=shape))
         self._values[name] = value
         return name

@@ -5,9 +5,10 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from export.decoder.check import check_decoder
-from export.decoder.export import export_decoder
+from export.decoder.export import export_decoder, write_fused
 from export.decoder.surgery import merge_image_embeds
 from runtime.errors import UserError
 from tests.support.commands import run_main
@@ -61,6 +62,35 @@ def test_a_layer_that_gives_nan_is_named(checkpoint, tmp_path):
     rows = check_decoder(checkpoint, tmp_path / "nan.onnx", "fp32")
     assert rows[0].what == "layer 2, prompt with two images"
     assert not rows[0].ok
+
+
+def test_layers_of_rounded_weights_are_judged_one_by_one(checkpoint, tmp_path):
+    """Layer 1 adds nothing from its MLP; what follows is given PyTorch's hidden states, and is right."""
+    file = export_decoder(checkpoint, tmp_path, "int4")
+    graph = onnx.load(file, load_external_data=False).graph
+    scales = next(
+        tensor for tensor in graph.initializer if tensor.name.endswith("layers.1.mlp.down_proj.MatMul.weight/scales")
+    )
+    place = {entry.key: entry.value for entry in scales.external_data}
+    with file.with_name("model.onnx.data").open("r+b") as data:
+        data.seek(int(place["offset"]))
+        data.write(bytes(int(place["length"])))
+    layer, *logits = check_decoder(checkpoint, file, "int4")
+    assert layer.what == "layer 1, prompt with two images"
+    assert not layer.ok
+    assert all(row.ok for row in logits)
+
+
+def test_embeddings_of_their_own_stay_in_float16(checkpoint, tmp_path):
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=96
+    )
+    state = LlamaForCausalLM(config).half().state_dict()
+    write_fused(config, state, "int8", file := tmp_path / "model.onnx")
+    graph = onnx.load(file).graph
+    (table,) = (tensor for tensor in graph.initializer if list(tensor.dims) == [96, 64])
+    np.testing.assert_array_equal(numpy_helper.to_array(table), state["model.embed_tokens.weight"].numpy())
+    assert numpy_helper.to_array(table).dtype == np.float16
 
 
 def test_block_wise_weights_have_the_bits_asked_for(checkpoint, tmp_path):
