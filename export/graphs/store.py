@@ -56,7 +56,7 @@ def store(name: str, values: np.ndarray, data: BinaryIO, element: int | None = N
     tensor.ClearField("raw_data")
     rows = max(1, CHUNK * len(values) // size)
     for begin in range(0, len(values), rows):
-        data.write(_as(values[begin : begin + rows], dtype).data)
+        data.write(_as(values[begin : begin + rows], dtype).view(np.uint8).data)  # FP8 has no buffer of its own
     return tensor
 
 

@@ -267,15 +267,20 @@ def test_fp8_values_are_near_float32(tiny_encoder, conformance_bundle, pictures,
     assert sqnr(run, expected) == pytest.approx(sqnr(found, expected), abs=1)
 
 
-def test_large_weights_lie_beside_the_graph(pictures, conformance_bundle, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_large_weights_lie_beside_the_graph(pictures, conformance_bundle, tmp_path, monkeypatch, precision):
     monkeypatch.setattr("export.encoder.INLINE_BYTES", 1000)
     export_encoder(tiny(), tmp_path / "fp32.onnx", "fp32")
+    onnx.save(onnx.load(tmp_path / "fp32.onnx"), tmp_path / "inline.onnx")
     feeds = feeds_of(open_bundle(conformance_bundle), pictures)
     ranges = ranges_of(tmp_path / "fp32.onnx", feeds)
-    means = measure_means(tmp_path / "fp32.onnx", ranges, "int8", feeds[:2])
-    quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", ranges, "int8", (), means)
-    assert (tmp_path / "int8.onnx.data").stat().st_size > 1000
-    open_session(tmp_path / "int8.onnx", None)
+    means = measure_means(tmp_path / "fp32.onnx", ranges, precision, feeds[:2])
+    quantize(tmp_path / "fp32.onnx", tmp_path / "q.onnx", ranges, precision, (), means)
+    assert (tmp_path / "q.onnx.data").stat().st_size > 1000
+    quantize(tmp_path / "inline.onnx", tmp_path / "whole.onnx", ranges, precision, (), means)
+    pixels = {"pixel_values": feeds[2][1]}
+    found, expected = (open_session(tmp_path / name, None).run(None, pixels) for name in ("q.onnx", "whole.onnx"))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_mistakes_are_one_line(conformance_bundle, pictures, tmp_path):
