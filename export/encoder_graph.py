@@ -108,6 +108,7 @@ class _Writer:
             elif isinstance(layer, nn.GELU):
                 x = self._gelu(x, output or path)
             else:
+                assert isinstance(layer, nn.Linear)
                 x, width = self._linear(x, path, layer, output), layer.out_features
         return width
 
