@@ -186,7 +186,8 @@ def quantize_decoder(
     check_options(precision, method)
     _, read = open_graph(source)
     model, _ = open_graph(source)  # the reader's own keeps the types that weights are stored in
-    widen(model)
+    if model.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16:  # logits
+        widen(model)
     if method == "gptq":
         rounding = Compensated(source, feeds, target.parent, gptq.grid)
         quantize_weights(model, read, target, BITS[precision], gptq.blocks, rounding, gptq.head_bits)
