@@ -319,7 +319,7 @@ def test_a_broken_checkpoint_is_named(graph):
     weight.CopyFrom(numpy_helper.from_array(broken, weight.name))
     onnx.save(model, graph)
     done = run_module("export.engine", "--target", "sm89", "--onnx", graph)
-    assert_one_line_error(done, "not finite in FP32", "conv")
+    assert_one_line_error(done, "not finite in FP32", "encoder.stem.0")
 
 
 def test_capability_names_what_the_parser_refuses(graph):
