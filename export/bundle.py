@@ -23,7 +23,7 @@ from export.cli import (
     name_of,
     open_checkpoint,
 )
-from export.decoder.check import Reference, check_decoder
+from export.decoder.check import DecoderReference, check_decoder
 from export.decoder.export import BLOCKS, CAPACITY_HELP, check_options, decoder_part, export_decoder
 from export.decoder.sampler import sampler_graph
 from export.encoder import check_encoder, check_precision, export_encoder, parity_inputs
@@ -112,7 +112,7 @@ class Checks:
 
     def __init__(self, checkpoint: Checkpoint, folder: Path):
         self._checkpoint, self._folder = checkpoint, folder
-        self._reference: Reference | None = None  # of the decoder, for all its graphs
+        self._reference: DecoderReference | None = None  # of the decoder, for all its graphs
         self.errors: dict[str, float] = {}
 
     def encoder(self, file: Path, model: ImageEncoder, precision: str, resolution: int) -> None:
@@ -120,7 +120,7 @@ class Checks:
         self._require(rows, file, "encoder")
 
     def decoder(self, file: Path, precision: str, graph: str = "fused", what: str = "decoder", hint: str = "") -> None:
-        self._reference = self._reference or Reference.of(self._checkpoint)
+        self._reference = self._reference or DecoderReference.of(self._checkpoint)
         rows = check_decoder(self._checkpoint, file, precision, graph, self._reference)
         self._require(rows, file, what, hint)
 

@@ -20,7 +20,7 @@ from train.model.streamed import StreamedDecoder
 
 
 @dataclass(frozen=True)
-class Reference:
+class DecoderReference:
     """What PyTorch computes in float32: a prompt with two images, a second turn, three single steps.
 
     Args:
@@ -52,7 +52,7 @@ class Reference:
 
 
 def check_decoder(
-    checkpoint: Checkpoint, file: Path, precision: str, graph: str = "fused", reference: Reference | None = None
+    checkpoint: Checkpoint, file: Path, precision: str, graph: str = "fused", reference: DecoderReference | None = None
 ) -> list[Difference]:
     """Compare a graph with PyTorch, layer by layer.
 
@@ -66,7 +66,7 @@ def check_decoder(
     Returns:
         The layer and call that differ most, or the first that differ too much, and the logits of each call.
     """
-    reference = reference or Reference.of(checkpoint)
+    reference = reference or DecoderReference.of(checkpoint)
     model = onnx.load(str(file), load_external_data=False)
     layers = len(reference.states) - 1
     is_rounded, sums = ("layer", precision) in TOLERANCES, _residual_sums(model, layers)
