@@ -1,6 +1,6 @@
 """Fuzz what reads bytes of others, with atheris (libFuzzer).
 
-python -m tests.fuzz TARGET|all [--seconds N] [--out DIR]
+python -m tests.fuzz TARGET|all [--seconds N] [--seed N] [--out DIR]
 
 Each target starts from generated seeds, in a process of its own, since a native library may crash; JOBS targets run at
 once. A finding is an exception other than UserError and ApiError, a message of several lines, more than TIMEOUT_S
@@ -38,6 +38,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz what reads bytes of others.")
     parser.add_argument("target", help=f"all, or one of {', '.join(TARGETS)}")
     parser.add_argument("--seconds", type=int, default=60, help="in all, for all targets together; 60")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="above 0: the same inputs in each run; default: others each time"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "fuzz", help="folder of findings; build/fuzz")
     parser.add_argument("--input", type=Path, help="a file to run once")
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)  # of a process that fuzzes
@@ -49,23 +52,23 @@ def main() -> int:
         checked(target.fuzz)(options.input.read_bytes())
         return 0
     if options.corpus:
-        fuzz(options.target, options.seconds, options.out, options.corpus)
+        fuzz(options)
     names = TARGETS if options.target == "all" else (options.target,)
     jobs = min(JOBS, len(names))
     seconds = max(options.seconds * jobs // len(names), 1)
     print(f"{'target':<14} {'seconds':>8} {'inputs':>10} {'a second':>9}  findings", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda name: run(name, seconds, options.out), names))
+        results = list(pool.map(lambda name: run(name, seconds, options.seed, options.out), names))
     return int(not all(results))
 
 
-def run(name: str, seconds: int, out: Path) -> bool:
+def run(name: str, seconds: int, random_seed: int, out: Path) -> bool:
     """Fuzzes a target in a process of its own and prints a line, with each finding; returns whether there are none."""
-    command = [sys.executable, "-m", "tests.fuzz", name, "--seconds", str(seconds), "--out", str(out)]
+    command = [sys.executable, "-m", "tests.fuzz", name, "--seconds", str(seconds), "--seed", str(random_seed)]
     before, begin = set(out.glob(f"{name}-*")), time.monotonic()
     with tempfile.TemporaryDirectory() as corpus:
         done = subprocess.run(
-            [*command, "--corpus", corpus],
+            [*command, "--out", str(out), "--corpus", corpus],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -87,22 +90,24 @@ def run(name: str, seconds: int, out: Path) -> bool:
     return not failed
 
 
-def fuzz(name: str, seconds: int, out: Path, corpus: Path) -> None:
+def fuzz(options: argparse.Namespace) -> None:
     """Fuzzes a target in this process, which then ends."""
     import atheris
 
     with atheris.instrument_imports(include=INSTRUMENTED):
-        target = importlib.import_module(f"tests.fuzz.targets.{name}")
+        target = importlib.import_module(f"tests.fuzz.targets.{options.target}")
     for number, seed in enumerate(target.seeds()):
-        (corpus / str(number)).write_bytes(seed)
+        (options.corpus / str(number)).write_bytes(seed)
     libfuzzer = [
         *(
-            f"-max_total_time={seconds}",
+            f"-max_total_time={options.seconds}",
+            f"-seed={options.seed}",
             f"-timeout={TIMEOUT_S}",
             f"-rss_limit_mb={MEMORY_MIB}",
             f"-max_len={MAX_BYTES}",
         ),
-        *("-print_final_stats=1", "-verbosity=0", f"-artifact_prefix={out}/{name}-", str(corpus)),
+        *("-print_final_stats=1", "-verbosity=0", f"-artifact_prefix={options.out}/{options.target}-"),
+        str(options.corpus),
     ]
     atheris.Setup([sys.argv[0], *libfuzzer], checked(target.fuzz), **mutation(target))
     atheris.Fuzz()

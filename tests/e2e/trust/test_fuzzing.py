@@ -1,4 +1,4 @@
-"""Two minutes of fuzzing; `make fuzz` does more."""
+"""Two minutes of fuzzing, of the same inputs in each run; `make fuzz` tries others, for longer."""
 
 import importlib.util
 from pathlib import Path
@@ -22,5 +22,5 @@ def test_the_fuzzer_finds_a_planted_fault(tmp_path: Path):
 
 
 def test_nothing_is_found_in_two_minutes():
-    done = run_module("tests.fuzz", "all", "--seconds", SECONDS)
+    done = run_module("tests.fuzz", "all", "--seconds", SECONDS, "--seed", 1)
     assert done.returncode == 0, done.stdout + done.stderr

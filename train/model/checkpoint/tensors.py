@@ -82,8 +82,9 @@ def _read_safetensors(file: Path, prefix: str) -> Iterator[tuple[str, Tensor, Pa
             for key in tensors.keys():  # noqa: SIM118 - not a dict
                 if key.startswith(prefix):
                     yield key, tensors.get_tensor(key), file
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}; is the download complete?") from error
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]  # torch's own goes on with a stack
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {reason}; is the download complete?") from error
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

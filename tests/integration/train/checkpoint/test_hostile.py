@@ -56,6 +56,7 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict:
         header({"a": entry("F32", [3], 0, 8)}, data=8),
         header({"a": entry("F32", [1 << 40, 1 << 40], 0, 8)}, data=8),
         header({"a": entry("F32", [-2], 0, 8)}, data=8),
+        header({"a": entry("F32", [1 << 63, 0], 0, 0)}),
         header([1]),
         header(b"\xff{{"),
         header(b"[" * 100_000),
