@@ -70,7 +70,7 @@ SANITIZED := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined
 kernels-test: setup
 	mkdir -p build/kernels
 	$(SANITIZED) -Iruntime/kernels/include -o build/kernels/test_kernels runtime/kernels/tests/test_kernels.cpp \
-	    $(filter-out %/ort_op.cpp,$(wildcard runtime/kernels/src/*.cpp))
+	    $(filter-out %_op.cpp,$(wildcard runtime/kernels/src/*.cpp))
 	$(SANITIZED) -Iruntime/kernels/include $(ORT_INCLUDE:%=-isystem %) -o build/kernels/test_ort_abi \
 	    runtime/kernels/tests/test_ort_abi.cpp -ldl
 	build/kernels/test_kernels

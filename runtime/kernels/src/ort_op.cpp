@@ -23,7 +23,7 @@
 
 #include "gemm.h"
 #include "kernel_error.h"
-#include "ort_abi.h"
+#include "ort_operator.h"
 
 namespace convllava {
 namespace {
@@ -32,37 +32,6 @@ constexpr int64_t GROUPS_PER_TILE = 2;  // of weights that a task transposes for
 constexpr int64_t FEW_ROWS = 8;  // of x: weights are read once, and tasks with more of them read memory in longer runs
 constexpr int64_t TASKS_OF_FEW_ROWS = 32, MAX_GROUPS_OF_FEW_ROWS = 32;
 constexpr int64_t MIN_PARALLEL_ROWS = 4;  // fewer rows of x one thread quantizes sooner than two
-
-void check(const ort::Api& api, ort::Status* status) {
-  if (!status) return;
-  const std::string message = api.message(status);
-  api.release(status);
-  throw std::runtime_error(message);
-}
-
-std::vector<int64_t> dims(const ort::Api& api, const ort::Value* value) {
-  ort::Shape* shape = nullptr;
-  check(api, api.shape(value, &shape));
-  size_t rank = 0;
-  ort::Status* status = api.rank(shape, &rank);
-  std::vector<int64_t> found(rank);
-  if (!status) status = api.dims(shape, found.data(), rank);
-  api.release(shape);
-  check(api, status);
-  return found;
-}
-
-// An input that does not change; without data where there is none.
-template <typename T>
-Tensor<T> constant(const ort::Api& api, const ort::Info* info, size_t index) {
-  int is_constant = 0;
-  const ort::Value* value = nullptr;
-  check(api, api.constant(info, index, &is_constant, &value));
-  if (!is_constant || !value) return {};
-  void* memory = nullptr;
-  check(api, api.data(value, &memory));
-  return {static_cast<const T*>(memory), dims(api, value)};
-}
 
 Weights input_weights(const ort::Api& api, const ort::Info* info, int matrix) {
   int64_t columns = 0, bits = 0;
@@ -153,50 +122,21 @@ class Kernel {
   std::vector<Weights> weights_;
 };
 
-// Runs `call`; what it throws becomes a status of ONNX Runtime's.
-template <typename Call>
-ort::Status* guarded(const ort::Api& api, const Call& call) {
-  try {
-    call();
-    return nullptr;
-  } catch (const KernelError& error) {
-    return api.create_status(ort::INVALID_ARGUMENT, error.what());
-  } catch (const std::exception& error) {
-    return api.create_status(ort::FAIL, error.what());
-  }
-}
-
 template <int MATRICES, int ACTIVATION_BITS>
 ort::Status* create(const ort::CustomOp*, const void* const* table, const ort::Info* info, void** kernel) {
   const ort::Api api(table);
   return guarded(api, [&] { *kernel = new Kernel(api, info, MATRICES, ACTIVATION_BITS); });
 }
 
-ort::Status* compute(void* data, ort::Context* context) {
-  const auto* kernel = static_cast<const Kernel*>(data);
-  return guarded(kernel->api(), [&] { kernel->compute(context); });
-}
-
 template <int MATRICES, int ACTIVATION_BITS>
 ort::CustomOp describe() {
-  ort::CustomOp op{};
-  op.version = ort::VERSION;
+  ort::CustomOp op = describe_operator<Kernel>();
   op.name = [](const ort::CustomOp*) { return MATRICES == 1 ? "BlockMatMul" : "GatedBlockMatMul"; };
-  op.provider = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
   op.input_type = [](const ort::CustomOp*, size_t index) {
     return index % 3 == 0 ? ort::FLOAT : ort::UINT8;  // x and units
   };
   op.inputs = [](const ort::CustomOp*) -> size_t { return 1 + 3 * MATRICES; };
-  op.output_type = [](const ort::CustomOp*, size_t) { return ort::FLOAT; };
-  op.outputs = [](const ort::CustomOp*) -> size_t { return 1; };
-  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.input_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
-  op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
-  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
   op.create_v2 = create<MATRICES, ACTIVATION_BITS>;
-  op.compute_v2 = compute;
-  op.start_version = [](const ort::CustomOp*) { return 1; };
-  op.end_version = [](const ort::CustomOp*) { return 2147483647; };
   return op;
 }
 
