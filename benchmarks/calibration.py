@@ -38,7 +38,7 @@ from benchmarks.peers.products import GGUF_FORMATS, gguf_files
 from benchmarks.peers.turns import not_installed
 from calib.activations import METHODS, Activations
 from calib.bundle import REPORT, SOURCE
-from calib.decoder import ASYMMETRIC, GPTQ_PROMPTS, SYMMETRIC, SYMMETRIC_HEAD, prompts, quantize_decoder
+from calib.decoder import GPTQ_PROMPTS, prompts, quantize_decoder
 from calib.encoder import MEAN_IMAGES
 from calib.evaluation import Evaluation, Loss
 from calib.images import Page, calibration_pixels, fewer_pages, find_pages, pixels_of, split, spread
@@ -62,15 +62,9 @@ CHECKPOINT, BUNDLE = BUILD / "carried" / RUN, BUILD / "bundle" / f"{RUN}-{RES}"
 INT8 = BUILD / "bundle" / f"{BUNDLE.name}-int8.onnx"  # this project's encoder, for the parts after the first
 PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 320, 64, 128, 9, 1536
 SEARCHED, BUDGET = 64, 1  # of the bundle that a user would make
-GPTQ = {"gptq": ASYMMETRIC, "gptq-symmetric": SYMMETRIC, "gptq-symmetric-head": SYMMETRIC_HEAD}
-PROMPTS = dict.fromkeys(GPTQ, GPTQ_PROMPTS) | {"awq": 16}  # that decoders are calibrated on
+PROMPTS = {"gptq": GPTQ_PROMPTS, "awq": 16}  # that decoders are calibrated on
 ORT = "ONNX Runtime"
-BY_KERNELS = (
-    "int8-rtn",
-    "int4-rtn",
-    "int4-q4_1",
-    *(f"int4-{method}" for method in GPTQ),
-)  # that run by the kernels too
+BY_KERNELS = ("int8-rtn", "int4-rtn", "int4-q4_1", "int4-gptq")  # that run by the kernels too
 STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
 MODELOPT = """
 import sys, numpy
@@ -253,16 +247,14 @@ def decoders(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         about = {"precision": "fp32", "method": "as exported", "operators": ORT} | size(source) | {"seconds": 0.0}
         measure(OnnxDecoder(source, part), about)
-        for precision, method in (("int8", "rtn"), *(("int4", method) for method in ("q4_1", *GPTQ, "rtn", "awq"))):
+        for precision, method in (("int8", "rtn"), *(("int4", method) for method in ("q4_1", "gptq", "rtn", "awq"))):
             feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS.get(method, 0))))
             file = Path(folder, f"{precision}-{method}.onnx")
             begin = time.perf_counter()
             if method == "awq":
                 nncf_decoder(source, file, feeds)
-            elif method in GPTQ:
-                quantize_decoder(source, file, precision, "gptq", feeds, GPTQ[method])
             else:
-                quantize_decoder(source, file, precision, method)
+                quantize_decoder(source, file, precision, method, feeds)
             seconds = round(time.perf_counter() - begin, 1)
             about = {"precision": precision, "method": method, "operators": ORT} | size(file) | {"seconds": seconds}
             measure(OnnxDecoder(file, part), about)

@@ -1,7 +1,8 @@
 """Bundle -> bundle with a decoder of 4 or 8 bits.
 
 rtn, q4_1: each weight is rounded to the nearest code, see `export.graphs.matmul_nbits`.
-gptq: 4 bits on the codes of q4_1; the error of each weight is made up for by those after it, see `calib.gptq`.
+gptq: 4 bits in the format of rtn, the head too; the error of each weight is made up for by those after it, see
+`calib.gptq`.
 """
 
 from collections.abc import Iterable
@@ -19,7 +20,6 @@ from calib.pieces import widen
 from calib.report import write_decoder_report
 from export.bundle_writer import new_bundle, write_manifest
 from export.graphs.block_formats import METHODS as BLOCK_METHODS
-from export.graphs.block_formats import Grid, SymmetricGrid
 from export.graphs.kv_precision import write_half_caches
 from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import check_whole_blocks, quantize_weights
@@ -38,21 +38,6 @@ METHODS = {**BLOCK_METHODS, "gptq": (4,)}  # and the bits it is for
 DEFAULT_METHODS = {"int4": "q4_1", "int8": "rtn"}
 GPTQ_PROMPTS = 128
 REMOVED_METHODS = {"awq": "gptq loses less (ANLS 0.896 against 0.860 on the demo model); use --method gptq"}
-
-
-@dataclass(frozen=True)
-class GptqFormat:
-    """grid: of the codes. blocks: the method of `export.graphs.matmul_nbits` that stores such. head_bits: 4 rounds the
-    head by gptq too."""
-
-    grid: type[Grid | SymmetricGrid]
-    blocks: str
-    head_bits: int
-
-
-ASYMMETRIC = GptqFormat(Grid, "q4_1", 8)
-SYMMETRIC = GptqFormat(SymmetricGrid, "rtn", 8)
-SYMMETRIC_HEAD = GptqFormat(SymmetricGrid, "rtn", 4)
 
 
 @dataclass(frozen=True)
@@ -167,18 +152,12 @@ def _losses(bundle: Bundle, evaluation: Evaluation, decoder: OnnxDecoder) -> dic
 
 
 def quantize_decoder(
-    source: Path,
-    target: Path,
-    precision: str,
-    method: str,
-    feeds: Iterable[dict[str, np.ndarray]] = (),
-    gptq: GptqFormat = ASYMMETRIC,
+    source: Path, target: Path, precision: str, method: str, feeds: Iterable[dict[str, np.ndarray]] = ()
 ) -> None:
     """Write the fused float graph `source` in float32, with rounded weights, to `target` (weights to `target`.data).
 
     Args:
         feeds: what gptq is calibrated on, as `prompts` makes it.
-        gptq: what it writes.
 
     Raises:
         UserError: as `check_options` and `quantize_weights`.
@@ -189,8 +168,8 @@ def quantize_decoder(
     if model.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16:  # logits
         widen(model)
     if method == "gptq":
-        rounding = Compensated(source, feeds, target.parent, gptq.grid)
-        quantize_weights(model, read, target, BITS[precision], gptq.blocks, rounding, gptq.head_bits)
+        rounding = Compensated(source, feeds, target.parent)
+        quantize_weights(model, read, target, BITS[precision], "rtn", rounding, head_bits=4)
     else:
         quantize_weights(model, read, target, BITS[precision], method)
 

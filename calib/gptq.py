@@ -1,5 +1,5 @@
 """Weights rounded one input after the other, each time moving those still to come so that what the layer gives on
-calibration data changes least: GPTQ (arXiv 2210.17323), on the levels of `export.graphs.block_formats`.
+calibration data changes least: GPTQ (arXiv 2210.17323), on a `SymmetricGrid`.
 
 With rounding to the nearest, a change that is small everywhere is lost: fine-tuning moves most weights by a few
 hundredths of a step. Here what is lost of it in one weight is carried to the next, until one moves.
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from calib.pieces import Pieces
-from export.graphs.block_formats import BLOCK, Blocks, Grid, SymmetricGrid
+from export.graphs.block_formats import BLOCK, Blocks, SymmetricGrid
 
 CUT_AFTER = "GroupQueryAttention"  # a layer at a time
 DAMPING = 0.01  # of the mean energy, added to each input's
@@ -38,17 +38,10 @@ class Compensated:
         feeds: of the graph, gone over once.
         folder: on the disk that the files take: for each token of the prompts, twice the hidden size in float32. None
             takes the system's for temporary files.
-        grid: of the codes.
     """
 
-    def __init__(
-        self,
-        source: Path,
-        feeds: Iterable[dict[str, np.ndarray]],
-        folder: Path | None = None,
-        grid: type[Grid | SymmetricGrid] = Grid,
-    ):
-        self._folder, self._grid = folder, grid
+    def __init__(self, source: Path, feeds: Iterable[dict[str, np.ndarray]], folder: Path | None = None):
+        self._folder = folder
         graph = onnx.load(str(source), load_external_data=False).graph
         sizes = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 2}
         makers = {name: node for node in graph.node for name in node.output}
@@ -72,7 +65,7 @@ class Compensated:
             while wanted not in self._moments:
                 self._advance()
             self._factor = (wanted, *_factor(self._moments[wanted]))
-        return compensated(weights, *self._factor[1:], self._grid)
+        return compensated(weights, *self._factor[1:])
 
     def _restart(self) -> None:
         self._next = 0  # piece
@@ -157,22 +150,19 @@ def _invert_lower(matrix: np.ndarray) -> None:
     below[...] = -second @ (below @ first)
 
 
-def compensated(
-    weights: np.ndarray, order: np.ndarray, factor: np.ndarray, grid_type: type[Grid | SymmetricGrid]
-) -> Blocks:
+def compensated(weights: np.ndarray, order: np.ndarray, factor: np.ndarray) -> Blocks:
     """weights: [K, N], K a multiple of BLOCK. order, factor: as `_factor` gives them."""
-    grid = grid_type.of(weights)
-    stored = grid.as_stored()
+    grid = SymmetricGrid.of(weights)
     rest = weights[order].astype(np.float32)  # what is left to be rounded
     levels = np.empty((weights.shape[1], len(order)), np.uint8)
     for begin in range(0, len(order), AT_ONCE):
         end = min(begin + AT_ONCE, len(order))
         errors = np.empty((end - begin, weights.shape[1]), np.float32)
         for i in range(begin, end):
-            step, lowest = (values[:, order[i] // BLOCK] for values in (stored.steps, stored.lowest))
-            level = np.clip(np.rint((rest[i] - lowest) / step), 0, 15)
-            levels[:, order[i]] = level
-            errors[i - begin] = (rest[i] - (level * step + lowest)) / factor[i, i]
+            step = grid.steps[:, order[i] // BLOCK]
+            level = np.clip(np.rint(rest[i] / step), -8, 7)
+            levels[:, order[i]] = level + 8
+            errors[i - begin] = (rest[i] - level * step) / factor[i, i]
             rest[i + 1 : end] -= np.outer(factor[i, i + 1 : end], errors[i - begin])
         rest[end:] -= factor[begin:end, end:].T @ errors
     return grid.stored(levels.reshape(len(levels), -1, BLOCK))

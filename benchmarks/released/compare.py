@@ -39,7 +39,7 @@ from benchmarks.released.rows import (
 from runtime.bundle.manifest import Bundle, open_bundle
 from train.model import Checkpoint
 
-RTN = "int4-rtn"  # 4.25 bits a weight
+GPTQ = "int4-gptq"  # 4.25 bits a weight
 INT4 = "int4"  # as export.bundle makes it
 FLOAT32 = "onnx-fp32"  # our encoder
 OWN_SHARE = 0.7  # of the weights in 16 bits, what our decoders take beside a peer
@@ -103,9 +103,9 @@ class Comparison:
         costs = {INT4: make(folder / INT4, lambda out: [*export, out])}
         rounded = [sys.executable, "-m", "benchmarks.released.rounded", self.checkpoint, folder / INT4]
         try:
-            costs[RTN] = make(folder / RTN, lambda out: [*rounded, out])
+            costs[GPTQ] = make(folder / GPTQ, lambda out: [*rounded, out])
         except ProductError as error:
-            self.rows.append({"work": "export", "format": RTN, "reason": str(error)})
+            self.rows.append({"work": "export", "format": GPTQ, "reason": str(error)})
         return {form: open_bundle(folder / form) for form in costs}, costs
 
     def _takes_part(self, peer: str) -> bool:

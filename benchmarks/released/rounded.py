@@ -1,4 +1,4 @@
-"""A bundle once more with its decoder's weights rounded to the nearest of 4.25 bits, as fast as GPTQ's and no better.
+"""A bundle once more with its decoder's weights in the format of GPTQ, 4.25 bits: as fast, and rounded to the nearest.
 
 python -m benchmarks.released.rounded CHECKPOINT BUNDLE OUT
 """
@@ -30,7 +30,7 @@ def main() -> None:
         model, read = fused_graph(checkpoint.llama_config, load_language_state(checkpoint), TensorProto.FLOAT)
         merge_image_embeds(model)
         add_next_token(model)
-        quantize_weights(model, read, file, 4, "rtn")
+        quantize_weights(model, read, file, 4, "rtn", head_bits=4)
         variants = write_variants(file)
         write_half_caches([file, *variants.values()])
         sections["decoder"] |= {key: path.relative_to(folder).as_posix() for key, path in variants.items()}

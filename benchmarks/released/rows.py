@@ -89,7 +89,7 @@ def quality(form: str, measured: Sequence[Mapping]) -> dict[str, float]:
 
     measured: rows of benchmarks/results/decoder_weights.json, of which those by our kernels come first.
     """
-    method = {"int4": "q4_1", "int4-rtn": "rtn"}.get(form, form)
+    method = {"int4": "q4_1", "int4-gptq": "gptq"}.get(form, form)
     found = [row for row in measured if row["precision"] == "int4" and row["method"] == method]
     best = sorted(found, key=lambda row: row["operators"] != "kernels")[:1]
     return {"perplexity": best[0]["text_perplexity"], "anls": best[0]["anls"]} if best else {}

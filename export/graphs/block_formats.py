@@ -89,13 +89,6 @@ class Grid:
             np.concatenate([zeros, np.full(rest.scales.shape, 8)], 1).astype(np.uint8),
         )
 
-    def as_stored(self) -> Self:
-        """The levels that products get: `lowest` is rounded when it is stored."""
-        zeros, rest = self._offsets()
-        means = (rest.levels.astype(np.float32) - 8) * rest.scales[..., None]
-        offsets = means.reshape(len(means), -1)[:, : zeros.shape[1]] / BLOCK
-        return replace(self, lowest=(offsets - zeros * self.steps).astype(np.float32))
-
     def _offsets(self) -> tuple[np.ndarray, Blocks]:
         """(the whole level that is nearest to zero [N, blocks], what the rest of the offsets is in blocks)."""
         zeros = np.clip(np.rint(-self.lowest / self.steps), 0, 15)
@@ -116,11 +109,6 @@ class SymmetricGrid:
         rows = [_least_squares_steps(blocks) for blocks in _in_chunks(_blocks(weights))]
         return cls(_whole_steps(np.concatenate(rows)))
 
-    @property
-    def lowest(self) -> np.ndarray:
-        """float32 [N, blocks]."""
-        return -8 * self.steps
-
     def nearest(self, weights: np.ndarray) -> Blocks:
         """[K, N], each weight rounded to the nearest level."""
         blocks = _blocks(weights)
@@ -132,10 +120,6 @@ class SymmetricGrid:
     def stored(self, levels: np.ndarray) -> Blocks:
         """levels: uint8 [N, blocks, BLOCK]."""
         return Blocks(4, levels, self.steps)
-
-    def as_stored(self) -> Self:
-        """The levels that products get: these."""
-        return self
 
 
 def step_multiples(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

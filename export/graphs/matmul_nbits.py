@@ -109,7 +109,7 @@ def check_whole_blocks(graph: onnx.GraphProto, names: Collection[str] | None = N
     for tensor in graph.initializer:
         if tensor.name in names and tensor.dims[0] % BLOCK:
             raise UserError(
-                f"{tensor.name} has {tensor.dims[0]} inputs, which asymmetric blocks (q4_1, gptq) want to be "
+                f"{tensor.name} has {tensor.dims[0]} inputs, which q4_1 and gptq want to be "
                 f"a multiple of {BLOCK}; take int8, or --method rtn of calib.quantize"
             )
 

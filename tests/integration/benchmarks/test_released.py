@@ -41,7 +41,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(Fake, "opened", [])
 
 
-SECONDS = {"int4": 2.0, "int4-rtn": 1.0, "llama.cpp-q4_0": 3.0}
+SECONDS = {"int4": 2.0, "int4-gptq": 1.0, "llama.cpp-q4_0": 3.0}
 
 
 def start(name: str) -> Fake:
@@ -50,11 +50,11 @@ def start(name: str) -> Fake:
 
 def test_each_format_of_ours_stands_beside_the_peer():
     pieces = decoder_pieces([640], [128, 2048], ("prefill", "decode"))
-    found = beside("llama.cpp-q4_0", ["int4", "int4-rtn"], start, pieces, 3, loads=False)
+    found = beside("llama.cpp-q4_0", ["int4", "int4-gptq"], start, pieces, 3, loads=False)
     assert [(row["work"], row["context"], row["format"]) for row in found] == [
         (work, context, form)
         for work, context in (("prefill", 640), ("decode", 128), ("decode", 2048))
-        for form in ("int4", "int4-rtn")
+        for form in ("int4", "int4-gptq")
     ]
     prefill, decode = found[0], found[3]
     assert (prefill["metric"], prefill["ours"], prefill["theirs"], prefill["ratio"]) == ("ms", 2000, 3000, 1.5)
@@ -117,12 +117,12 @@ def test_the_fastest_is_that_of_all_contexts():
         return {"work": "prefill", "peer": peer, "context": context, "theirs": theirs, "format": form}
 
     found = [of("a", 1, 5), of("a", 2, 5), of("b", 1, 1), of("b", 2, 20), of("c", 1, 4), of("c", 2, 5)]
-    found += [of("c", 1, 4, "int4-rtn"), {"work": "prefill", "peer": "d", "reason": "none"}]
+    found += [of("c", 1, 4, "int4-gptq"), {"work": "prefill", "peer": "d", "reason": "none"}]
     assert fastest(found, "prefill", ("a", "b", "c", "d")) == "c"
     assert fastest(found, "prefill", ("d",)) is None
     assert fastest(found, "decode", ("a",)) is None
-    ours = [{**of("a", 1, 5, form), "ours": taken} for form, taken in (("int4", 3), ("int4-rtn", 2), ("other", 1))]
-    assert fastest(ours, "prefill", ("int4", "int4-rtn"), own=True) == "int4-rtn"
+    ours = [{**of("a", 1, 5, form), "ours": taken} for form, taken in (("int4", 3), ("int4-gptq", 2), ("other", 1))]
+    assert fastest(ours, "prefill", ("int4", "int4-gptq"), own=True) == "int4-gptq"
 
 
 def test_quality_is_that_of_the_format_on_the_demo_model():
@@ -131,9 +131,9 @@ def test_quality_is_that_of_the_format_on_the_demo_model():
         return row | {"text_perplexity": perplexity, "anls": perplexity / 100}
 
     measured = [of("q4_1", "ONNX Runtime", 1), of("q4_1", "kernels", 2), of("rtn", "kernels", 3, "int8")]
-    measured += [of("rtn", "ONNX Runtime", 4), of("llama.cpp-q4_k", "ONNX Runtime", 5)]
+    measured += [of("gptq", "ONNX Runtime", 4), of("llama.cpp-q4_k", "ONNX Runtime", 5)]
     assert rows.quality("int4", measured) == {"perplexity": 2, "anls": 0.02}
-    assert rows.quality("int4-rtn", measured)["perplexity"] == 4
+    assert rows.quality("int4-gptq", measured)["perplexity"] == 4
     assert rows.quality("llama.cpp-q4_k", measured)["perplexity"] == 5
     assert rows.quality("transformers-bf16", measured) == {}
 
