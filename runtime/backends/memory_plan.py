@@ -25,7 +25,7 @@ class Costs:
 
     Attributes:
         weights: of its encoder and decoder, mapped.
-        encoder: activations of one image at the bundle's resolution.
+        encoder: activations of one image at the largest resolution.
         positions: KV precision -> one position of one sequence; the preferred precision first.
         context: positions of the model.
     """
@@ -36,7 +36,8 @@ class Costs:
     context: int
 
     @classmethod
-    def of(cls, bundle: Bundle) -> "Costs":
+    def of(cls, bundle: Bundle, resolution: int = 0) -> "Costs":
+        """resolution: of images, where it is larger than the bundle's."""
         graphs = tuple(filter(None, (bundle.encoder.file, bundle.decoder.file, bundle.decoder.kernels_file)))
         weights = sum(entry["size"] for file, entry in bundle.files.items() if file.startswith(graphs))
         part = bundle.decoder
@@ -46,7 +47,8 @@ class Costs:
             for name, dtype in DTYPES.items()
             if bundle.decoder_with_cache(dtype) is not None
         }
-        return cls(weights, ENCODER_BYTES_A_PIXEL * bundle.image.resolution**2, positions, part.context_length)
+        side = max(bundle.image.resolution, resolution)
+        return cls(weights, ENCODER_BYTES_A_PIXEL * side**2, positions, part.context_length)
 
     @property
     def fixed(self) -> int:

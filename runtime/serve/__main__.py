@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from runtime.bundle.manifest import Bundle
     from runtime.model import Model
     from runtime.serve.settings import Settings
+    from runtime.serve.sizing import Sizing
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     from runtime.backends.memory_plan import KV_PRECISIONS
     from runtime.backends.ort_session import PROVIDERS
     from runtime.backends.select import DECODERS, ENCODERS, PRECISIONS
+    from runtime.image.preprocess import ASPECTS
 
     parser = argparse.ArgumentParser(prog="python -m runtime.serve", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s; others want --api-key-file")
@@ -66,6 +68,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     settings.add_argument(
         "--cors-origin", nargs="+", action="extend", metavar="ORIGIN", help="whose pages may ask; default: none"
     )
+    settings.add_argument(
+        "--res", type=int, metavar="N", help="side that images are sized to, pixels; default: the bundle's"
+    )
+    settings.add_argument("--aspect", choices=ASPECTS, help="pad to a square, any ratio or crop; default: the bundle's")
     settings.add_argument("--max-images", type=int, metavar="N", help="of a request; default: 8")
     settings.add_argument(
         "--max-image-bytes", type=int, metavar="N", help="default: 20 MiB; a body may have 64 MiB, or what one needs"
@@ -111,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     address = None if check else bound(host, port)  # a port in use is told before the model is loaded
     settings, plan = settings.fitted()
     model = settings.load()
-    print(described(model, plan), file=sys.stdout if check else sys.stderr)
+    sizing = settings.sizes(model.bundle.image).default
+    print(described(model, plan, sizing), file=sys.stdout if check else sys.stderr)
     if not plan.fits:
         print(f"warning: {too_large(plan)}", file=sys.stderr)
     if address is None:
@@ -175,13 +182,13 @@ def too_large(plan: "Plan") -> str:
     )
 
 
-def described(model: "Model", plan: "Plan") -> str:
+def described(model: "Model", plan: "Plan", sizing: "Sizing") -> str:
     """What is served, and what each slot may take."""
     rows = [
         ("model", model.bundle.name),
         ("encoder", f"{model.encoder_backend}"),
         ("decoder", f"{model.decoder_backend}"),
-        ("images", f"{model.bundle.image.resolution} pixels, {model.bundle.image.aspect}"),
+        ("images", f"{sizing.resolution} pixels, {sizing.aspect}"),
         ("context", f"{plan.context} positions"),
         ("KV cache", f"{plan.slots} slots of up to {mebibytes(plan.kv_bytes // plan.slots)} in {plan.kv_precision}"),
         ("memory", ", ".join(f"{name} {size}" for name, size in plan.rows()[5:])),

@@ -23,6 +23,7 @@ from runtime.serve.protocol import (
     RETRY_AFTER,
     ApiError,
     ChatRequest,
+    ImageReference,
     busy,
     conversation,
     image_bytes,
@@ -32,6 +33,7 @@ from runtime.serve.remote_images import Fetch, cut
 from runtime.serve.responses import CompletionStream, api_error
 from runtime.serve.sandbox import Sandbox
 from runtime.serve.scheduler import Scheduler
+from runtime.serve.sizing import ImageSizes, Sizing
 from runtime.serve.types import Busy, Failed, Request, TokenEvent, logger
 from runtime.text.grammar import JsonGrammar
 
@@ -70,6 +72,7 @@ class ChatService:
         scheduler: Scheduler,
         limits: Limits | None = None,
         fetch: Fetch | None = None,
+        sizes: ImageSizes | None = None,
     ):
         """
         Args:
@@ -77,6 +80,7 @@ class ChatService:
             scheduler: runs it.
             limits: what one request may ask for.
             fetch: the bytes of a remote image, or ApiError; None: remote images are refused.
+            sizes: that images are sized to; None: the bundle's.
         """
         self.model, self.scheduler, self.limits = model, scheduler, limits or Limits()
         self._fetch = fetch
@@ -86,7 +90,8 @@ class ChatService:
         self._short, self._long = ThreadPoolExecutor(4, "short"), ThreadPoolExecutor(1, "long")
         self._fetches = ThreadPoolExecutor(MAX_FETCHES, "fetch")
         rule, tokenizer = model.bundle.image, model.bundle.path(model.bundle.tokenizer["file"])
-        self._max_waiting_images = max(1, MAX_WAITING_PIXEL_BYTES // (3 * rule.resolution**2))
+        self._sizes = sizes or ImageSizes(rule)
+        self._max_waiting_images = max(1, MAX_WAITING_PIXEL_BYTES // (3 * self._sizes.largest**2))
         self._processes = max(1, (os.cpu_count() or 1) // 2)
         self._images = ImageOpener(rule, model.cache, self.limits.image_pixels, IMAGE_CPU_SECONDS, self._processes)
         vocabulary = {
@@ -170,7 +175,7 @@ class ChatService:
         self._preparing += chat.choices
         try:
             prompt, named = await loop.run_in_executor(lane, conversation, chat.messages, self.model.bundle.prompt)
-            images = await self._opened(named, lane)
+            images = await self._opened(named, [self._sizing(image, chat) for image in named], lane)
             token_ids = await loop.run_in_executor(lane, self._token_ids, prompt, [image.tokens for image in images])
             capacity, most = self.model.decoder.capacity, self.limits.output_tokens
             limit = min(chat.limit or most, most, capacity - len(token_ids))
@@ -178,27 +183,34 @@ class ChatService:
         finally:
             self._preparing -= chat.choices
 
-    async def _opened(self, named: list[tuple[str, str]], lane: Executor) -> list[PreparedImage]:
-        """Images at (URL, path in the request); one that is there twice is opened once."""
+    def _sizing(self, image: ImageReference, chat: ChatRequest) -> Sizing:
+        return self._sizes.of(image.detail, chat.processor.res, chat.processor.aspect)
+
+    async def _opened(self, named: list[ImageReference], sizings: list[Sizing], lane: Executor) -> list[PreparedImage]:
+        """Images opened and sized; one that is there twice at the same size is opened once."""
         if len(named) > self.limits.images:
             raise ApiError(400, f"{len(named)} images, at most {self.limits.images} are taken", param="messages")
-        distinct = dict(reversed(named))  # by the first that has the URL
+        wanted = [(image.url, sizing) for image, sizing in zip(named, sizings, strict=True)]
+        distinct = dict(zip(reversed(wanted), reversed(named), strict=True))  # the first of its like, for errors
         if self._opening + self.scheduler.waiting_images + len(distinct) > self._max_waiting_images:
             raise busy(f"{self._max_waiting_images} images are waiting already")
         self._opening += len(distinct)
         at_once = asyncio.Semaphore(self._processes)  # so that requests take turns
-        tasks = [asyncio.create_task(self._image(url, path, lane, at_once)) for url, path in distinct.items()]
+        tasks = [
+            asyncio.create_task(self._image(image, sizing, lane, at_once)) for (_, sizing), image in distinct.items()
+        ]
         try:
             found = dict(zip(distinct, await asyncio.gather(*tasks), strict=True))
         finally:
             self._opening -= len(distinct)
             for task in tasks:
                 task.cancel()
-        return [found[url] for url, _ in named]
+        return [found[one] for one in wanted]
 
-    async def _image(self, url: str, path: str, lane: Executor, at_once: asyncio.Semaphore) -> PreparedImage:
-        """path: in the request, for errors."""
-        loop = asyncio.get_running_loop()
+    async def _image(
+        self, image: ImageReference, sizing: Sizing, lane: Executor, at_once: asyncio.Semaphore
+    ) -> PreparedImage:
+        loop, url = asyncio.get_running_loop(), image.url
         try:
             if url.lstrip()[:5].lower() == "data:":
                 content = await loop.run_in_executor(lane, image_bytes, url, self.limits.image_bytes)
@@ -206,11 +218,11 @@ class ChatService:
                 content = await self._fetched(url)
             digest = await loop.run_in_executor(lane, digest_of, content)
             async with at_once:
-                return await self._images.open(content, digest)
+                return await self._images.open(content, digest, sizing)
         except UserError as error:
-            raise ApiError(400, str(error), param=path) from error
+            raise ApiError(400, str(error), param=image.path) from error
         except ApiError as error:
-            error.param = path
+            error.param = image.path
             raise
 
     async def _fetched(self, url: str) -> bytes:

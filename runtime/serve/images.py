@@ -3,7 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from runtime.image.embedding_cache import EmbeddingCache
 from runtime.image.limits import SERVED_FORMATS
 from runtime.image.preprocess import ImageRule, normalised
 from runtime.serve.sandbox import Sandbox
+from runtime.serve.sizing import Sizing
 
 IMAGE_JOB = "runtime.serve.sandbox_worker:image_job"
 MAX_SEEN = 1 << 16  # files whose picture is remembered, some hundred bytes each
@@ -23,7 +24,7 @@ class PreparedImage:
     """One image of a request, sized for the encoder.
 
     Attributes:
-        key: equal for equal pixels.
+        key: equal for the same pixels at the same size.
         tokens: visual tokens that it becomes.
         pixels: uint8 [H, W, 3]; None where there are embeddings.
         embeddings: [T, D], None until they are computed.
@@ -64,7 +65,7 @@ class ImageOpener:
         memory = BASE_BYTES + BYTES_A_PIXEL * max_pixels
         self._sandbox = Sandbox("image data", IMAGE_JOB, settings, processes, memory, cpu_seconds)
         self._rule, self._cache = rule, cache
-        self._seen: OrderedDict[bytes, tuple[Hashable, int]] = OrderedDict()  # digest of a file -> key, tokens
+        self._seen: OrderedDict[tuple[bytes, Sizing], tuple[Hashable, int]] = OrderedDict()  # -> key, tokens
 
     def start(self) -> None:
         self._sandbox.start()
@@ -72,25 +73,27 @@ class ImageOpener:
     def close(self) -> None:
         self._sandbox.close()
 
-    async def open(self, content: bytes, digest: bytes) -> PreparedImage:
+    async def open(self, content: bytes, digest: bytes, sizing: Sizing) -> PreparedImage:
         """An image that was seen before and whose embeddings are in the cache waits for no other.
 
         Args:
             content: of the file.
             digest: of `content`.
+            sizing: what it is sized to.
 
         Raises:
             UserError: it cannot be opened or sized, or takes more than it may.
         """
-        if (seen := self._seen.get(digest)) is not None:
-            self._seen.move_to_end(digest)
+        file = digest, sizing
+        if (seen := self._seen.get(file)) is not None:
+            self._seen.move_to_end(file)
             key, tokens = seen
             if (embeddings := self._cache.get(key)) is not None:
                 return PreparedImage(key, tokens, self._rule, embeddings=embeddings)
-        head, pixels = await self._sandbox.run(content)
+        head, pixels = await self._sandbox.run(content, asdict(sizing))
         height, width, _ = head["shape"]
-        key, tokens = head["digest"], self._rule.tokens(height, width)
-        self._seen[digest] = key, tokens
+        key, tokens = (height, width, head["digest"]), self._rule.tokens(height, width)
+        self._seen[file] = key, tokens
         if len(self._seen) > MAX_SEEN:
             self._seen.popitem(last=False)
         if (embeddings := self._cache.get(key)) is not None:  # from another file

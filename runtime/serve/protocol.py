@@ -5,7 +5,7 @@ import binascii
 import re
 import string
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import numpy as np
 from pydantic import (
@@ -61,7 +61,7 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("add_special_tokens", "early_stopping", "return_token_ids", "no_stop_trim", "prefix"), (False,)),
     **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "logits_processors", "documents"), ([],)),
     **dict.fromkeys(("allowed_token_ids", "tool_calls"), ([],)),
-    **dict.fromkeys(("logit_bias", "chat_template_kwargs", "mm_processor_kwargs", "structured_outputs"), ({},)),
+    **dict.fromkeys(("logit_bias", "chat_template_kwargs", "structured_outputs"), ({},)),
     **dict.fromkeys(("chat_template", "guided_regex", "guided_grammar", "regex", "ebnf", "grammar", "suffix"), ("",)),
     **dict.fromkeys(("guided_json", "guided_choice", "structural_tag", "json_schema", "truncate_prompt_tokens"), ()),
     **dict.fromkeys(("audio", "prediction", "web_search_options", "prompt_logprobs", "kv_transfer_params"), ()),
@@ -76,7 +76,7 @@ HARMLESS = {
     *("prompt_cache_retention", "request_id", "priority", "cache_salt", "spaces_between_special_tokens"),
     *("guided_decoding_backend", "name", "refusal", "annotations"),
 }
-SHOWN_IMAGE_DETAIL = (None, "auto", "high")  # an image is sized by the bundle's rule, whatever is asked for
+IMAGE_DETAILS = (None, "auto", "low", "high")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _HEX_DIGITS = np.array([int(chr(code), 16) if chr(code) in string.hexdigits else -1 for code in range(256)], np.int16)
 _DATA_HEAD = re.compile(r"data:\s*[\w.+-]+/[\w.+-]+\s*(;[^;]*)*;\s*base64\s*", re.IGNORECASE)
@@ -125,6 +125,15 @@ class Message(BaseModel):
         if value is not None and not isinstance(value, list):
             raise ValueError("expected a text or a list of parts")
         return cast(list[Any], value or [])
+
+
+class ProcessorOptions(BaseModel):
+    """How all images of a request are sized, whatever their detail. res: pixels."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    res: int | None = None
+    aspect: str | None = None
 
 
 class StreamOptions(_Part):
@@ -177,6 +186,7 @@ class ChatRequest(BaseModel):
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100, allow_inf_nan=False)
     ignore_eos: StrictBool = False
+    mm_processor_kwargs: ProcessorOptions | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -213,6 +223,10 @@ class ChatRequest(BaseModel):
         )
 
     @property
+    def processor(self) -> ProcessorOptions:
+        return self.mm_processor_kwargs or ProcessorOptions()
+
+    @property
     def others(self) -> Iterator[tuple[str, str, Any]]:
         """(path, name, value) of the fields that it and its messages have besides those above."""
         for name, value in (self.model_extra or {}).items():
@@ -225,9 +239,10 @@ class ChatRequest(BaseModel):
     def ignored(self) -> list[str]:
         """Paths of what has no effect and is not known to have none."""
         found = [path for path, name, _ in self.others if name not in NOT_OFFERED and name not in HARMLESS]
+        details = IMAGE_DETAILS if self.processor.res is None else (None, "auto")
         for number, message in enumerate(self.messages):
             for index, part in enumerate(message.content):
-                if part.type == "image_url" and part.image_url.detail not in SHOWN_IMAGE_DETAIL:
+                if part.type == "image_url" and part.image_url.detail not in details:
                     found.append(f"messages.{number}.content.{index}.image_url.detail")
         return found
 
@@ -270,7 +285,15 @@ def _error_of(error: ValidationError) -> ApiError:
     return ApiError(400, f"{param}: {message}" if param else message, param=param)
 
 
-def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str, list[tuple[str, str]]]:
+class ImageReference(NamedTuple):
+    """An image of a request. path: where it is there, for errors."""
+
+    url: str
+    path: str
+    detail: str | None
+
+
+def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str, list[ImageReference]]:
     """The prompt of a conversation, as `first_turn` and `next_turn` write it.
 
     - System messages are joined. Messages of one role that follow one another are one; parts are lines.
@@ -279,22 +302,21 @@ def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str
       empty question follows: its answer is a new message.
 
     Returns:
-        The prompt up to where the answer begins, with a placeholder for each image, and (URL, path in the request) of
-        each image in order.
+        The prompt up to where the answer begins, with a placeholder for each image, and the images in order.
 
     Raises:
         ApiError: no message of the user or the assistant, or an image in another message than the user's.
     """
     system: list[str] = []
     turns: list[tuple[str, list[TextPart | ImagePart]]] = []
-    images: list[tuple[str, str]] = []
+    images: list[ImageReference] = []
     for number, message in enumerate(messages):
         for index, part in enumerate(message.content):
             if part.type == "image_url":
                 path = f"messages.{number}.content.{index}.image_url"
                 if message.role != "user":
                     raise ApiError(400, f"{path}: images belong to messages of the user", param=path)
-                images.append((part.image_url.url, path))
+                images.append(ImageReference(part.image_url.url, path, part.image_url.detail))
         if message.role in ("system", "developer"):
             system.append(_text(message.content))
         elif turns and turns[-1][0] == message.role:

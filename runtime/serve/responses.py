@@ -136,7 +136,9 @@ class CompletionStream:
     def _usage(self) -> dict[str, Any]:
         prompt = len(self._requests[0].token_ids)
         total = {"prompt_tokens": prompt, "completion_tokens": self._tokens, "total_tokens": prompt + self._tokens}
-        return total | {"prompt_tokens_details": {"cached_tokens": self._requests[0].cached_tokens}}
+        images = sum(token < 0 for token in self._requests[0].token_ids)
+        details = {"cached_tokens": self._requests[0].cached_tokens, "image_tokens": images}
+        return total | {"prompt_tokens_details": details}
 
     def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
         if not logprobs:

@@ -69,8 +69,12 @@ class Sandbox:
         for _ in range(self.count):
             self._idle.append(self._started())
 
-    async def run(self, content: bytes) -> tuple[dict[str, Any], bytes]:
+    async def run(self, content: bytes, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], bytes]:
         """Run one job; whoever is cancelled while waiting for it ends it.
+
+        Args:
+            content: to work on.
+            options: of this job, JSON.
 
         Returns:
             What the job returned.
@@ -78,7 +82,7 @@ class Sandbox:
         Raises:
             UserError: of the job; it has reached a limit, or its process has died on it.
         """
-        job = _Job(content)
+        job = _Job(content, options or {})
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, job)
         finally:
@@ -138,8 +142,8 @@ class Sandbox:
 class _Job:
     """What one process is to do, which another thread may end."""
 
-    def __init__(self, content: bytes):
-        self._content = content
+    def __init__(self, content: bytes, options: dict[str, Any]):
+        self._content, self._options = content, options
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None  # while it runs there
         self.ended = False  # nobody waits for it
@@ -152,7 +156,7 @@ class _Job:
                 return {}, b""
             self._process = process
         try:
-            send(process.stdin, {}, self._content)
+            send(process.stdin, self._options, self._content)
             if (found := receive(process.stdout)) is None:
                 raise EOFError
         finally:

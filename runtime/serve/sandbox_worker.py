@@ -22,26 +22,27 @@ from runtime.serve.sandbox import receive, send
 NICE_INCREMENT = 10  # an image or a schema that comes later must not delay the answers before it
 
 Result = tuple[dict[str, Any], bytes]
+Job = Callable[[bytes, dict[str, Any]], Result]  # of the content and the job's options
 
 
-def image_job(settings: dict[str, Any]) -> Callable[[bytes], Result]:
+def image_job(settings: dict[str, Any]) -> Job:
     """Image files to sized pixels: {"shape": [H, W, 3], "digest": of them} and the bytes of a uint8 array. settings:
-    `rule`, of the bundle; `max_pixels`, `formats`: as `open_image` takes them."""
+    `rule`, of the bundle; `max_pixels`, `formats`: as `open_image` takes them. Options of a job: `resolution`, `aspect`."""
     from runtime.image.decode import open_image
     from runtime.image.preprocess import ImageRule, resized
 
     rule = ImageRule.from_dict(settings["rule"])
 
-    def run(content: bytes) -> Result:
+    def run(content: bytes, options: dict[str, Any]) -> Result:
         image = open_image(content, settings["max_pixels"], settings["formats"])
-        pixels = resized(image, rule)
+        pixels = resized(image, rule, options["resolution"], options["aspect"])
         content = pixels.tobytes()
         return {"shape": pixels.shape, "digest": hashlib.blake2b(content, digest_size=16).hexdigest()}, content
 
     return run
 
 
-def schema_job(settings: dict[str, Any]) -> Callable[[bytes], Result]:
+def schema_job(settings: dict[str, Any]) -> Job:
     """Whether a JSON schema can be compiled. settings: `tokenizer`, a file; `vocab_size`; `eos_token_ids`."""
     from pathlib import Path
 
@@ -50,7 +51,7 @@ def schema_job(settings: dict[str, Any]) -> Callable[[bytes], Result]:
     eos = frozenset[int](settings["eos_token_ids"])
     grammars = Grammars(Path(settings["tokenizer"]), settings["vocab_size"], eos)
 
-    def run(content: bytes) -> Result:
+    def run(content: bytes, _: dict[str, Any]) -> Result:
         grammars.of_schema(json.loads(content))
         return {}, b""
 
@@ -75,14 +76,15 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file is written to
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", closefd=False)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no result
-    run: Callable[[bytes], Result] = getattr(import_module(module), job)(settings)
+    run: Job = getattr(import_module(module), job)(settings)
     memory_bytes += own_memory()
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     while (received := receive(stdin)) is not None:
         limit = int(time.process_time()) + 1 + cpu_seconds
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
         try:
-            head, content = run(received[1])
+            options, content = received
+            head, content = run(content, options)
         except UserError as error:
             head, content = {"error": str(error)}, b""
         except MemoryError:

@@ -11,6 +11,7 @@ from runtime.bundle.manifest import read_bundle
 from runtime.demo import demo_bundle
 from runtime.device.host_memory import available_bytes
 from runtime.errors import UserError
+from runtime.image.preprocess import ImageRule
 from runtime.model import Model, load
 from runtime.serve.chat import ChatService
 from runtime.serve.limits import Limits
@@ -18,6 +19,7 @@ from runtime.serve.metrics import Metrics
 from runtime.serve.origins import is_host, is_origin
 from runtime.serve.remote_images import Fetcher
 from runtime.serve.scheduler import Scheduler
+from runtime.serve.sizing import ImageSizes
 from runtime.serve.vision_worker import ENCODER_NICE
 
 
@@ -27,7 +29,8 @@ class Settings(BaseModel):
     that may wait.
     threads: of one operator. allow_remote_images: hosts, with commas between them. max_images: of a request.
     image_cache_bytes: of embeddings of images seen before. max_output: new tokens of an answer. timeout: seconds that a
-    request may take. allowed_host, cors_origin: as `OriginCheck`, with commas between them."""
+    request may take. allowed_host, cors_origin: as `OriginCheck`, with commas between them. res, aspect: of images whose
+    request does not choose; None takes the bundle's."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,6 +54,8 @@ class Settings(BaseModel):
     timeout: float = Field(default=Limits.seconds, gt=0, allow_inf_nan=False)
     allowed_host: str = ""
     cors_origin: str = ""
+    res: PositiveInt | None = None
+    aspect: Literal["pad", "any", "crop"] | None = None
 
     @field_validator("allow_remote_images")
     @classmethod
@@ -98,13 +103,20 @@ class Settings(BaseModel):
             seconds=self.timeout,
         )
 
+    def sizes(self, rule: ImageRule) -> ImageSizes:
+        """Of images, by the rule of the bundle. Raises UserError for a resolution that it cannot have."""
+        try:
+            return ImageSizes(rule, self.res, self.aspect)
+        except UserError as error:
+            raise UserError(f"--res {self.res}: {error}") from error
+
     def planned(self) -> Plan:
         """What the model's sequences and caches may take, so that all fits the memory of this machine.
 
-        Raises UserError as `read_bundle`, and for a context longer than the model's.
+        Raises UserError as `read_bundle` and `sizes`, and for a context longer than the model's.
         """
         bundle = read_bundle(self.bundle or demo_bundle())
-        costs = Costs.of(bundle)
+        costs = Costs.of(bundle, self.sizes(bundle.image).largest)
         if self.context is not None and self.context > costs.context:
             raise UserError(f"--context is {self.context}, the model has {costs.context} positions")
         on_host = self.provider == "cpu"
@@ -146,7 +158,8 @@ class Settings(BaseModel):
         )
         scheduler.start()
         hosts = listed(self.allow_remote_images)
-        service = ChatService(model, scheduler, self.limits, Fetcher(hosts, self.max_image_bytes) if hosts else None)
+        fetch = Fetcher(hosts, self.max_image_bytes) if hosts else None
+        service = ChatService(model, scheduler, self.limits, fetch, self.sizes(model.bundle.image))
         service.start()
         return service
 

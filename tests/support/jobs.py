@@ -10,7 +10,7 @@ from runtime.serve.sandbox_worker import image_job
 
 
 def work(settings):
-    def run(content):
+    def run(content, options):
         what, _, argument = content.decode().partition(" ")
         if what == "spin":
             if argument:
@@ -39,7 +39,7 @@ def work(settings):
             os.system("echo noise")
         if what == "write":
             Path(argument).write_bytes(bytes(10))
-        return {"pid": os.getpid(), **settings}, content * int(argument or 1)
+        return {"pid": os.getpid(), **settings, **options}, content * int(argument or 1)
 
     return run
 
@@ -48,9 +48,9 @@ def slow_image(settings):
     """As `image_job`, but the content "spin" never ends."""
     opened = image_job(settings)
 
-    def run(content):
+    def run(content, options):
         while content == b"spin":
             pass
-        return opened(content)
+        return opened(content, options)
 
     return run

@@ -118,6 +118,44 @@ def test_sampling_is_the_library_s(served, model, extra):
     assert answer.choices[0].message.content == last.result.text
 
 
+@pytest.mark.parametrize(
+    ("detail", "extra", "resolution", "aspect"),
+    [
+        ("auto", {}, 256, "pad"),
+        ("auto", {"res": 128}, 128, "pad"),
+        ("auto", {"res": 192, "aspect": "any"}, 192, "any"),
+        ("high", {"aspect": "crop"}, 256, "crop"),
+        ("low", {}, 256, "pad"),
+    ],
+)
+def test_a_request_chooses_how_its_images_are_sized(served, model, detail, extra, resolution, aspect):
+    page = picture(21, (64, 128))
+    options = Options(max_new_tokens=8, resolution=resolution, aspect=aspect)
+    *_, last = model.generate([page], QUESTION, options)
+    messages = asked(QUESTION, page)
+    messages[0]["content"][1]["image_url"]["detail"] = detail
+    for _ in range(2):  # encoded, then from the cache
+        answer = create(served, messages, max_tokens=8, extra_body={"mm_processor_kwargs": extra})
+        assert answer.choices[0].message.content == last.result.text
+        assert answer.usage.prompt_tokens_details.model_extra["image_tokens"] == last.result.visual_tokens
+
+
+def test_one_image_at_two_sizes_is_two(served, model):
+    page = picture(22)
+    low = asked(QUESTION, page)[0]["content"][1]
+    for resolution in (64, 128, 64):
+        extra = {"mm_processor_kwargs": {"res": resolution}}
+        answer = create(served, [{"role": "user", "content": [low, low]}], max_tokens=1, extra_body=extra)
+        details = answer.usage.prompt_tokens_details.model_extra
+        assert details["image_tokens"] == 2 * (resolution // model.bundle.image.multiple) ** 2
+
+
+def test_a_resolution_that_is_not_there_is_refused_before_an_image_is_opened(served):
+    with pytest.raises(openai.BadRequestError, match="multiples of 64 from 64 to 256") as error:
+        create(served, asked(QUESTION, b"no image"), extra_body={"mm_processor_kwargs": {"res": 512}})
+    assert error.value.param == "mm_processor_kwargs.res"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_ignored_fields_are_named_in_a_header_and_once_in_the_log(served, caplog, stream):
     raw = served.client().chat.completions.with_raw_response

@@ -58,3 +58,15 @@ def test_the_sum_is_told(conformance_bundle, capsys, monkeypatch):
     assert "2 slots of up to" in told.out and "weights, mapped" in told.out
     assert "available        1 MiB" in told.out
     assert "warning: all slots full would take" in told.err and "--max-batch" in told.err
+
+
+def test_the_servers_resolution_and_aspect(conformance_bundle, capsys):
+    options = ["--bundle", str(conformance_bundle), "--check"]
+    assert main([*options, "--res", "320", "--aspect", "any"]) == 0
+    assert "320 pixels, any" in capsys.readouterr().out
+    settings = Settings.of(bundle=str(conformance_bundle), res=1024)
+    assert settings.planned().costs.encoder == 16 * Settings.of(bundle=str(conformance_bundle)).planned().costs.encoder
+    with pytest.raises(UserError, match=r"^--res 300: resolution 300 .*nearest valid: 256 or 320$"):
+        Settings.of(bundle=str(conformance_bundle), res=300).fitted()
+    with pytest.raises(UserError, match=r"^--aspect: "):
+        Settings.of(aspect="stretch")

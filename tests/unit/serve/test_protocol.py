@@ -84,7 +84,6 @@ def test_fields_of_other_servers_work():
         ("echo", True),
         ("chat_template", "{{ messages }}"),
         ("chat_template_kwargs", {"a": 1}),
-        ("mm_processor_kwargs", {"size": 5}),
         ("truncate_prompt_tokens", 5),
         ("logits_processors", ["x"]),
         ("reasoning_effort", "high"),
@@ -112,10 +111,15 @@ def test_what_asks_for_nothing_passes():
 
 
 def test_what_is_ignored_is_named():
-    low = {"type": "image_url", "image_url": {"url": "data:", "detail": "low"}}
-    body = {"messages": [USER, {"role": "user", "content": [IMAGE, low], "mood": "good"}], "temprature": 0.3}
+    finest = {"type": "image_url", "image_url": {"url": "data:", "detail": "finest"}}
+    body = {"messages": [USER, {"role": "user", "content": [IMAGE, finest], "mood": "good"}], "temprature": 0.3}
     ignored = parsed(json.dumps(body).encode()).ignored
     assert ignored == ["temprature", "messages.1.mood", "messages.1.content.1.image_url.detail"]
+    chosen = body | {"mm_processor_kwargs": {"res": 64}}
+    assert parsed(json.dumps(chosen).encode()).ignored[2:] == [
+        "messages.1.content.0.image_url.detail",
+        "messages.1.content.1.image_url.detail",
+    ]
     assert ignored_header(ignored) == {"x-ignored-fields": ", ".join(ignored)}
     assert ignored_header([]) == {}
 
@@ -177,7 +181,7 @@ def test_a_conversation_is_rendered_as_in_training():
     )
     prompt, images = conversation(given, VICUNA_V1)
     assert prompt == "Be brief. USER: <image>\nWhat is this? ASSISTANT: A page.</s>USER: And its date? ASSISTANT:"
-    assert images == [(IMAGE["image_url"]["url"], "messages.1.content.1.image_url")]
+    assert images == [(IMAGE["image_url"]["url"], "messages.1.content.1.image_url", "high")]
     prompt, _ = conversation(given, CHATML)
     assert prompt == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
@@ -215,7 +219,7 @@ def test_images_stay_between_their_texts(template, layout, prompt):
     parts, count = said(layout), layout.count("*")
     found, images = conversation(messages({"role": "user", "content": parts}), template)
     assert found == first_turn(template, prompt, count)
-    assert [path for _, path in images] == [
+    assert [image.path for image in images] == [
         f"messages.0.content.{index}.image_url" for index, kind in enumerate(layout) if kind == "*"
     ]
     later = messages(USER, {"role": "assistant", "content": "A"}, {"role": "user", "content": parts})
@@ -289,6 +293,8 @@ def test_what_is_no_conversation_is_refused(given, param):
         ({"messages": [USER, {"role": "tool", "content": "a"}]}, "messages.1.role"),
         ({"messages": [USER, {"content": "a"}]}, "messages.1.role"),
         ({"messages": [5]}, "messages.0"),
+        ({"mm_processor_kwargs": {"size": 5}}, "mm_processor_kwargs.size"),
+        ({"mm_processor_kwargs": {"res": "large"}}, "mm_processor_kwargs.res"),
         ({"stop": [None]}, "stop.0"),
         ({"stop": 5}, "stop"),
         ({"stop": ["a", ""]}, "stop"),
