@@ -142,7 +142,7 @@ class Locust:
 def unfinished(url: str) -> int:
     """Requests that wait or run, by the server's own metrics: clients that left must leave none behind."""
     text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
-    return round(sum(map(float, re.findall(r"^convllava_(?:queue_depth|running) (\S+)", text, re.MULTILINE))))
+    return round(sum(map(float, re.findall(r"^convllava_(?:preparing|queue_depth|running) (\S+)", text, re.MULTILINE))))
 
 
 def terminate(locust: Locust, server: Server, seconds: float) -> tuple[list[dict], dict]:

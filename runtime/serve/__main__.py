@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from runtime.serve.sizing import Sizing
 
 
+logger = logging.getLogger("convllava.serve")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     from runtime.backends.memory_plan import KV_PRECISIONS
     from runtime.backends.ort_session import PROVIDERS
@@ -39,6 +42,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--api-key-file", type=Path, metavar="F", help="a key a line, one of which clients must send")
     parser.add_argument("--no-api-key", action="store_true", help="serve other hosts without keys")
     parser.add_argument("--stop-timeout", type=float, default=30.0, metavar="S", help="for what runs, when stopped")
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: lines of JSON, one a request among them"
+    )
     parser.add_argument("--check", action="store_true", help="say what would be served and end")
     # Those of `Settings`, which has the defaults
     settings = parser.add_argument_group("what is served, and within which limits", argument_default=argparse.SUPPRESS)
@@ -98,6 +104,11 @@ def main(argv: list[str] | None = None) -> int:
     host, port, key_file, no_key, stop_seconds, check = (
         chosen.pop(name) for name in ("host", "port", "api_key_file", "no_api_key", "stop_timeout", "check")
     )
+    as_json = chosen.pop("log_format") == "json"
+    if as_json:
+        from runtime.serve.request_record import log_as_json
+
+        log_as_json()
     from runtime.serve.origins import is_loopback
 
     keys = read_keys(key_file) if key_file else ()
@@ -118,8 +129,14 @@ def main(argv: list[str] | None = None) -> int:
     settings, plan = settings.fitted()
     model = settings.load()
     sizing = settings.sizes(model.bundle.image).default
-    print(described(model, plan, sizing), file=sys.stdout if check else sys.stderr)
-    if not plan.fits:
+    served = described(model, plan, sizing)
+    if as_json and not check:
+        logger.info("%s", served)
+    else:
+        print(served, file=sys.stdout if check else sys.stderr)
+    if not plan.fits and as_json:
+        logger.warning("%s", too_large(plan))
+    elif not plan.fits:
         print(f"warning: {too_large(plan)}", file=sys.stderr)
     if address is None:
         print(_aligned(plan.rows()))
@@ -143,7 +160,11 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    settings: "Settings", model: "Model", keys: tuple[str, ...], address: socket.socket, stop_seconds: float
+    settings: "Settings",
+    model: "Model",
+    keys: tuple[str, ...],
+    address: socket.socket,
+    stop_seconds: float,
 ) -> None:
     import uvicorn
 
@@ -168,7 +189,8 @@ def serve(
     to_say_so = 5  # seconds
     patience = math.ceil(stop_seconds) + to_say_so
     # httptools, which uvicorn would prefer, takes headers without end
-    config = uvicorn.Config(app, http="h11", log_level="warning", timeout_graceful_shutdown=patience)
+    # Without a log_config uvicorn's lines go where ours go
+    config = uvicorn.Config(app, http="h11", log_config=None, log_level="warning", timeout_graceful_shutdown=patience)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which uvicorn raises again once it has stopped
     Server(config).run(sockets=[address])
 

@@ -21,6 +21,7 @@ from runtime.serve.limits import Bodies
 from runtime.serve.metrics import Metrics
 from runtime.serve.origins import OriginCheck
 from runtime.serve.protocol import ApiError
+from runtime.serve.request_record import RequestMonitor, current_record
 
 T = TypeVar("T")
 PAGE = Path(serve.__file__).parent / "web"
@@ -52,7 +53,7 @@ def create_app(
     server is told to stop. allowed_hosts, cors_origins: as `OriginCheck`."""
     scheduler, name = service.scheduler, service.model.bundle.name
     bodies = Bodies(service.limits.body_bytes, service.limits.seconds)
-    metrics.watch(scheduler)
+    metrics.watch(service.model, scheduler, lambda: service.preparing)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -60,7 +61,7 @@ def create_app(
         await asyncio.to_thread(scheduler.stop, stop_seconds)
         await asyncio.to_thread(service.close)
 
-    app = new_app(api_keys, allowed_hosts, cors_origins, lifespan=lifespan)
+    app = new_app(api_keys, allowed_hosts, cors_origins, metrics, lifespan=lifespan)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -102,7 +103,11 @@ def model_card(name: str) -> dict[str, Any]:
 
 
 def new_app(
-    api_keys: tuple[str, ...], allowed_hosts: tuple[str, ...], cors_origins: tuple[str, ...], **options: Any
+    api_keys: tuple[str, ...],
+    allowed_hosts: tuple[str, ...],
+    cors_origins: tuple[str, ...],
+    metrics: Metrics | None = None,
+    **options: Any,
 ) -> FastAPI:
     """An app that checks hosts, origins, and keys under /v1/, has errors in OpenAI's shape, and /health."""
     check_origin = OriginCheck(allowed_hosts, cors_origins, has_keys=bool(api_keys))
@@ -127,8 +132,13 @@ def new_app(
     app.add_middleware(HeadAsGet)
     if cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-ignored-fields", "Retry-After"],
         )
+    app.add_middleware(RequestMonitor, metrics=metrics)
 
     @app.exception_handler(ApiError)
     async def say_error(_: Request, error: ApiError) -> JSONResponse:
@@ -144,7 +154,8 @@ def new_app(
 
     @app.exception_handler(Exception)
     async def say_bug(_: Request, error: Exception) -> JSONResponse:
-        return error_response(ApiError(500, f"{type(error).__name__} in the server", "server_error"))
+        headers = {"x-request-id": current_record().request_id}  # this answer is made outside of all middleware
+        return error_response(ApiError(500, f"{type(error).__name__} in the server", "server_error", headers=headers))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -182,6 +193,7 @@ def event_stream(events: AsyncIterable[str], headers: dict[str, str]) -> Streami
 
 
 def error_response(error: ApiError) -> JSONResponse:
+    current_record().reason = error.code or error.kind
     return JSONResponse(error.body, error.status, error.headers)
 
 
@@ -191,7 +203,7 @@ async def _unless_gone(request: Request, wanted: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client has gone")
+            raise ApiError(499, "the client has gone", code="cancelled")
         return task.result()
     finally:
         gone.cancel()

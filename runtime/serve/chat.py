@@ -30,6 +30,7 @@ from runtime.serve.protocol import (
     parsed,
 )
 from runtime.serve.remote_images import Fetch, cut
+from runtime.serve.request_record import current_record
 from runtime.serve.responses import CompletionStream, api_error
 from runtime.serve.sandbox import Sandbox
 from runtime.serve.scheduler import Scheduler
@@ -85,7 +86,8 @@ class ChatService:
         self.model, self.scheduler, self.limits = model, scheduler, limits or Limits()
         self._fetch = fetch
         self._ignored: set[str] = set()  # names of fields, of which the log has told
-        self._preparing = 0  # answers wanted by requests that are being prepared
+        self.preparing = 0  # requests that are being prepared
+        self._preparing = 0  # answers that they want
         self._opening = 0  # images of such requests
         self._short, self._long = ThreadPoolExecutor(4, "short"), ThreadPoolExecutor(1, "long")
         self._fetches = ThreadPoolExecutor(MAX_FETCHES, "fetch")
@@ -108,14 +110,17 @@ class ChatService:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, TokenEvent | Failed]] = asyncio.Queue()
-        deadline = time.monotonic() + self.limits.seconds
+        record, deadline = current_record(), time.monotonic() + self.limits.seconds
         lane = self._short if len(body) <= SMALL_BODY_BYTES else self._long
+        self.preparing += 1
         try:
             async with asyncio.timeout(self.limits.seconds):
                 chat = await loop.run_in_executor(lane, _parsed, body)
                 prepared = await self._while_accepting(self._prepare(chat, lane))
         except TimeoutError as error:
             raise api_error(Failed("deadline", "the request has reached its deadline")) from error
+        finally:
+            self.preparing -= 1
 
         self._log_ignored(chat)
 
@@ -133,9 +138,12 @@ class ChatService:
             eos = frozenset[int]() if chat.ignore_eos else self.model.tokenizer.eos_token_ids
             generation = Generation(sampler, prepared.max_new_tokens, eos)
             logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
-            requests.append(Request(prepared.token_ids, prepared.images, generation, sink(index), deadline, logprobs))
+            request = Request(prepared.token_ids, prepared.images, generation, sink(index), deadline, logprobs)
+            request.arrived = record.arrived
+            requests.append(request)
         with _as_api_errors(self.scheduler):
             self.scheduler.submit(*requests)
+        record.queued = True
         return CompletionStream(self.model, chat, requests, events)
 
     async def _while_accepting(self, wanted: Coroutine[Any, Any, _Prepared]) -> _Prepared:
@@ -193,7 +201,7 @@ class ChatService:
         wanted = [(image.url, sizing) for image, sizing in zip(named, sizings, strict=True)]
         distinct = dict(zip(reversed(wanted), reversed(named), strict=True))  # the first of its like, for errors
         if self._opening + self.scheduler.waiting_images + len(distinct) > self._max_waiting_images:
-            raise busy(f"{self._max_waiting_images} images are waiting already")
+            raise busy(f"{self._max_waiting_images} images are waiting already", self.scheduler.retry_after())
         self._opening += len(distinct)
         at_once = asyncio.Semaphore(self._processes)  # so that requests take turns
         tasks = [
@@ -238,14 +246,22 @@ class ChatService:
     def _token_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
         model = self.model
         if len(prompt) > MAX_TOKEN_CHARS * model.decoder.capacity:  # which takes long to find out by cutting it up
-            raise _too_long(f"the prompt has {len(prompt)} characters, the context is {model.decoder.capacity} tokens")
+            raise self._too_long(f"{len(prompt)} characters")
         try:
             token_ids = model.tokenizer.encode_prompt(prompt, image_tokens)
         except UserError as error:
             raise ApiError(400, str(error), param="messages") from error
         if len(token_ids) >= model.decoder.capacity:
-            raise _too_long(f"the prompt has {len(token_ids)} tokens, the context is {model.decoder.capacity}")
+            raise self._too_long(f"{len(token_ids)} tokens, {sum(image_tokens)} of them of images")
         return token_ids
+
+    def _too_long(self, size: str) -> ApiError:
+        """In words by which LiteLLM, LangChain and their like know that a prompt has to be shortened."""
+        message = (
+            f"This model's maximum context length is {self.model.decoder.capacity} tokens. However, your messages have "
+            f"{size}, which exceeds the context window: shorten them or lower the resolution of images."
+        )
+        return ApiError(400, message, param="messages", code="context_length_exceeded")
 
     async def _grammars(self, chat: ChatRequest, lane: Executor) -> list[JsonGrammar | None]:
         """One for each choice."""
@@ -272,10 +288,6 @@ def check_model(wanted: str | None, served: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _too_long(message: str) -> ApiError:
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
-
-
 def _parsed(body: bytes) -> ChatRequest:
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_ITEMS:
         raise ApiError(400, f"the body has more than {MAX_JSON_ITEMS} items", code="body_too_large")
@@ -289,7 +301,7 @@ def _as_api_errors(scheduler: Scheduler) -> Generator[None]:
         yield
     except Busy as full:
         if scheduler.accepting:
-            raise busy(str(full)) from full
+            raise busy(str(full), scheduler.retry_after()) from full
         headers = {"Retry-After": str(RETRY_AFTER)}
         raise ApiError(503, str(full), "server_error", code="stopping", headers=headers) from full
     except Failed as failed:

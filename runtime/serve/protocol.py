@@ -47,9 +47,10 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def busy(message: str) -> ApiError:
-    """For a client that may come again in RETRY_AFTER seconds."""
-    return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
+def busy(message: str, retry_after: int | None = None) -> ApiError:
+    """For a client that may come again in so many seconds, RETRY_AFTER where that is not known."""
+    headers = {"Retry-After": str(retry_after or RETRY_AFTER)}
+    return ApiError(429, message, "rate_limit_error", code="queue_full", headers=headers)
 
 
 # Fields of OpenAI, vLLM and others that would change an answer and are not offered: the values that ask for nothing

@@ -10,7 +10,8 @@ from typing import Any
 
 from runtime.model import Model
 from runtime.serve.protocol import ApiError, ChatRequest, ignored_header
-from runtime.serve.types import Failed, Logprob, Request, TokenEvent
+from runtime.serve.request_record import current_record
+from runtime.serve.types import FAILURE_STATUS, Failed, Logprob, Request, TokenEvent
 from runtime.text.stop import Answer
 
 SCHEDULER_GRACE_S = 30  # how long past its deadline to wait for an unresponsive scheduler
@@ -58,7 +59,11 @@ class CompletionStream:
         self._answers = [Answer(model.tokenizer, stop) for _ in requests]
         self._with_usage = chat.stream_options is not None and chat.stream_options.include_usage
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.bundle.name}
+        self._every_token = chat.ignore_eos
         self._tokens = 0  # of all choices
+        self._record = current_record()
+        self._record.prompt_tokens = len(requests[0].token_ids)
+        self._record.image_tokens = sum(token < 0 for token in requests[0].token_ids)
 
     def cancel(self) -> None:
         for request in self._requests:
@@ -96,7 +101,8 @@ class CompletionStream:
             for index in range(len(self._requests)):
                 yield chunk(index, {"role": "assistant", "content": ""})
             async for delta in self._deltas():
-                if delta.text or delta.logprob:
+                # Who ignores the end of sequence measures: a chunk for each token, also where its text is not there yet
+                if delta.text or delta.logprob or self._every_token:
                     logprobs = self._logprobs([delta.logprob] if delta.logprob else [])
                     yield chunk(delta.index, {"content": delta.text}, logprobs)
                 if delta.finish_reason:
@@ -124,20 +130,29 @@ class CompletionStream:
                 if answer.finish_reason is not None:  # a token that came after a stop string
                     continue
                 if isinstance(event, Failed):
+                    self._record.reason = event.reason
                     raise api_error(event)
-                self._tokens += 1
+                self._note_token()
                 text = answer.push(event.token_id, event.finish_reason)
                 if answer.finish_reason is not None:
                     self._requests[index].end("stop")
+                    self._record.reason = answer.finish_reason
                 yield _Delta(index, text, event.logprob, answer.finish_reason)
         finally:
             self.cancel()
 
+    def _note_token(self) -> None:
+        self._tokens += 1
+        record = self._record
+        record.completion_tokens = self._tokens
+        if record.ttft_s is None:
+            record.ttft_s = time.monotonic() - record.arrived
+            record.cached_tokens = self._requests[0].cached_tokens
+
     def _usage(self) -> dict[str, Any]:
         prompt = len(self._requests[0].token_ids)
         total = {"prompt_tokens": prompt, "completion_tokens": self._tokens, "total_tokens": prompt + self._tokens}
-        images = sum(token < 0 for token in self._requests[0].token_ids)
-        details = {"cached_tokens": self._requests[0].cached_tokens, "image_tokens": images}
+        details = {"cached_tokens": self._requests[0].cached_tokens, "image_tokens": self._record.image_tokens}
         return total | {"prompt_tokens_details": details}
 
     def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
@@ -157,9 +172,9 @@ class CompletionStream:
 
 def api_error(failed: Failed) -> ApiError:
     """What the client is told of a request that failed."""
+    status = FAILURE_STATUS[failed.reason]
     if failed.reason == "request":
-        return ApiError(400, str(failed), param=failed.param)
-    status = {"deadline": 504, "stopping": 503, "numbers": 500, "internal": 500, "crash": 500}[failed.reason]
+        return ApiError(status, str(failed), param=failed.param)
     return ApiError(status, str(failed), "server_error", code=failed.reason)
 
 

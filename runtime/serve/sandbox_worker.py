@@ -26,12 +26,18 @@ Job = Callable[[bytes, dict[str, Any]], Result]  # of the content and the job's 
 
 
 def image_job(settings: dict[str, Any]) -> Job:
-    """Image files to sized pixels: {"shape": [H, W, 3], "digest": of them} and the bytes of a uint8 array. settings:
-    `rule`, of the bundle; `max_pixels`, `formats`: as `open_image` takes them. Options of a job: `resolution`, `aspect`."""
+    """Image files to sized pixels: {"shape": [H, W, 3], "digest": of them} and the bytes of a uint8 array.
+
+    settings: `rule`, of the bundle; `max_pixels`, `formats`: as `open_image` takes them. Options of a job:
+    `resolution`, `aspect`.
+    """
+    from PIL import Image
+
     from runtime.image.decode import open_image
     from runtime.image.preprocess import ImageRule, resized
 
     rule = ImageRule.from_dict(settings["rule"])
+    Image.preinit()  # the common plugins, which the first image would wait for
 
     def run(content: bytes, options: dict[str, Any]) -> Result:
         image = open_image(content, settings["max_pixels"], settings["formats"])

@@ -28,6 +28,7 @@ from runtime.errors import InvalidLogitsError, UserError
 from runtime.generate.session import Generation, Prompt
 from runtime.image.embedding_cache import EmbeddingCache
 from runtime.serve.logprobs import logprob_of
+from runtime.serve.pace import Pace
 from runtime.serve.prefix_cache import PrefixCache
 from runtime.serve.types import Busy, Callbacks, Failed, Request, TokenEvent, failure
 from runtime.serve.vision_worker import Embeddings, VisionWorker
@@ -79,10 +80,10 @@ class Scheduler:
         """
         self.crashed: BaseException | None = None
         self.queue_size = queue_size
-        self._callbacks = callbacks or Callbacks()
+        self._callbacks, self._pace = callbacks or Callbacks(), Pace()
         # A single token takes another way through attention than several
         self._min_fed = 2 if batch_invariant else 1  # tokens of a prompt's last chunk
-        self._slots = decoder.start_batch(slots, batch_invariant)
+        self._slots, self._capacity = decoder.start_batch(slots, batch_invariant), decoder.capacity
         self._prefixes = PrefixCache(self._slots)
         self._active: list[_Running] = []  # decoding, in the slots 0, 1, ...
         self._prefilling: list[_Running] = []  # in slots after those, the oldest first
@@ -111,10 +112,19 @@ class Scheduler:
         for thread in self._threads:
             thread.start()
 
+    def warm_up(self) -> None:
+        """Run the decoder before `start`: what its first run allocates and reads no request waits for then."""
+        if self._capacity > CHUNK:
+            self._slots[0].forward([0] * CHUNK)
+            self._slots.step([0])
+            self._slots[0].rewind(0)
+
     def submit(self, *requests: Request) -> None:
         """Take all of the requests, or raise as `check_room`."""
         with self._lock:
             self._check_room(len(requests))
+            if not self.waiting and not self.running:
+                self._pace.begin()
             self._waiting.extend(requests)
         self._wake.set()
 
@@ -131,6 +141,10 @@ class Scheduler:
             raise Busy("the server is about to stop")
         if self.waiting + count > self.queue_size + self._free:
             raise Busy(f"{self.waiting} requests are waiting already")
+
+    def retry_after(self, count: int = 1) -> int | None:
+        """Seconds until there is likely to be room for so many requests; None where nothing tells."""
+        return self._pace.seconds(count)
 
     @property
     def places(self) -> int:
@@ -213,8 +227,12 @@ class Scheduler:
             self._fail(request, failed)
 
     def _fail(self, request: Request, failed: Failed) -> None:
-        self._callbacks.finished(failed.reason)
+        self._finished(failed.reason)
         self._send(request, failed)
+
+    def _finished(self, reason: str) -> None:
+        self._pace.end()
+        self._callbacks.finished(reason)
 
     def _send(self, request: Request, event: TokenEvent | Failed) -> None:
         try:
@@ -259,7 +277,7 @@ class Scheduler:
             self._leave(running)
         for request in dropped:
             if request.ended is not None:
-                self._callbacks.finished(request.ended)
+                self._finished(request.ended)
             else:
                 self._fail(request, Failed("deadline", "the request has reached its deadline"))
 
@@ -338,7 +356,7 @@ class Scheduler:
             else:
                 failed = None
                 self._ready.remove(found)
-                self._prefilling.append(_Running(request, prompt, slot, request.submitted))
+                self._prefilling.append(_Running(request, prompt, slot, request.arrived))
         if failed is not None:
             self._forget(slot, failed)
             with self._lock:
@@ -483,7 +501,7 @@ class Scheduler:
         running.last_token = now
         if generation.finish_reason:
             self._leave(running)
-            self._callbacks.finished(generation.finish_reason)
+            self._finished(generation.finish_reason)
         self._send(request, TokenEvent(token, logprob, generation.finish_reason))
 
     def _leave(self, running: _Running) -> None:

@@ -3,6 +3,7 @@
 import re
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from runtime.backends.memory_plan import Costs, Plan, plan
@@ -29,8 +30,8 @@ class Settings(BaseModel):
     that may wait.
     threads: of one operator. allow_remote_images: hosts, with commas between them. max_images: of a request.
     image_cache_bytes: of embeddings of images seen before. max_output: new tokens of an answer. timeout: seconds that a
-    request may take. allowed_host, cors_origin: as `OriginCheck`, with commas between them. res, aspect: of images whose
-    request does not choose; None takes the bundle's."""
+    request may take. allowed_host, cors_origin: as `OriginCheck`, with commas between them. res, aspect: of images
+    whose request does not choose; None takes the bundle's."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -151,16 +152,23 @@ class Settings(BaseModel):
         return load(self.bundle or demo_bundle(), backends=backends, cache_bytes=settings.image_cache_bytes or 0)
 
     def service(self, model: Model, metrics: Metrics | None = None) -> ChatService:
-        """A scheduler over the model, and what begins answers on it. Raises UserError as `planned`."""
+        """A scheduler over the model, warmed up, and what begins answers on it.
+
+        Raises UserError as `planned`, and where an encoder's engine was not built for the resolution.
+        """
         slots = self.max_batch or self.planned().slots
         scheduler = Scheduler(
             model.encoder, model.decoder, model.cache, slots, self.max_queue, metrics, self.batch_invariant
         )
-        scheduler.start()
         hosts = listed(self.allow_remote_images)
         fetch = Fetcher(hosts, self.max_image_bytes) if hosts else None
-        service = ChatService(model, scheduler, self.limits, fetch, self.sizes(model.bundle.image))
+        sizes = self.sizes(model.bundle.image)
+        service = ChatService(model, scheduler, self.limits, fetch, sizes)
         service.start()
+        # The first image is not to wait for what an encoder and a decoder allocate and read at their first run
+        model.encoder([np.zeros((3, sizes.default.resolution, sizes.default.resolution), np.float32)])
+        scheduler.warm_up()
+        scheduler.start()
         return service
 
 

@@ -17,6 +17,17 @@ class Busy(Exception):
     """The queue is full, or the server is about to stop."""
 
 
+# HTTP's status for each reason to fail
+FAILURE_STATUS = {
+    "request": 400,
+    "deadline": 504,
+    "stopping": 503,
+    "numbers": 500,
+    "internal": 500,
+    "crash": 500,
+}
+
+
 class Failed(Exception):
     """A request that cannot be answered any more.
 
@@ -70,7 +81,7 @@ class Request:
         sink: called with each TokenEvent, or once with a Failed, on a thread of the scheduler; it may not block.
         deadline: of time.monotonic, seconds.
         logprobs: how many of the most probable tokens to report, None for no log-probabilities.
-        submitted: of time.monotonic, seconds.
+        arrived: when the client's request came, of time.monotonic, seconds.
         cached_tokens: positions of the prompt that were in a slot's KV cache.
         ended: why the receiver needs no more tokens: `cancelled` or `stop` (a stop string); None while it does.
     """
@@ -81,7 +92,7 @@ class Request:
     sink: Callable[["TokenEvent | Failed"], None]
     deadline: float = float("inf")
     logprobs: int | None = None
-    submitted: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=time.monotonic)
     cached_tokens: int = 0
     ended: str | None = None
 

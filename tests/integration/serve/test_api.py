@@ -137,7 +137,7 @@ def test_a_request_chooses_how_its_images_are_sized(served, model, detail, extra
     for _ in range(2):  # encoded, then from the cache
         answer = create(served, messages, max_tokens=8, extra_body={"mm_processor_kwargs": extra})
         assert answer.choices[0].message.content == last.result.text
-        assert answer.usage.prompt_tokens_details.model_extra["image_tokens"] == last.result.visual_tokens
+        assert answer.usage.prompt_tokens_details.to_dict()["image_tokens"] == last.result.visual_tokens
 
 
 def test_one_image_at_two_sizes_is_two(served, model):
@@ -146,7 +146,7 @@ def test_one_image_at_two_sizes_is_two(served, model):
     for resolution in (64, 128, 64):
         extra = {"mm_processor_kwargs": {"res": resolution}}
         answer = create(served, [{"role": "user", "content": [low, low]}], max_tokens=1, extra_body=extra)
-        details = answer.usage.prompt_tokens_details.model_extra
+        details = answer.usage.prompt_tokens_details.to_dict()
         assert details["image_tokens"] == 2 * (resolution // model.bundle.image.multiple) ** 2
 
 
@@ -223,7 +223,9 @@ def test_no_stop_string_of_the_template_cuts_in_a_schema(served, stop, expected)
         ({"messages": asked(QUESTION, bytes(250_000))}, 413, "larger than 200000 bytes"),
         ({"messages": asked(QUESTION, bytes(900_000))}, 413, "body"),
         ({"messages": asked(QUESTION, *[picture()] * 3)}, 400, "at most 2"),
-        ({"messages": asked("word " * 5000)}, 400, "context"),
+        # which LiteLLM and LangChain look for
+        ({"messages": asked("word " * 5000)}, 400, "This model's maximum context length is 4096 tokens. However, "),
+        ({"messages": asked("word " * 5000)}, 400, "exceeds the context window"),
         ({"model": "gpt-4o"}, 404, "not served here"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"temperature": 3}, 400, "temperature"),
@@ -355,9 +357,83 @@ def test_metrics_and_health(served):
     assert float(values["convllava_inter_token_seconds_count"]) >= 4
     assert float(values["convllava_batch_occupancy_count"]) >= 4
     assert (float(values["convllava_queue_depth"]), float(values["convllava_running"])) == (0, 0)
+    assert float(values["convllava_request_seconds_count"]) >= 2
+    assert float(values["convllava_preparing"]) == 0
+    assert float(values["process_resident_memory_bytes"]) > 1 << 20
+    assert {"process_cpu_seconds_total", "process_start_time_seconds", "process_open_fds"} <= values.keys()
+    (build,) = (name for name in values if name.startswith("convllava_build_info{"))
+    assert f'model="{served.model.bundle.name}"' in build and 'version="' in build
     assert served.get("/health") == (200, '{"status":"ok"}')
     assert served.get("/ready") == (200, '{"status":"ready"}')
     assert served.get("/nothing")[0] == 404
+
+
+def test_refused_requests_are_counted_by_their_status(model):
+    server = Served(model, api_keys=("key",), limits=Limits(body_bytes=100_000))
+    url, key = f"{server.url}/v1/chat/completions", {"Authorization": "Bearer key"}
+    for body, headers, status in (
+        (b"{", key, 400),
+        (b"{}", {}, 401),
+        (b'{"messages": [{"role": "user", "content": "x"}], "model": "other"}', key, 404),
+        (bytes(101_000), key, 413),
+    ):
+        request = urllib.request.Request(url, body, headers | {"x-request-id": f"id-{status}"}, method="POST")
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request, timeout=WAIT)
+        assert (error.value.code, error.value.headers["x-request-id"]) == (status, f"id-{status}")
+    text = server.get("/metrics")[1]
+    for status in (400, 401, 404, 413):
+        assert f'convllava_requests_total{{code="{status}",finish="rejected"}} 1.0' in text
+    server.close()
+
+
+def test_a_request_has_an_id_and_a_line_in_the_log(served, caplog):
+    caplog.set_level("INFO", "convllava.serve.requests")
+    image = picture(31)
+    raw = served.client().chat.completions.with_raw_response
+    body = {"messages": asked(QUESTION, image), "model": served.model.bundle.name, "max_tokens": 3, "temperature": 0}
+    body["extra_body"] = {"ignore_eos": True}
+    answer = raw.create(**body, extra_headers={"x-request-id": "mine"})
+    assert answer.headers["x-request-id"] == "mine" == answer.parse()._request_id
+    assert list(raw.create(**body, stream=True).parse())
+    with pytest.raises(openai.BadRequestError):
+        raw.create(**body | {"max_tokens": 0})
+    wait_for(lambda: sum(record.name.endswith(".requests") for record in caplog.records) == 3)
+    whole, stream, refused = (record.fields for record in caplog.records if record.name.endswith(".requests"))
+    usage = answer.parse().usage
+    assert whole["request_id"] == "mine" and stream["request_id"].startswith("req_")
+    for line in (whole, stream):
+        assert (line["status"], line["reason"], line["completion_tokens"]) == (200, "length", 3)
+        assert (line["prompt_tokens"], line["image_tokens"]) == (usage.prompt_tokens, 16)
+        assert 0 < line["ttft_s"] <= line["duration_s"]
+    assert (whole["cached_tokens"], stream["cached_tokens"]) == (
+        usage.prompt_tokens_details.cached_tokens,
+        usage.prompt_tokens - 2,
+    )
+    assert (refused["status"], refused["reason"], refused["completion_tokens"]) == (400, "invalid_request_error", None)
+
+
+def test_a_bug_has_the_requests_id(model, monkeypatch):
+    scheduler = scheduler_of(model, 1, 1)
+    service = ChatService(model, scheduler)
+
+    async def begin(body):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(service, "begin", begin)
+    client = TestClient(create_app(service, Metrics()), raise_server_exceptions=False)
+    answer = client.post("/v1/chat/completions", content=b"{}", headers={"x-request-id": "mine"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
+    scheduler.stop(0)
+
+
+def test_a_chunk_for_each_token_where_the_end_is_ignored(served):
+    count = 40
+    stream = create(served, asked(QUESTION), max_tokens=count, stream=True, extra_body={"ignore_eos": True})
+    contents = [chunk.choices[0].delta.content for chunk in stream]
+    role, *tokens, end = contents
+    assert (role, end, len(tokens)) == ("", None, count)
+    assert "" in tokens, "some tokens make no text, else this would test nothing"
 
 
 def test_a_full_queue_is_429_with_retry_after(model, monkeypatch):
@@ -490,7 +566,7 @@ def test_a_prompt_that_cannot_fit_is_told_before_it_is_cut_into_tokens(served, m
 
     monkeypatch.setattr(served.model.tokenizer, "encode_prompt", encode)
     monkeypatch.setattr("runtime.serve.chat.MAX_TOKEN_CHARS", 16)  # else it would be larger than bodies may be here
-    with pytest.raises(openai.BadRequestError, match="characters, the context is") as error:
+    with pytest.raises(openai.BadRequestError, match="characters, which exceeds the context") as error:
         create(served, asked("x" * (16 * served.model.decoder.capacity)), max_tokens=3)
     assert error.value.code == "context_length_exceeded"
 
@@ -638,6 +714,21 @@ def test_sigterm_tells_those_that_take_too_long(conformance_bundle):
     with pytest.raises(openai.APIError, match="the server stops"):
         list(stream)
     assert server.process.wait(WAIT) in (0, -signal.SIGTERM)
+
+
+def test_the_log_in_json_has_a_line_a_request(conformance_bundle):
+    server = Process("--bundle", conformance_bundle, "--log-format", "json", "--res", 128)
+    wait_for(server.ready)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=WAIT)
+    name = client.models.list().data[0].id
+    client.chat.completions.create(model=name, messages=asked("secret?", picture()), temperature=0, max_tokens=2)
+    server.process.send_signal(signal.SIGTERM)
+    _, said = server.process.communicate(timeout=WAIT)
+    lines = [json.loads(line) for line in said.splitlines()]
+    (request,) = (line for line in lines if line["logger"] == "convllava.serve.requests")
+    assert (request["status"], request["image_tokens"], request["completion_tokens"]) == (200, 4, 2)
+    assert any("128 pixels" in line["message"] for line in lines)
+    assert "secret" not in said
 
 
 def test_check_says_what_would_be_served(conformance_bundle):

@@ -35,6 +35,7 @@ def test_jobs_run_in_one_process_and_return_bytes_of_any_size():
     first, second = run(box, b"echo 1"), run(box, b"echo 1000000")
     assert first == ({"pid": first[0]["pid"], "setting": 5}, b"echo 1")
     assert second == (first[0], b"echo 1000000" * 1_000_000)
+    assert asyncio.run(box.run(b"echo 1", {"option": 6})) == (first[0] | {"option": 6}, b"echo 1")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def wait_until_dead(box):
 def test_a_job_that_was_ended_just_before_it_begins_is_not_begun():
     box = sandbox()
     run(box, b"echo 1")
-    job = _Job(b"crash")
+    job = _Job(b"crash", {})
     job.end()
     assert job.run_in(box._idle[0]) == ({}, b"")
     assert run(box, b"echo 2")[1] == b"echo 2echo 2"

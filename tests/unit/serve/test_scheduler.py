@@ -16,7 +16,7 @@ from runtime.generate.session import Generation
 from runtime.image.embedding_cache import EmbeddingCache
 from runtime.serve.logprobs import logprob_of
 from runtime.serve.scheduler import CHUNK, Scheduler
-from runtime.serve.types import Busy, Failed, Request
+from runtime.serve.types import Busy, Callbacks, Failed, Request
 from runtime.types import Sampling
 from tests.support.fakes import (
     EOS,
@@ -62,6 +62,37 @@ class Asked:
 
     def expected(self):
         return greedy_answer(self.fed, self.limit, self.eos)
+
+
+def test_a_warm_scheduler_answers_as_a_cold_one():
+    decoder = FakeDecoder()
+    scheduler = scheduler_of(decoder=decoder)
+    scheduler.warm_up()
+    assert decoder.batches[0][0].runs == [CHUNK] and decoder.batches[0].steps == [1]
+    scheduler.start()
+    asked = Asked([5, 6, 7])
+    scheduler.submit(asked.request)
+    assert asked.ids() == asked.expected()
+    assert asked.request.cached_tokens == 0
+    scheduler.stop(0)
+
+
+def test_the_time_to_the_first_token_begins_with_the_clients_request():
+    seen = []
+
+    class Noted(Callbacks):
+        def first_token(self, seconds):
+            seen.append(seconds)
+
+    scheduler = scheduler_of(callbacks=Noted())
+    scheduler.start()
+    asked = Asked([5, 6, 7], arrived=time.monotonic() - 100)
+    assert scheduler.retry_after() is None
+    scheduler.submit(asked.request)
+    asked.wait()
+    assert len(seen) == 1 and 100 <= seen[0] < 100 + WAIT
+    scheduler.stop(0)
+    assert 1 <= scheduler.retry_after() <= WAIT
 
 
 def endless(parts):

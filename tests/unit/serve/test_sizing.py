@@ -40,7 +40,7 @@ def test_what_is_asked_for_by_name_comes_before_detail():
 
 @pytest.mark.parametrize("resolution", [0, -64, 63, 100, 1600, 1 << 40])
 def test_other_resolutions_are_refused_with_those_there_are(resolution):
-    with pytest.raises(ApiError, match="this server takes multiples of 64 from 64 to 1536$") as error:
+    with pytest.raises(ApiError, match=r"this server takes multiples of 64 from 64 to 1536$") as error:
         ImageSizes(RULE, 1024).of(None, resolution)
     assert (error.value.status, error.value.param) == (400, "mm_processor_kwargs.res")
 
