@@ -45,6 +45,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="json: lines of JSON, one a request among them"
     )
+    parser.add_argument(
+        "--docs", action="store_true", help="/docs, a page about /openapi.json that browsers load from a CDN"
+    )
     parser.add_argument("--check", action="store_true", help="say what would be served and end")
     # Those of `Settings`, which has the defaults
     settings = parser.add_argument_group("what is served, and within which limits", argument_default=argparse.SUPPRESS)
@@ -101,8 +104,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     chosen = vars(parse(argv))
-    host, port, key_file, no_key, stop_seconds, check = (
-        chosen.pop(name) for name in ("host", "port", "api_key_file", "no_api_key", "stop_timeout", "check")
+    host, port, key_file, no_key, stop_seconds, check, docs = (
+        chosen.pop(name) for name in ("host", "port", "api_key_file", "no_api_key", "stop_timeout", "check", "docs")
     )
     as_json = chosen.pop("log_format") == "json"
     if as_json:
@@ -143,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in engine_rows(model.bundle):
             print(row)
     else:
-        serve(settings, model, keys, address, stop_seconds)
+        serve(settings, model, keys, address, stop_seconds, docs)
     return 0
 
 
@@ -165,6 +168,7 @@ def serve(
     keys: tuple[str, ...],
     address: socket.socket,
     stop_seconds: float,
+    docs: bool,
 ) -> None:
     import uvicorn
 
@@ -177,7 +181,7 @@ def serve(
     metrics = Metrics()
     service = settings.service(model, metrics)
     hosts, origins = listed(settings.allowed_host), listed(settings.cors_origin)
-    app = create_app(service, metrics, keys, stop_seconds, hosts, origins)
+    app = create_app(service, metrics, keys, stop_seconds, hosts, origins, docs)
 
     class Server(uvicorn.Server):
         """Told to stop, it lets the scheduler finish or fail what runs while the connections are still there."""

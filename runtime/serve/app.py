@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import importlib.metadata
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Coroutine
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,6 +21,7 @@ from runtime import serve
 from runtime.serve.chat import ChatService, check_model
 from runtime.serve.limits import Bodies
 from runtime.serve.metrics import Metrics
+from runtime.serve.openapi import document
 from runtime.serve.origins import OriginCheck
 from runtime.serve.protocol import ApiError
 from runtime.serve.request_record import RequestMonitor, current_record
@@ -48,9 +51,11 @@ def create_app(
     stop_seconds: float = 30.0,
     allowed_hosts: tuple[str, ...] = (),
     cors_origins: tuple[str, ...] = (),
+    docs: bool = False,
 ) -> FastAPI:
     """api_keys: one of which clients must send; none: nobody need. stop_seconds: that running requests have once the
-    server is told to stop. allowed_hosts, cors_origins: as `OriginCheck`."""
+    server is told to stop. allowed_hosts, cors_origins: as `OriginCheck`. docs: whether there is a page at /docs, whose
+    script browsers load from a CDN."""
     scheduler, name = service.scheduler, service.model.bundle.name
     bodies = Bodies(service.limits.body_bytes, service.limits.seconds)
     metrics.watch(service.model, scheduler, lambda: service.preparing)
@@ -93,6 +98,19 @@ def create_app(
     @app.get("/metrics")
     async def measured() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    description = document(importlib.metadata.version("convllava-deploy"), bool(api_keys))
+
+    # Not by FastAPI's own options, whose routes are not checked as the others are
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(description)
+
+    if docs:
+
+        @app.get("/docs")
+        async def docs_page() -> Response:
+            return get_swagger_ui_html(openapi_url="openapi.json", title="ConvLLaVA")
 
     add_page(app)
     return app

@@ -118,7 +118,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], Field(max_length=MAX_ITEMS, fail_fast=True)] = []  # one error is enough to say
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[Part] | None)
     @classmethod
     def _as_parts(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -189,7 +189,7 @@ class ChatRequest(BaseModel):
     ignore_eos: StrictBool = False
     mm_processor_kwargs: ProcessorOptions | None = None
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return [] if value is None else [value] if isinstance(value, str) else value

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -434,6 +435,41 @@ def test_a_chunk_for_each_token_where_the_end_is_ignored(served):
     role, *tokens, end = contents
     assert (role, end, len(tokens)) == ("", None, count)
     assert "" in tokens, "some tokens make no text, else this would test nothing"
+
+
+def test_openapi_describes_what_is_answered(served, model):
+    description = json.loads(served.get("/openapi.json")[1])
+    paths = {route.path for route in create_app(served.service, Metrics()).routes} - {"/", "/{name}"}
+    assert {path.replace(":path", "") for path in paths} == description["paths"].keys()
+
+    def validate(name, answer):
+        jsonschema.validate(answer, description | {"$ref": f"#/components/schemas/{name}"})
+
+    body = {"messages": asked(QUESTION, picture()), "max_tokens": 4, "logprobs": True, "top_logprobs": 2, "n": 2}
+    raw = served.client().chat.completions.with_raw_response
+    options = {"model": model.bundle.name, **body}
+    validate("ChatCompletion", json.loads(raw.create(**options).http_response.content))
+    stream = raw.create(**options, stream=True, stream_options={"include_usage": True}).http_response.read().decode()
+    events = [event.removeprefix("data: ") for event in stream.split("\n\n") if event]
+    assert events.pop() == "[DONE]" and len(events) > 4
+    for event in events:
+        validate("ChatCompletionChunk", json.loads(event))
+    for name, path in (
+        ("ModelList", "/v1/models"),
+        ("ModelCard", f"/v1/models/{model.bundle.name}"),
+        ("Error", "/v1/models/other"),
+        ("Status", "/health"),
+        ("Status", "/ready"),
+    ):
+        validate(name, json.loads(served.get(path)[1]))
+    assert served.get("/docs")[0] == 404
+
+
+def test_a_page_about_the_api_where_it_is_asked_for(model):
+    scheduler = scheduler_of(model, 1, 1)
+    client = TestClient(create_app(ChatService(model, scheduler), Metrics(), docs=True), base_url="http://localhost")
+    assert "openapi.json" in client.get("/docs").text
+    scheduler.stop(0)
 
 
 def test_a_full_queue_is_429_with_retry_after(model, monkeypatch):
