@@ -45,8 +45,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# P too, as its palette may have alpha.
-_MAYBE_TRANSPARENT = frozenset({"RGBA", "RGBa", "LA", "La", "PA", "P"})
 # Pillow gives a PNG's transparent colour in the file's samples but the pixels in 8 bits; these bring it to 8 bits.
 _PNG_SAMPLE_TO_8_BITS: dict[str, Callable[[Any], Any]] = {
     "L;2": lambda sample: sample * 85,
@@ -88,7 +86,8 @@ def open_image(
         source = _of_array(source)
     if isinstance(source, Image.Image):
         with _damage_as_user_error("image"):
-            return _decode(source, "image", max_pixels)
+            rgb = _decode(source, "image", max_pixels)
+            return rgb.copy() if rgb is source else rgb
     if not isinstance(source, str | os.PathLike):
         return _open_content(source, max_pixels, formats)
     path = os.fsdecode(source)
@@ -209,10 +208,10 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         rgb = _deep_grey_to_8_bits(image).convert("RGB")
     elif _has_empty_alpha(image):
         rgb = image.convert("RGB")
-    elif image.mode in _MAYBE_TRANSPARENT or "transparency" in image.info:
+    elif image.has_transparency_data:
         rgb = _over_white(image, transparent)
     else:
-        rgb = image.convert("RGB")
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
     return _upright(rgb, image)
 
 

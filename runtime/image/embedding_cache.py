@@ -1,12 +1,8 @@
 """Image embeddings that were computed before: the least recently used go where a limit in bytes is reached."""
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-
-import numpy as np
-from PIL import Image
 
 from runtime.device.memory import Array
 
@@ -43,10 +39,3 @@ class EmbeddingCache:
             self.bytes += embeddings.nbytes
             while self.bytes > self.max_bytes:
                 self.bytes -= self._entries.popitem(last=False)[1].nbytes
-
-
-def digest(picture: Image.Image) -> bytes:
-    """Of an RGB image's size and pixels: the same picture from a file, from bytes or from Pillow has the same."""
-    hashed = hashlib.blake2b(repr(picture.size).encode(), digest_size=16)
-    hashed.update(np.asarray(picture).data)
-    return hashed.digest()

@@ -6,8 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from runtime.image.decode import MAX_PIXELS, open_image
-from runtime.image.embedding_cache import digest
-from runtime.image.preprocess import ImageRule, preprocess, target_size
+from runtime.image.preprocess import ImageRule, digest, normalised, resized, target_size
 from runtime.types import ImageSource, Options
 
 
@@ -46,10 +45,14 @@ class ImageInput:
     @cached_property
     def key(self) -> Hashable:
         """Equal for images with equal pixel values."""
-        resolution, aspect = self._sizing
-        return resolution or self._rule.resolution, aspect or self._rule.aspect, digest(self._image)
+        return digest(self._resized)
 
     @cached_property
     def pixel_values(self) -> np.ndarray:
         """float32 [3, H, W]."""
-        return preprocess(self._image, self._rule, *self._sizing)
+        return normalised(self._resized, self._rule)
+
+    @cached_property
+    def _resized(self) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        return resized(self._image, self._rule, *self._sizing)

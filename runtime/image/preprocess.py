@@ -8,6 +8,7 @@ Sources:
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.errors import UserError
+from runtime.image.resize import look_up, resize_columns, resize_rows
 
 
 def visual_tokens(height: int, width: int, stride: int) -> int:
@@ -32,7 +34,7 @@ MAX_RESOLUTION = 8192
 _EXACT_SIDE = 24_576
 _EXACT_RATIO = 16
 _THIN_SIDE = 8192  # what `pad` shrinks a picture of a larger ratio to
-_STRIP_ROWS = 256
+_STRIP_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -211,32 +213,33 @@ def resized(
     aspect = rule.aspect if aspect is None else aspect
     height, width = target_size(*image.size, rule, resolution, aspect)
     if aspect == "pad":
-        sized = _pad(image, width, tuple(int(mean * 255) for mean in rule.mean))
-    elif aspect == "crop":
-        sized = _crop(image, width)
-    else:
-        sized = _stretch(image, width, height)
-    return np.asarray(sized)
+        return _pad(image, width, tuple(int(mean * 255) for mean in rule.mean))
+    return np.asarray(_crop(image, width) if aspect == "crop" else _stretch(image, width, height))
 
 
-def _pad(image: Image.Image, side: int, fill: tuple[int, ...]) -> Image.Image:
+def _pad(image: Image.Image, side: int, fill: tuple[int, ...]) -> np.ndarray:
     """Pad to a centred square and resize that to side x side, without ever holding the square.
 
     Pillow resizes rows first, rounds to 8 bits, then resizes columns. Rows of nothing but fill stay fill, so only the
     image's own rows are widened, a strip at a time: the same bytes for a fraction of the memory.
     """
     longest = _EXACT_SIDE if max(image.size) <= _EXACT_RATIO * min(image.size) else _THIN_SIDE
-    image = image.reduce(math.ceil(max(image.size) / longest))
+    if (factor := math.ceil(max(image.size) / longest)) > 1:
+        image = image.reduce(factor)
     width, height = image.size
     longer = max(width, height)
     left, top = (longer - width) // 2, (longer - height) // 2
-    narrowed = Image.new("RGB", (side, longer), fill)  # the square, its rows already resized
+    narrowed = np.empty((longer, side, 3), np.uint8)  # the square, its rows already resized
+    narrowed[:top] = narrowed[top + height :] = np.full((side, 3), fill, np.uint8)
+    padded = np.full((_STRIP_ROWS, longer, 3), fill, np.uint8)
     for y in range(0, height, _STRIP_ROWS):
         rows = min(_STRIP_ROWS, height - y)
-        strip = Image.new("RGB", (longer, rows), fill)
-        strip.paste(image.crop((0, y, width, y + rows)), (left, 0))
-        narrowed.paste(strip.resize((side, rows), Image.Resampling.BICUBIC), (0, top + y))
-    return narrowed.resize((side, side), Image.Resampling.BICUBIC)
+        strip = np.asarray(image.crop((0, y, width, y + rows)))
+        if width < longer:
+            padded[:rows, left : left + width] = strip
+            strip = padded[:rows]
+        resize_rows(strip, narrowed[top + y : top + y + rows])
+    return resize_columns(narrowed, side)
 
 
 def _crop(image: Image.Image, side: int) -> Image.Image:
@@ -260,6 +263,13 @@ def _stretch(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def digest(pixels: np.ndarray) -> str:
+    """Of the shape and the values of pixels, uint8 [H, W, 3]: equal where `normalised` gives equal pixel values."""
+    hashed = hashlib.sha256(repr(pixels.shape).encode())
+    hashed.update(np.ascontiguousarray(pixels).data)
+    return hashed.hexdigest()
+
+
 def normalised(pixels: np.ndarray, rule: ImageRule) -> np.ndarray:
     """Pixels, uint8 [H, W, 3], scaled to 0..1 and normalised by the rule's mean and std: float32 [3, H, W].
 
@@ -269,4 +279,4 @@ def normalised(pixels: np.ndarray, rule: ImageRule) -> np.ndarray:
     scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
     mean, std = (np.array(values, np.float32)[:, None] for values in (rule.mean, rule.std))
     levels = (scaled - mean) / std  # [3, 256]
-    return np.stack([levels[channel][pixels[..., channel]] for channel in range(3)])
+    return look_up(pixels, levels)

@@ -3,7 +3,6 @@
 python -m runtime.serve.sandbox_worker MODULE:JOB SETTINGS MEMORY_BYTES CPU_SECONDS
 """
 
-import hashlib
 import json
 import os
 import resource
@@ -34,7 +33,7 @@ def image_job(settings: dict[str, Any]) -> Job:
     from PIL import Image
 
     from runtime.image.decode import open_image
-    from runtime.image.preprocess import ImageRule, resized
+    from runtime.image.preprocess import ImageRule, digest, resized
 
     rule = ImageRule.from_dict(settings["rule"])
     Image.preinit()  # the common plugins, which the first image would wait for
@@ -42,8 +41,7 @@ def image_job(settings: dict[str, Any]) -> Job:
     def run(content: bytes, options: dict[str, Any]) -> Result:
         image = open_image(content, settings["max_pixels"], settings["formats"])
         pixels = resized(image, rule, options["resolution"], options["aspect"])
-        content = pixels.tobytes()
-        return {"shape": pixels.shape, "digest": hashlib.blake2b(content, digest_size=16).hexdigest()}, content
+        return {"shape": pixels.shape, "digest": digest(pixels)}, pixels.tobytes()
 
     return run
 

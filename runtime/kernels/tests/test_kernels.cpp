@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "gemm.h"
+#include "image.h"
+#include "isa.h"
 #include "kernel_error.h"
 
 using namespace convllava;
@@ -235,6 +237,61 @@ void test_tensors_that_do_not_fit_together_are_refused() {
   }
 }
 
+#ifdef CONVLLAVA_X86
+// Inputs, in number, to outputs by Keys' cubic convolution, widened where there are fewer outputs.
+std::vector<double> cubic_convolution(const std::vector<double>& in, int64_t outputs) {
+  const double scale = static_cast<double>(in.size()) / outputs, width = std::max(scale, 1.0);
+  std::vector<double> out;
+  for (int64_t i = 0; i < outputs; ++i) {
+    double sum = 0, total = 0;
+    for (size_t k = 0; k < in.size(); ++k) {
+      const double x = std::abs((k + 0.5 - (i + 0.5) * scale) / width);
+      const double weight = x < 1   ? 1.5 * x * x * x - 2.5 * x * x + 1
+                            : x < 2 ? -0.5 * x * x * x + 2.5 * x * x - 4 * x + 2
+                                    : 0;
+      sum += weight * in[k];
+      total += weight;
+    }
+    out.push_back(std::min(std::max(sum / total, 0.0), 255.0));
+  }
+  return out;
+}
+
+// Rows and, transposed, columns; no vector is larger than what may be read or written.
+void test_resizing_is_double_precisions() {
+  if (!__builtin_cpu_supports("avx2")) return;
+  for (int trial = 0; trial < 150; ++trial) {
+    const int64_t rows = uniform(1, 9), width = uniform(1, 70), out_width = uniform(1, 70);
+    std::vector<uint8_t> pixels(rows * width * 3), transposed(pixels.size());
+    for (uint8_t& value : pixels) value = static_cast<uint8_t>(trial % 2 ? uniform(0, 255) : uniform(0, 1) * 255);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t x = 0; x < width; ++x)
+        std::memcpy(&transposed[(x * rows + row) * 3], &pixels[(row * width + x) * 3], 3);
+    std::vector<uint8_t> by_rows(rows * out_width * 3), by_columns(by_rows.size());
+    EXPECT(convllava_resize_rows(pixels.data(), rows, width, by_rows.data(), out_width) == 0);
+    EXPECT(convllava_resize_columns(transposed.data(), width, rows * 3, by_columns.data(), out_width) == 0);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t channel = 0; channel < 3; ++channel) {
+        std::vector<double> in;
+        for (int64_t x = 0; x < width; ++x) in.push_back(pixels[(row * width + x) * 3 + channel]);
+        const std::vector<double> expected = cubic_convolution(in, out_width);
+        for (int64_t x = 0; x < out_width; ++x) {
+          EXPECT(std::abs(by_rows[(row * out_width + x) * 3 + channel] - expected[x]) < 0.5001);
+          EXPECT(by_columns[(x * rows + row) * 3 + channel] == by_rows[(row * out_width + x) * 3 + channel]);
+        }
+      }
+    }
+    std::vector<float> levels(3 * 256), values(rows * width * 3);
+    for (size_t i = 0; i < levels.size(); ++i) levels[i] = static_cast<float>(i);
+    convllava_normalize(pixels.data(), rows * width, levels.data(), values.data());
+    for (size_t i = 0; i < values.size(); ++i) {
+      const size_t channel = i / (rows * width), pixel = i % (rows * width);
+      EXPECT(values[i] == 256 * channel + pixels[3 * pixel + channel]);
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -243,6 +300,9 @@ int main() {
   test_instruction_sets_give_the_references_bits();
   test_what_is_not_finite_stays_so();
   test_tensors_that_do_not_fit_together_are_refused();
+#ifdef CONVLLAVA_X86
+  test_resizing_is_double_precisions();
+#endif
   const KernelSets supported = supported_kernels();
   for (int i = 0; i < supported.count; ++i) std::printf("%s ", supported.sets[i]->name);
   std::printf(failures ? "FAILED: %d\n" : "passed\n", failures);

@@ -8,7 +8,8 @@ from PIL import Image
 
 import runtime
 from runtime.backends.select import Backends
-from runtime.image.embedding_cache import EmbeddingCache, digest
+from runtime.image.embedding_cache import EmbeddingCache
+from runtime.image.preprocess import digest
 
 
 def drawing(seed: int) -> Image.Image:
@@ -100,9 +101,10 @@ def test_the_least_recently_used_go_first():
     assert cache.bytes == 1200
 
 
-def test_a_digest_is_of_size_and_pixels():
+def test_a_digest_is_of_shape_and_pixels():
     pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
-    wide, high = Image.fromarray(pixels), Image.fromarray(pixels.reshape(5, 4, 3))
-    assert digest(wide) == digest(Image.fromarray(pixels.copy()))
-    pixels[3, 4, 2] += 1
-    assert len({digest(wide), digest(high), digest(Image.fromarray(pixels))}) == 3
+    same = np.asfortranarray(pixels)
+    changed = pixels.copy()
+    changed[3, 4, 2] += 1
+    assert digest(pixels) == digest(same)
+    assert len({digest(pixels), digest(pixels.reshape(5, 4, 3)), digest(changed)}) == 3
