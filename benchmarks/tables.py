@@ -208,6 +208,8 @@ COLUMNS = {
         ("reached", "our share of the machine's limit"),
         ("perplexity", "our perplexity"),
         ("peer_perplexity", "theirs"),
+        ("anls", "our ANLS"),
+        ("peer_anls", "theirs"),
         ("peak_mib", "our memory, MiB"),
         ("peer_peak_mib", "theirs, MiB"),
         ("reason", "not measured"),
