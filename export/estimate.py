@@ -40,7 +40,7 @@ SECONDS_TO_START = 15
 SECONDS_A_GB = 6  # written
 SECONDS_A_TERAFLOP = 33  # of the encoder, once in PyTorch and once in ONNX Runtime
 SECONDS_TO_ROUND = {"int8": 12, "int4": 30, "w4a16": 12}  # 10^9 weights
-SECONDS_TO_COMPARE = 30  # 10^9 weights of a decoder
+SECONDS_TO_COMPARE = 8  # 10^9 weights of a decoder
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from train.errors import CheckpointError
 from train.model.checkpoint.layout import PROJECTOR, TOKENIZER_FILES
-from train.model.configs import llava_config, preprocessor_config, vision_config
+from train.model.configs import language_config, llava_config, preprocessor_config, vision_config
 from train.model.encoder import ConvNeXtEncoder, EncoderConfig
 from train.model.names import timm_to_hf
 from train.model.projector import build_projector
@@ -101,24 +101,12 @@ def llama_config(shape: Shape) -> LlamaConfig:
 def main_config(llama: LlamaConfig, shape: Shape) -> dict:
     """config.json."""
     return {
-        "attention_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "hidden_size": llama.hidden_size,
-        "intermediate_size": llama.intermediate_size,
-        "max_position_embeddings": llama.max_position_embeddings,
-        "num_attention_heads": llama.num_attention_heads,
-        "num_hidden_layers": llama.num_hidden_layers,
-        "num_key_value_heads": llama.num_key_value_heads,
-        "rms_norm_eps": llama.rms_norm_eps,
+        **language_config(llama),
+        **llava_config(shape.encoder, PROJECTOR_TYPE, shape.resolution),
+        "image_aspect_ratio": "pad",
         "rope_scaling": None,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
         "torch_dtype": "float16",
-        "vocab_size": llama.vocab_size,
-        "image_aspect_ratio": "pad",
-        **llava_config(shape.encoder, PROJECTOR_TYPE, shape.resolution),
     }
 
 

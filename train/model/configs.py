@@ -2,7 +2,28 @@
 
 from typing import Any
 
+from transformers import LlamaConfig
+
 from train.model.encoder import EncoderConfig
+
+
+def language_config(llama: LlamaConfig) -> dict[str, Any]:
+    """What a LlavaConfig says of its Llama, but for `rope_theta` and `torch_dtype`."""
+    return {
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": llama.hidden_size,
+        "intermediate_size": llama.intermediate_size,
+        "max_position_embeddings": llama.max_position_embeddings,
+        "num_attention_heads": llama.num_attention_heads,
+        "num_hidden_layers": llama.num_hidden_layers,
+        "num_key_value_heads": llama.num_key_value_heads,
+        "rms_norm_eps": llama.rms_norm_eps,
+        "tie_word_embeddings": llama.tie_word_embeddings,
+        "vocab_size": llama.vocab_size,
+    }
 
 
 def llava_config(encoder: EncoderConfig, projector: str, resolution: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from train.model.checkpoint.layout import Checkpoint
 from train.model.checkpoint.load import load_model
 from train.model.checkpoint.save import save_checkpoint
 from train.model.checkpoint.tensors import load_tensors, save_tensors
-from train.model.configs import llava_config, preprocessor_config, vision_config
+from train.model.configs import language_config, llava_config, preprocessor_config, vision_config
 from train.model.convllava import ConvLLaVA, ImageEncoder
 from train.model.encoder import ConvNeXtEncoder, EncoderConfig
 from train.model.low_rank import add_factors, factors
@@ -110,26 +110,14 @@ def _configs(decoder: LlamaForCausalLM, encoder: EncoderConfig) -> tuple[dict, d
     """config.json, vision_tower/config.json and preprocessor_config.json."""
     llama = decoder.config
     config = {
-        "attention_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "head_dim": llama.hidden_size // llama.num_attention_heads,
-        "hidden_act": "silu",
-        "hidden_size": llama.hidden_size,
-        "intermediate_size": llama.intermediate_size,
-        "max_position_embeddings": llama.max_position_embeddings,
-        "num_attention_heads": llama.num_attention_heads,
-        "num_hidden_layers": llama.num_hidden_layers,
-        "num_key_value_heads": llama.num_key_value_heads,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 100000.0,
-        "tie_word_embeddings": True,
-        "vocab_size": llama.vocab_size,
-        "torch_dtype": "float32",
+        **language_config(llama),
+        **llava_config(encoder, "mlp2x_gelu", RESOLUTION),
         "image_aspect_ratio": "pad",
+        "head_dim": llama.hidden_size // llama.num_attention_heads,
+        "rope_theta": 100000.0,
+        "torch_dtype": "float32",
         "conversation_template": "chatml",
         "conversation_system": SYSTEM,
-        **llava_config(encoder, "mlp2x_gelu", RESOLUTION),
     }
     vision = vision_config(encoder) | {"image_size": RESOLUTION}
     return config, vision, preprocessor_config(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, RESOLUTION)
