@@ -22,7 +22,7 @@ struct Domain;   // OrtCustomOpDomain
 struct Options;  // OrtSessionOptions
 struct CustomOp;
 
-enum ElementType : int { UNDEFINED = 0, FLOAT = 1, UINT8 = 2 };
+enum ElementType : int { UNDEFINED = 0, FLOAT = 1, UINT8 = 2, INT8 = 3 };
 enum Characteristic : int { REQUIRED = 0 };
 enum ErrorCode : int { FAIL = 1, INVALID_ARGUMENT = 2 };
 
@@ -37,6 +37,7 @@ enum class Slot : int {
   GetDimensionsCount = 61,
   GetDimensions = 62,
   GetTensorTypeAndShape = 65,
+  KernelInfoGetAttribute_float = 85,
   KernelInfoGetAttribute_int64 = 86,
   KernelContext_GetInput = 90,
   KernelContext_GetOutput = 91,
@@ -81,6 +82,9 @@ class Api {
     return at<Status*(const Value*, Shape**)>(Slot::GetTensorTypeAndShape)(value, out);
   }
   void release(Shape* shape) const { at<void(Shape*)>(Slot::ReleaseTensorTypeAndShapeInfo)(shape); }
+  Status* floating(const Info* info, const char* name, float* out) const {
+    return at<Status*(const Info*, const char*, float*)>(Slot::KernelInfoGetAttribute_float)(info, name, out);
+  }
   Status* integer(const Info* info, const char* name, int64_t* out) const {
     return at<Status*(const Info*, const char*, int64_t*)>(Slot::KernelInfoGetAttribute_int64)(info, name, out);
   }

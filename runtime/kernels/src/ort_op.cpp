@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "encoder_op.h"
 #include "gemm.h"
 #include "kernel_error.h"
 #include "ort_operator.h"
@@ -165,6 +166,7 @@ ort::Domain* domain(const ort::Api& api, bool of_24_bits) {
     ort::Domain* created = nullptr;
     check(api, api.create_domain("convllava", &created));
     for (const ort::CustomOp& op : OPERATORS[of_24_bits]) check(api, api.add_to_domain(created, &op));
+    for (const ort::CustomOp& op : ENCODER_OPERATORS) check(api, api.add_to_domain(created, &op));
     registered[of_24_bits] = created;
   }
   return registered[of_24_bits];

@@ -24,6 +24,7 @@ CHECK_SLOT(GetTensorMutableData);
 CHECK_SLOT(GetDimensionsCount);
 CHECK_SLOT(GetDimensions);
 CHECK_SLOT(GetTensorTypeAndShape);
+CHECK_SLOT(KernelInfoGetAttribute_float);
 CHECK_SLOT(KernelInfoGetAttribute_int64);
 CHECK_SLOT(KernelContext_GetInput);
 CHECK_SLOT(KernelContext_GetOutput);
