@@ -26,14 +26,15 @@ from export.cli import (
 from export.decoder.check import DecoderReference, check_decoder
 from export.decoder.export import BLOCKS, CAPACITY_HELP, check_options, decoder_part, export_decoder
 from export.decoder.sampler import sampler_graph
-from export.encoder import check_encoder, check_precision, export_encoder, parity_inputs
+from export.encoder import check_encoder, check_kernels, check_precision, export_encoder, parity_inputs
 from export.estimate import Job, Sizes, require_room
+from export.graphs.encoder_kernels import write_encoder_kernels
 from export.graphs.kv_precision import write_half_caches
 from export.graphs.variants import write_variants
 from export.parity import Difference, ParityError, report
 from export.tokenizer.convert import TOKENIZER_FILE, export_tokenizer
 from runtime import kernels
-from runtime.bundle.manifest import NOT_CHECKED, EncoderPart
+from runtime.bundle.manifest import NOT_CHECKED, DecoderPart, EncoderPart
 from runtime.command import run
 from runtime.demo import DEMO_BUNDLE
 from runtime.errors import UserError
@@ -81,7 +82,7 @@ def export_bundle(
             "image": image.to_dict(),
             "prompt": prompt.to_dict(),
             "tokenizer": export_tokenizer(checkpoint.folder, folder / "tokenizer"),
-            "encoder": asdict(_add_encoder(checkpoint, folder, precision, resolution, checks)),
+            "encoder": _given(_add_encoder(checkpoint, folder, precision, resolution, checks)),
         }
         files = _add_decoder(checkpoint, folder, decoder_precision, checks)
         if portable:
@@ -89,9 +90,13 @@ def export_bundle(
         decoder = decoder_part(checkpoint, decoder_precision, **files, sampler_file="decoder/sampler.onnx")
         onnx.save(sampler_graph(decoder.vocab_size, decoder.kv_dtype), str(folder / "decoder" / "sampler.onnx"))
         Tokenizer(folder / "tokenizer" / TOKENIZER_FILE, sections["tokenizer"], decoder.vocab_size)  # it warns
-        sections["decoder"] = {key: value for key, value in asdict(decoder).items() if value is not None}
+        sections["decoder"] = _given(decoder)
         sections["checked"] = NOT_CHECKED if checks is None else checks.errors
         write_manifest(folder, name_of(checkpoint), installed_versions(PRODUCERS), sections)
+
+
+def _given(part: EncoderPart | DecoderPart) -> dict[str, Any]:
+    return {key: value for key, value in asdict(part).items() if value is not None}
 
 
 def check_context(checkpoint: Checkpoint, resolution: int, capacity: int | None) -> None:
@@ -119,6 +124,9 @@ class Checks:
         rows = check_encoder(file, model, parity_inputs(resolution, model.encoder.config.stride), precision)
         self._require(rows, file, "encoder")
 
+    def encoder_kernels(self, file: Path, source: Path, stride: int, resolution: int) -> None:
+        self._require(check_kernels(file, source, parity_inputs(resolution, stride)[-1]), file, "encoder with kernels")
+
     def decoder(self, file: Path, precision: str, graph: str = "fused", what: str = "decoder", hint: str = "") -> None:
         self._reference = self._reference or DecoderReference.of(self._checkpoint)
         rows = check_decoder(self._checkpoint, file, precision, graph, self._reference)
@@ -142,11 +150,19 @@ def _add_encoder(
     export_encoder(model, folder / file, precision)
     if checks is not None:
         checks.encoder(folder / file, model, precision, resolution)
+    stride, kernels_file = checkpoint.encoder_config.stride, "encoder/kernels.onnx"
+    has_kernels = write_encoder_kernels(folder / file, folder / kernels_file)
+    if has_kernels and checks is not None:
+        if missing := kernels.unavailable():
+            print(f"warning: {kernels_file} is not compared with PyTorch: {missing}", file=sys.stderr)
+        else:
+            checks.encoder_kernels(folder / kernels_file, folder / file, stride, resolution)
     return EncoderPart(
         file=file,
         precision=precision,
         hidden_size=checkpoint.llama_config.hidden_size,
-        stride=checkpoint.encoder_config.stride,
+        stride=stride,
+        kernels_file=kernels_file if has_kernels else None,
     )
 
 

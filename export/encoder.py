@@ -31,6 +31,7 @@ from export.encoder_graph import OPSET, write_encoder
 from export.estimate import Job, Sizes, require_room
 from export.graphs.pieces import cut, open_piece, run_piece
 from export.parity import TOLERANCES, Difference, ParityError, compare, report
+from runtime import kernels
 from runtime.command import run
 from runtime.errors import UserError
 from train.model import ImageEncoder, check_finite, load_image_encoder
@@ -106,9 +107,19 @@ def check_encoder(file: Path, model: ImageEncoder, inputs: list[np.ndarray], pre
     return [*rows, compare(f"the same, whole file {sizes[-1]}", whole, expected[-1].numpy(), tolerance)]
 
 
-def _open_whole(file: Path) -> onnxruntime.InferenceSession:
+def check_kernels(file: Path, source: Path, pixel_values: np.ndarray) -> list[Difference]:
+    """The graph with the operators of `runtime.kernels` against the float32 graph `source` that it was made from."""
+    expected = run_piece(_open_whole(source), pixel_values)
+    found = run_piece(_open_whole(file, kernels.library()), pixel_values)
+    size = f"{len(pixel_values)} x {pixel_values.shape[2]}x{pixel_values.shape[3]}"
+    return [compare(f"image_embeds by kernels {size}", found, expected, TOLERANCES["encoder", "int8"])]
+
+
+def _open_whole(file: Path, operators: Path | None = None) -> onnxruntime.InferenceSession:
     """A session that maps the weights: without what would copy them to rearrange them."""
     options = onnxruntime.SessionOptions()
+    if operators is not None:
+        options.register_custom_ops_library(str(operators))
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

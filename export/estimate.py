@@ -30,6 +30,7 @@ BITS = {
 }
 # The same of what a bundle has beside it for the project's own operators
 KERNEL_BITS = {"int8": (0.5, 0.5), "int4": (1.03, 0.5)}
+ENCODER_KERNEL_BITS = {"fp32": 8}
 VARIANTS = {"fp32": 2, "int8": 4, "int4": 4}  # graphs of a bundle's decoder that are compared
 BASE_BYTES = 0.45 * GIB  # the process with its libraries
 MAP_COPIES = 24  # of the encoder's largest feature map in float32, while a block is compared
@@ -100,7 +101,7 @@ class Sizes:
 class Job:
     """What is exported: precision of each graph, or None without it.
 
-    variants: the decoder gets the other graphs of a bundle: for prompts, for kernels, with a float16 KV cache.
+    variants: encoder and decoder get the other graphs of a bundle: for kernels, for prompts, with a float16 KV cache.
     """
 
     resolution: int
@@ -124,7 +125,8 @@ def estimate(sizes: Sizes, job: Job, cores: int) -> Estimate:
     """Temporary files lie within what the output takes."""
     memory, disk, seconds = [0.0], 0.0, float(SECONDS_TO_START)
     if job.encoder is not None:
-        disk += sizes.encoder_weights * BITS[job.encoder][0] / 8
+        kernel_bits = ENCODER_KERNEL_BITS.get(job.encoder, 0) if job.variants else 0
+        disk += sizes.encoder_weights * (BITS[job.encoder][0] + kernel_bits) / 8
         if job.check == "full":
             memory.append(MAP_COPIES * sizes.largest_map(job.resolution))
             seconds += SECONDS_A_TERAFLOP * sizes.encoder_flops(job.resolution) / 1e12

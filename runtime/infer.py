@@ -50,7 +50,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--encoder",
         default="auto",
         metavar="RUNTIME",
-        help="onnx, openvino, tensorrt or auto (default): a TensorRT engine where one fits the GPU, else onnx",
+        help="onnx, kernels (INT8, no calibration), openvino, tensorrt or auto (default): a TensorRT engine where one "
+        "fits the GPU, else onnx",
     )
     parser.add_argument("--encoder-precision", metavar="P", help="fp32, fp16, bf16, int8, fp8; default: the bundle's")
     parser.add_argument(

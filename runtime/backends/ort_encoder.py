@@ -32,12 +32,13 @@ class OnnxEncoder:
         provider: str = "cpu",
         device: Device | None = None,
         channels_last: bool = False,
+        operators: Path | None = None,
     ):
         """
         Args:
             file: the graph.
             stride: pixels of one side per visual token.
-            threads, provider, device: see `open_session`.
+            threads, provider, device, operators: see `open_session`.
             channels_last: lay images out as [B, H, W, C] inside the graph (`--provider cuda` alone).
 
         Raises:
@@ -51,6 +52,7 @@ class OnnxEncoder:
             threads,
             provider,
             self.device,
+            operators,
             channels_last=channels_last,
             mapped=large and file.stem != "int8",  # a quarter of the bytes, and more to lose
             lean=large,

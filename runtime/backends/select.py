@@ -24,7 +24,7 @@ from runtime.errors import UserError
 logger = logging.getLogger("convllava.backends")
 
 KERNELS = {"kernels": 8, "kernels24": 24}  # `runtime.kernels`, and to how many bits activations are quantized
-ENCODERS = ("auto", "onnx", "openvino", "tensorrt")
+ENCODERS = ("auto", "onnx", "kernels", "openvino", "tensorrt")
 MAX_THREADS = 512
 DECODERS = ("auto", "onnx", *KERNELS, "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -34,10 +34,10 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 class Backends:
     """What the user asks for.
 
-    encoder: `onnx` (ONNX Runtime), `openvino`, `tensorrt`, or `auto`: a TensorRT engine where one fits the GPU, else
-    ONNX Runtime. decoder: `onnx` (ONNX Runtime's own operators), `kernels` (with `runtime.kernels`), `auto`: the
-    latter for decoders of 4 and 8 bits on x86 processors, where they can be had; `kernels24` (with activations in 24
-    bits in place of 8: the ids of float32 products); or `tensorrt`.
+    encoder: `onnx` (ONNX Runtime), `kernels` (with `runtime.kernels`, in INT8), `openvino`, `tensorrt`, or `auto`: a
+    TensorRT engine where one fits the GPU, else ONNX Runtime (`onnx`). decoder: `onnx` (ONNX Runtime's own operators),
+    `kernels` (with `runtime.kernels`), `auto`: the latter for decoders of 4 and 8 bits on x86 processors, where they
+    can be had; `kernels24` (with activations in 24 bits in place of 8: the ids of float32 products); or `tensorrt`.
     provider: of ONNX Runtime, a key of `PROVIDERS`.
     encoder_precision: which of the bundle's encoders or engines, or bf16 for OpenVINO's way of computing; None: the
     bundle's own (a float32 bundle's engines are fp16). threads: of one operator on the CPU; None: one a physical core.
@@ -69,6 +69,8 @@ class Backends:
             raise UserError(f"unknown precision {self.encoder_precision!r}, expected one of {', '.join(PRECISIONS)}")
         if self.encoder_precision == "bf16" and self.encoder != "openvino":
             raise UserError("precision bf16 is OpenVINO's: --encoder openvino")
+        if self.encoder == "kernels" and self.encoder_precision not in (None, "int8"):
+            raise UserError(f"precision {self.encoder_precision} is not the kernels', which compute in int8")
         if self.encoder_precision == "fp32" and self.encoder == "tensorrt":
             raise UserError("precision fp32 is no engine's, which compute in fp16, int8 or fp8: --encoder onnx")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
@@ -153,6 +155,8 @@ def open_decoder(bundle: Bundle, wanted: Backends | None = None) -> Decoder:
 def _open_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Encoder, Resolved]:
     if wanted.encoder == "openvino":
         return _openvino_encoder(bundle, wanted)
+    if wanted.encoder == "kernels":
+        return _kernels_encoder(bundle, wanted)
     if wanted.encoder == "tensorrt":
         return _engine_encoder(bundle, wanted, devices)
     reason = ""
@@ -276,6 +280,18 @@ def _openvino_encoder(bundle: Bundle, wanted: Backends) -> tuple[Encoder, Resolv
         raise UserError(f"OpenVINO's CPU plugin does not compute in {precision}")
     encoder = OpenVinoEncoder(bundle.path(file), wanted.threads, precision)
     return encoder, Resolved("openvino", "cpu", precision, file)
+
+
+def _kernels_encoder(bundle: Bundle, wanted: Backends) -> tuple[Encoder, Resolved]:
+    file, missing = bundle.encoder.kernels_file, kernels.unavailable()
+    if wanted.provider != "cpu":
+        missing = "they are for --provider cpu"
+    if file is None:
+        missing = f"{bundle.folder} has no encoder for them, which a float32 one has if it is exported anew"
+    if file is None or missing:
+        raise UserError(f"--encoder kernels: {missing}")
+    encoder = OnnxEncoder(bundle.path(file), bundle.encoder.stride, wanted.threads, operators=kernels.library())
+    return encoder, Resolved("onnxruntime with kernels", "cpu", "int8", file)
 
 
 def _engine_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Encoder, Resolved]:

@@ -3,7 +3,8 @@
     bundle/
       manifest.json   format, producers, sha256 and size of every file, image rule, prompt template, tokenizer,
                       encoder and decoder with their precisions, KV-cache shape, which graphs were compared with PyTorch
-      encoder/        fp32.onnx | fp16.onnx | int8.onnx (+ .data); engines/, added later, see runtime/bundle/engines.py
+      encoder/        fp32.onnx | fp16.onnx | int8.onnx (+ .data); kernels.onnx, for `runtime.kernels`; engines/, added
+                      later, see runtime/bundle/engines.py
       decoder/        model.onnx (+ .data), fused for ONNX Runtime; *-kv16.onnx, the same with a float16 KV cache;
                       portable.onnx (+ .data) where one was asked for
       tokenizer/      tokenizer.json
@@ -35,12 +36,14 @@ KV_DTYPES = ("float32", "float16")
 @dataclass(frozen=True)
 class EncoderPart:
     """file: the graph that is used; precision: of its weights; hidden_size: of an image embed;
-    stride: pixels of one side to a visual token."""
+    stride: pixels of one side to a visual token; kernels_file: the graph with this project's own operators
+    (`runtime.kernels`) in INT8, made from the float32 one, or None."""
 
     file: str
     precision: str
     hidden_size: int
     stride: int
+    kernels_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,13 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         _checked(manifest, folder),
     )
     decoder = bundle.decoder
-    graphs = (decoder.portable_file, decoder.prefill_file, decoder.kernels_file, decoder.sampler_file)
+    graphs = (
+        bundle.encoder.kernels_file,
+        decoder.portable_file,
+        decoder.prefill_file,
+        decoder.kernels_file,
+        decoder.sampler_file,
+    )
     optional = [file for file in graphs if file is not None]
     for file in (bundle.encoder.file, bundle.tokenizer.get("file"), decoder.file, *optional):
         if not isinstance(file, str) or file not in manifest["files"]:

@@ -331,7 +331,7 @@ def test_the_command_line_says_what_ran(conformance_bundle, picture):
 @pytest.mark.parametrize(
     ("arguments", "mentions"),
     [
-        (["--encoder", "torch"], ["torch", "auto, onnx, openvino, tensorrt"]),
+        (["--encoder", "torch"], ["torch", "auto, onnx, kernels, openvino, tensorrt"]),
         (["--decoder", "openvino"], ["openvino", "auto, onnx, kernels, kernels24, tensorrt"]),
         (["--provider", "rocm"], ["rocm", "cpu, cuda, tensorrt, nv_tensorrt_rtx"]),
         (["--provider", "cuda"], ["cuda", "CPUExecutionProvider", ".[gpu]"]),
