@@ -69,14 +69,13 @@ fuzz: setup
 SANITIZED := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined
 kernels-test: setup
 	mkdir -p build/kernels
-	$(SANITIZED) -Iruntime/kernels/include -o build/kernels/test_kernels runtime/kernels/tests/test_kernels.cpp \
-	    $(filter-out %_op.cpp,$(wildcard runtime/kernels/src/*.cpp))
-	$(SANITIZED) -Iruntime/kernels/include -o build/kernels/test_encoder runtime/kernels/tests/test_encoder.cpp \
-	    $(filter-out %_op.cpp,$(wildcard runtime/kernels/src/*.cpp))
+	for test in kernels encoder attention; do $(SANITIZED) -Iruntime/kernels/include -o build/kernels/test_$$test \
+	    runtime/kernels/tests/test_$$test.cpp $(filter-out %_op.cpp,$(wildcard runtime/kernels/src/*.cpp)) || exit; done
 	$(SANITIZED) -Iruntime/kernels/include $(ORT_INCLUDE:%=-isystem %) -o build/kernels/test_ort_abi \
 	    runtime/kernels/tests/test_ort_abi.cpp -ldl
 	build/kernels/test_kernels
 	build/kernels/test_encoder
+	build/kernels/test_attention
 	build/kernels/test_ort_abi $$($(RUN) -c 'import onnxruntime; print(onnxruntime.__path__[0])')/capi/libonnxruntime.so*
 
 tables: setup

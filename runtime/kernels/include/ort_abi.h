@@ -22,7 +22,7 @@ struct Domain;   // OrtCustomOpDomain
 struct Options;  // OrtSessionOptions
 struct CustomOp;
 
-enum ElementType : int { UNDEFINED = 0, FLOAT = 1, UINT8 = 2, INT8 = 3 };
+enum ElementType : int { UNDEFINED = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6 };
 enum Characteristic : int { REQUIRED = 0 };
 enum ErrorCode : int { FAIL = 1, INVALID_ARGUMENT = 2 };
 

@@ -77,4 +77,6 @@ ort::CustomOp describe_operator() {
   return op;
 }
 
+const ort::CustomOp& attention_operator();  // attention_op.cpp
+
 }  // namespace convllava

@@ -2,11 +2,12 @@
 //
 //   BlockMatMul       y = x W^T
 //   GatedBlockMatMul  y = silu(x G^T) * (x U^T), the first half of a Llama's MLP
+//   CachedAttention   see attention_op.cpp
 //
-// Inputs: x float [..., K], then for each matrix the constants codes uint8 [N, blocks, bytes], as MatMulNBits has them,
-// scales uint8 [groups of rows, blocks, bytes] and units float [16 * groups] (weight_format.h). Attributes: K, a
-// multiple of 32, and bits, 4 or 8. They are read where ONNX Runtime has them, which for those in a file beside the
-// graph is the mapped file: nothing is copied.
+// Inputs of matmuls: x float [..., K], then for each matrix the constants codes uint8 [N, blocks, bytes], as
+// MatMulNBits has them, scales uint8 [groups of rows, blocks, bytes] and units float [16 * groups] (weight_format.h).
+// Attributes: K, a multiple of 32, and bits, 4 or 8. They are read where ONNX Runtime has them, which for those in a
+// file beside the graph is the mapped file: nothing is copied.
 //
 // Activations are rounded to 8 bits in each block, as MatMulNBits does at accuracy level 4. The session's entry
 // convllava.activation_bits=24 makes it 24: results are then as near to float32 matmuls of the same weights as those
@@ -167,6 +168,7 @@ ort::Domain* domain(const ort::Api& api, bool of_24_bits) {
     check(api, api.create_domain("convllava", &created));
     for (const ort::CustomOp& op : OPERATORS[of_24_bits]) check(api, api.add_to_domain(created, &op));
     for (const ort::CustomOp& op : ENCODER_OPERATORS) check(api, api.add_to_domain(created, &op));
+    check(api, api.add_to_domain(created, &attention_operator()));
     registered[of_24_bits] = created;
   }
   return registered[of_24_bits];
