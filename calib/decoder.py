@@ -20,13 +20,13 @@ from calib.pieces import widen
 from calib.report import write_decoder_report
 from export.bundle_writer import new_bundle, write_manifest
 from export.graphs.block_formats import METHODS as BLOCK_METHODS
-from export.graphs.kv_precision import write_half_caches
+from export.graphs.kv_precision import write_cache_variants
 from export.graphs.load import open_graph
 from export.graphs.matmul_nbits import check_whole_blocks, quantize_weights
 from export.graphs.variants import write_variants
 from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_encoder import OnnxEncoder
-from runtime.bundle.manifest import Bundle, DecoderPart
+from runtime.bundle.manifest import CACHE_SUFFIXES, Bundle, DecoderPart
 from runtime.errors import UserError
 from runtime.graph_io import KINDS
 from runtime.text.template import first_turn, with_answer
@@ -123,7 +123,8 @@ def quantize_decoder_bundle(bundle: Bundle, out: Path, data: Path, options: Deco
         file = folder / part.file
         quantize_decoder(bundle.path(part.file), file, options.precision, method, feeds)
         written = write_variants(file)
-        write_half_caches([file, *written.values()])
+        for kv_dtype in CACHE_SUFFIXES:
+            write_cache_variants([file, *written.values()], kv_dtype)
         variants = {key: path.relative_to(folder).as_posix() for key, path in written.items()}
         sections["decoder"] |= {"precision": part.precision, "kv_dtype": part.kv_dtype, **variants}
         losses = {} if evaluation is None else _losses(bundle, evaluation, OnnxDecoder(file, part))

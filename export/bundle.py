@@ -29,7 +29,7 @@ from export.decoder.sampler import sampler_graph
 from export.encoder import check_encoder, check_kernels, check_precision, export_encoder, parity_inputs
 from export.estimate import Job, Sizes, require_room
 from export.graphs.encoder_kernels import write_encoder_kernels
-from export.graphs.kv_precision import write_half_caches
+from export.graphs.kv_precision import write_cache_variants
 from export.graphs.variants import write_variants
 from export.parity import Difference, ParityError, report
 from export.tokenizer.convert import TOKENIZER_FILE, export_tokenizer
@@ -180,10 +180,16 @@ def _add_decoder(checkpoint: Checkpoint, folder: Path, precision: str, checks: C
         else:
             checks.decoder(variants["kernels_file"], precision, "kernels", "decoder with kernels")
     graphs = {"file": file, **variants}
-    halves = write_half_caches(graphs.values())  # rewritten alike: the first one's comparison is all of theirs
-    if checks is not None and halves:
-        tolerated = "fp16" if precision == "fp32" else precision
-        checks.decoder(halves[0], tolerated, what="decoder with a float16 KV cache")
+    for kv_dtype, tolerated in (("float16", "fp16"), ("int8", "int8")):
+        rewritten = write_cache_variants(graphs.values(), kv_dtype)
+        if checks is None or not rewritten:
+            continue
+        if kv_dtype == "int8" and (missing := kernels.unavailable()):
+            print(f"warning: decoders with an int8 KV cache are not compared with PyTorch: {missing}", file=sys.stderr)
+            continue
+        # Rewritten alike: the first one's comparison is all of theirs
+        tolerated = tolerated if precision == "fp32" else precision
+        checks.decoder(rewritten[0], tolerated, what=f"decoder with a KV cache in {kv_dtype}")
     return {key: f"decoder/{path.name}" for key, path in graphs.items()}
 
 

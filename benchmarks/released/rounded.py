@@ -12,10 +12,10 @@ from calib.bundle import copy_bundle, manifest_of
 from export.bundle_writer import new_bundle, write_manifest
 from export.decoder.fused import fused_graph
 from export.decoder.surgery import add_next_token, merge_image_embeds
-from export.graphs.kv_precision import write_half_caches
+from export.graphs.kv_precision import write_cache_variants
 from export.graphs.matmul_nbits import quantize_weights
 from export.graphs.variants import write_variants
-from runtime.bundle.manifest import open_bundle
+from runtime.bundle.manifest import CACHE_SUFFIXES, open_bundle
 from train.model import Checkpoint, load_language_state
 
 
@@ -32,7 +32,8 @@ def main() -> None:
         add_next_token(model)
         quantize_weights(model, read, file, 4, "rtn", head_bits=4)
         variants = write_variants(file)
-        write_half_caches([file, *variants.values()])
+        for kv_dtype in CACHE_SUFFIXES:
+            write_cache_variants([file, *variants.values()], kv_dtype)
         sections["decoder"] |= {key: path.relative_to(folder).as_posix() for key, path in variants.items()}
         write_manifest(folder, like.name, manifest_of(like)["producers"], sections)
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from export.graphs.layers import Feed, Run, run_by_layer
 from export.graphs.pieces import open_piece
+from export.graphs.variants import DOMAIN
 from export.parity import TOLERANCES, Difference, compare
 from runtime import kernels
 from runtime.graph_io import ATTENTION_MASK, IMAGE_EMBEDS, INPUT_IDS, LOGITS, WRITE_INDICES
@@ -71,7 +72,7 @@ def check_decoder(
     layers = len(reference.states) - 1
     is_rounded, sums = ("layer", precision) in TOLERANCES, _residual_sums(model, layers)
     tolerance = TOLERANCES["decoder", precision]
-    libraries = [str(kernels.library())] if graph == "kernels" else []
+    libraries = [str(kernels.library())] if any(node.domain == DOMAIN for node in model.graph.node) else []
 
     def opened(piece: onnx.ModelProto) -> Run:
         session = open_piece(piece, file.parent, libraries)

@@ -7,8 +7,9 @@ import numpy as np
 from runtime.bundle.manifest import Bundle
 from runtime.image.embedding_cache import DEFAULT_BYTES
 
-KV_PRECISIONS = ("auto", "fp32", "fp16")
-DTYPES = {"fp32": "float32", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+KV_PRECISIONS = ("auto", *DTYPES)
+AUTO_PRECISIONS = ("fp32", "fp16")
 MAX_SLOTS = 8
 # Attention over a float16 cache takes ONNX Runtime about twice as long: fewer slots in float32 decode more tokens
 MIN_SLOTS = 2
@@ -40,15 +41,14 @@ class Costs:
         """resolution: of images, where it is larger than the bundle's."""
         graphs = tuple(filter(None, (bundle.encoder.file, bundle.decoder.file, bundle.decoder.kernels_file)))
         weights = sum(entry["size"] for file, entry in bundle.files.items() if file.startswith(graphs))
-        part = bundle.decoder
-        elements = 2 * part.layers * part.kv_heads * part.head_dim
+        parts = {name: bundle.decoder_with_cache(dtype) for name, dtype in DTYPES.items()}
         positions = {
-            name: elements * np.dtype(dtype).itemsize
-            for name, dtype in DTYPES.items()
-            if bundle.decoder_with_cache(dtype) is not None
+            name: 2 * part.layers * part.kv_heads * part.kv_width * np.dtype(part.kv_dtype).itemsize
+            for name, part in parts.items()
+            if part is not None
         }
         side = max(bundle.image.resolution, resolution)
-        return cls(weights, ENCODER_BYTES_A_PIXEL * side**2, positions, part.context_length)
+        return cls(weights, ENCODER_BYTES_A_PIXEL * side**2, positions, bundle.decoder.context_length)
 
     @property
     def fixed(self) -> int:
@@ -63,7 +63,7 @@ class Plan:
     Attributes:
         slots: sequences.
         context: positions of each.
-        kv_precision: of the KV cache, fp32 or fp16.
+        kv_precision: of the KV cache, fp32, fp16 or int8.
         cache_bytes: of image embeddings that are kept.
         costs: of the bundle.
         available: memory for all of it; None where that is not known.
@@ -131,7 +131,9 @@ def plan(
     if cache_bytes is None:
         cache_bytes = DEFAULT_BYTES if room is None else min(DEFAULT_BYTES, room // CACHE_SHARE)
     wanted, longest = slots or MAX_SLOTS, min(context or costs.context, costs.context)
-    precisions = list(costs.positions) if kv_precision == "auto" else [kv_precision]
+    precisions = [name for name in AUTO_PRECISIONS if name in costs.positions]
+    if kv_precision != "auto":
+        precisions = [kv_precision]
     if room is None:
         return Plan(wanted, longest, precisions[0], cache_bytes, costs, None)
     room = max(room - cache_bytes, 0)

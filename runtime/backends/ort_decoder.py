@@ -11,7 +11,7 @@ class OnnxDecoder(DecoderGraph):
 
     def start(self, capacity: int) -> GraphSequence:
         part = self.part
-        shape = (1, part.kv_heads, capacity, part.head_dim)
+        shape = (1, part.kv_heads, capacity, part.kv_width)
         return OnnxSequence(self, KVCache(allocate(part.layers, shape, part.kv_dtype, self.device)))
 
     def start_batch(self, count: int, batch_invariant: bool) -> Slots:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnxruntime import InferenceSession, IOBinding
 
+from runtime import kernels
 from runtime.backends.graph_sequence import GraphSequence
 from runtime.backends.ort_session import (
     FLOATS,
@@ -77,8 +78,11 @@ class DecoderGraph:
         self.device: Device = device or Cpu()
         self.kernels, self.activation_bits = operators is not None, activation_bits
         self.batch_invariant = self.kernels or part.precision not in ("int4", "int8", "w4a16")
-        self.session = open_session(file, threads, provider, self.device, operators, activation_bits, cuda_graph)
-        self.prefill_session = open_session(prefill, threads, provider, self.device) if prefill else None
+        attention = kernels.library() if part.kv_dtype == "int8" else None
+        self.session = open_session(
+            file, threads, provider, self.device, operators or attention, activation_bits, cuda_graph
+        )
+        self.prefill_session = open_session(prefill, threads, provider, self.device, attention) if prefill else None
         check_graph(self.session, file, *_contract(part))
         if prefill and self.prefill_session:
             check_graph(self.prefill_session, prefill, *_contract(part))
@@ -96,8 +100,8 @@ class DecoderGraph:
 
 def _contract(part: DecoderPart) -> tuple[Contract, Contract]:
     """Inputs and outputs of a fused graph of `part`."""
-    floats = ("tensor(float)" if part.kv_dtype == "float32" else "tensor(float16)",)
-    cache = (floats, (None, part.kv_heads, None, part.head_dim))
+    types = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
+    cache = ((types[part.kv_dtype],), (None, part.kv_heads, None, part.kv_width))
     past, present = (
         {cache_name(side, layer, kind): cache for layer in range(part.layers) for kind in KINDS}
         for side in (PAST, PRESENT)

@@ -29,7 +29,7 @@ class Slots:
         device, part = graph.device, graph.part
         self._graph, self._min_rows = graph, min_rows
         rows = max(count, min_rows)
-        self._layers = allocate(part.layers, (rows, part.kv_heads, capacity, part.head_dim), part.kv_dtype, device)
+        self._layers = allocate(part.layers, (rows, part.kv_heads, capacity, part.kv_width), part.kv_dtype, device)
         self._slots = [OnnxSequence(graph, self._rows(i, i + 1)) for i in range(count)]
         self._logits = device.zeros((rows, 1, part.vocab_size), graph.logits_dtype)
         self._argmax = device.zeros((rows, 1, 1), np.int64)

@@ -41,8 +41,9 @@ class Backends:
     provider: of ONNX Runtime, a key of `PROVIDERS`.
     encoder_precision: which of the bundle's encoders or engines, or bf16 for OpenVINO's way of computing; None: the
     bundle's own (a float32 bundle's engines are fp16). threads: of one operator on the CPU; None: one a physical core.
-    kv_precision: of the decoder's KV cache on ONNX Runtime's CPU provider, fp32, fp16, or auto: fp32 unless a sequence
-    does not fit the memory. context: positions of a sequence, at most the model's; None: the model's.
+    kv_precision: of the decoder's KV cache on ONNX Runtime's CPU provider, fp32, fp16, int8 (with the attention of
+    `runtime.kernels`), or auto: fp32 unless a sequence does not fit the memory, else fp16. context: positions of a
+    sequence, at most the model's; None: the model's.
     encoder_nice: what is added to the niceness of the encoder's threads on the CPU, where a decoder runs beside it.
     Raises UserError for an unknown name or another number of threads than 1 to MAX_THREADS.
     """
@@ -181,6 +182,8 @@ def _open_decoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[
         return EngineDecoder(engine, devices.gpu), _resolved_engine(bundle, engine)
     part, note = _with_kv_cache(bundle, wanted)
     kv_precision = {dtype: name for name, dtype in DTYPES.items()}[part.kv_dtype]
+    if kv_precision == "int8" and (missing := kernels.unavailable()):
+        raise UserError(f"--kv-precision int8: its attention is one of this project's kernels; {missing}")
     if choice == "auto":
         choice = "onnx"
         if wanted.provider == "cpu" and part.precision in ("int4", "int8") and is_x86():  # where kernels are faster

@@ -5,8 +5,8 @@
                       encoder and decoder with their precisions, KV-cache shape, which graphs were compared with PyTorch
       encoder/        fp32.onnx | fp16.onnx | int8.onnx (+ .data); kernels.onnx, for `runtime.kernels`; engines/, added
                       later, see runtime/bundle/engines.py
-      decoder/        model.onnx (+ .data), fused for ONNX Runtime; *-kv16.onnx, the same with a float16 KV cache;
-                      portable.onnx (+ .data) where one was asked for
+      decoder/        model.onnx (+ .data), fused for ONNX Runtime; *-kv16.onnx and *-kv8.onnx, the same with a KV cache
+                      in float16 or int8; portable.onnx (+ .data) where one was asked for
       tokenizer/      tokenizer.json
 
 The runtime believes nothing but the manifest. Bundles are written beside their place and renamed into it, the
@@ -31,6 +31,8 @@ from runtime.text.template import PromptTemplate
 FORMAT = 1
 NOT_CHECKED = "none"  # `checked` of a bundle whose graphs were compared with nothing
 KV_DTYPES = ("float32", "float16")
+CACHE_SUFFIXES = {"float16": "-kv16", "int8": "-kv8"}  # of graphs beside the decoder's, by the type of their KV cache
+KV_SCALE_BYTES = 4  # behind the int8 codes of a key or value
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class DecoderPart:
     draws tokens on a GPU, or None.
 
     layers, kv_heads, head_dim, context_length: the KV cache is, a layer, a key and a value of
-    [batch, kv_heads, context_length, head_dim] in `kv_dtype` (a numpy name). vocab_size: width of the logits.
+    [batch, kv_heads, context_length, kv_width] in `kv_dtype` (a numpy name). vocab_size: width of the logits.
     """
 
     file: str
@@ -69,6 +71,11 @@ class DecoderPart:
     prefill_file: str | None = None
     kernels_file: str | None = None
     sampler_file: str | None = None
+
+    @property
+    def kv_width(self) -> int:
+        """Elements that the KV cache holds of a key or value: in int8, `runtime.kernels` keep its scale behind it."""
+        return self.head_dim + KV_SCALE_BYTES if self.kv_dtype == "int8" else self.head_dim
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,12 @@ class Bundle:
         part = self.decoder
         if part.kv_dtype == kv_dtype:
             return part
+        if kv_dtype not in CACHE_SUFFIXES:
+            return None
         names = ("file", "prefill_file", "kernels_file")
-        halves = {name: half_cache_file(getattr(part, name) or "") for name in names}
-        there = {name: file if file in self.files else None for name, file in halves.items()}
-        if kv_dtype != "float16" or there["file"] is None:
+        rewritten = {name: cache_file(getattr(part, name) or "", kv_dtype) for name in names}
+        there = {name: file if file in self.files else None for name, file in rewritten.items()}
+        if there["file"] is None:
             return None
         return replace(part, kv_dtype=kv_dtype, **there)
 
@@ -111,9 +120,9 @@ class Bundle:
         return file if file in self.files else None
 
 
-def half_cache_file(file: str) -> str:
-    """Name of the graph with a float16 KV cache beside the decoder graph `file`."""
-    return f"{file.removesuffix('.onnx')}-kv16.onnx"
+def cache_file(file: str, kv_dtype: str) -> str:
+    """Name of the graph with a KV cache of another type, a key of `CACHE_SUFFIXES`, beside the decoder graph `file`."""
+    return f"{file.removesuffix('.onnx')}{CACHE_SUFFIXES[kv_dtype]}.onnx"
 
 
 def open_bundle(folder: str | os.PathLike[str]) -> Bundle:

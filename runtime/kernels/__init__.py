@@ -1,4 +1,5 @@
-"""This project's own matmuls for 4-bit and 8-bit decoders, and layers of an INT8 encoder, on the CPU, in C++.
+"""This project's own matmuls for 4-bit and 8-bit decoders, attention over int8 KV caches, and layers of an INT8
+encoder, on the CPU, in C++.
 
 They are compiled when the package is installed, where there is a C++ compiler. `_block_matmul` is a plain shared
 library, built as an extension only so that setuptools builds it: it has no `PyInit_` function and cannot be imported.

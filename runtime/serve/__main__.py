@@ -204,7 +204,7 @@ def too_large(plan: "Plan") -> str:
     total, available = (dict(plan.rows())[name] for name in ("total at most", "available"))
     return (
         f"all slots full would take {total}, {available} are available: lower --max-batch, --context or "
-        "--image-cache-bytes, or --kv-precision fp16"
+        "--image-cache-bytes, or --kv-precision fp16 or int8"
     )
 
 

@@ -38,7 +38,7 @@ class Settings(BaseModel):
     bundle: str | None = None
     max_batch: PositiveInt | None = None
     context: PositiveInt | None = None
-    kv_precision: Literal["auto", "fp32", "fp16"] = "auto"
+    kv_precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
     max_queue: PositiveInt = 64
     threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
     encoder: str = "auto"

@@ -45,6 +45,8 @@ def test_a_context_of_ones_own(conformance_bundle):
     assert plan.kv_bytes == 3 * 512 * 2 * 3 * 4 * 32 * 2
     model = settings.load()
     assert model.decoder.capacity == 512 and model.decoder_backend.kv_precision == "fp16"
+    _, plan = settings.model_copy(update={"kv_precision": "int8"}).fitted()
+    assert plan.kv_bytes == 3 * 512 * 2 * 3 * 4 * (32 + 4), "with a float32 scale of each key and value"
     with pytest.raises(UserError, match=r"^--context is 5000, the model has 4096 positions$"):
         Settings.of(bundle=str(conformance_bundle), context=5000).fitted()
     with pytest.raises(UserError, match=r"^--kv-precision"):
@@ -53,7 +55,10 @@ def test_a_context_of_ones_own(conformance_bundle):
 
 def test_the_sum_is_told(conformance_bundle, capsys, monkeypatch):
     monkeypatch.setattr("runtime.serve.settings.available_bytes", lambda: 1 << 20)
-    assert main(["--bundle", str(conformance_bundle), "--check", "--max-batch", "2"]) == 0
+    options = ["--bundle", str(conformance_bundle), "--check", "--max-batch", "2"]
+    assert main([*options, "--kv-precision", "int8"]) == 0
+    assert "MiB in int8" in capsys.readouterr().out
+    assert main(options) == 0
     told = capsys.readouterr()
     assert "2 slots of up to" in told.out and "weights, mapped" in told.out
     assert "available        1 MiB" in told.out

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.backends.memory_plan import CONTEXT_STEP, MAX_SLOTS, MIN_CONTEXT, PROCESS_BYTES, Costs, plan
-from runtime.bundle.manifest import half_cache_file, open_bundle
+from runtime.bundle.manifest import cache_file, open_bundle
 from runtime.image.embedding_cache import DEFAULT_BYTES
 from tests.support.fake_bundle import FILES, write_fake_bundle
 
 GIB = 1 << 30
 # Vicuna-7B in 4 bits with a ConvNeXt-L at 1536: a MiB a position in float32
-LARGE = Costs(8 * GIB, 3 * GIB // 2, {"fp32": 1 << 20, "fp16": 1 << 19}, 4096)
+LARGE = Costs(8 * GIB, 3 * GIB // 2, {"fp32": 1 << 20, "fp16": 1 << 19, "int8": 2 * 32 * 32 * (128 + 4)}, 4096)
 
 
 def chosen(available: float, **options):
@@ -65,18 +65,24 @@ def test_the_table_adds_up():
     assert sizes[-1] == 23 << 10
 
 
+def test_eight_slots_in_int8():
+    assert plan(LARGE, None, 8, 4096, "int8").kv_bytes <= 8.5 * GIB
+    assert chosen(20, kv_precision="int8") == (MAX_SLOTS, 4096, "int8")
+
+
 @given(
     st.integers(0, 64 * GIB),
     st.none() | st.integers(1, 64),
     st.none() | st.integers(1, 4096),
-    st.sampled_from(["auto", "fp32", "fp16"]),
+    st.sampled_from(["auto", "fp32", "fp16", "int8"]),
     st.none() | st.integers(0, GIB),
 )
 def test_whatever_is_not_chosen_fits_if_anything_does(available, slots, context, kv_precision, cache_bytes):
     found = plan(LARGE, available, slots, context, kv_precision, cache_bytes)
     assert slots in (None, found.slots) and context in (None, found.context)
     assert kv_precision in ("auto", found.kv_precision) and cache_bytes in (None, found.cache_bytes)
-    precision = "fp32" if kv_precision == "fp32" else "fp16"
+    precision = "fp16" if kv_precision == "auto" else kv_precision  # `auto` takes no int8
+    assert found.kv_precision != "int8" or kv_precision == "int8"
     least = (slots or 1) * (context or MIN_CONTEXT) * LARGE.positions[precision]
     if LARGE.fixed + found.cache_bytes + least <= available:
         assert found.fits
@@ -90,5 +96,6 @@ def test_costs_are_those_of_the_manifest(tmp_path):
     assert bundle.decoder_with_cache("float16") is None
 
 
-def test_the_graph_with_a_float16_cache_lies_beside():
-    assert half_cache_file("decoder/model.onnx") == "decoder/model-kv16.onnx"
+def test_graphs_with_other_caches_lie_beside():
+    assert cache_file("decoder/model.onnx", "float16") == "decoder/model-kv16.onnx"
+    assert cache_file("decoder/model.onnx", "int8") == "decoder/model-kv8.onnx"
