@@ -45,9 +45,7 @@ from calib.images import Page, calibration_pixels, fewer_pages, find_pages, pixe
 from calib.qdq import Calibrated, measure_means
 from calib.sensitivity import depthwise_of, groups_of, nodes_of
 from export.cli import BUILD, open_checkpoint
-from export.graphs.block_formats import BLOCK
-from export.graphs.load import load_graph, open_graph
-from export.graphs.matmul_nbits import quantize_weights
+from export.graphs.load import load_graph
 from export.graphs.variants import write_kernels
 from runtime import kernels
 from runtime.backends.openvino import OpenVinoEncoder
@@ -62,7 +60,6 @@ CHECKPOINT, BUNDLE = BUILD / "carried" / RUN, BUILD / "bundle" / f"{RUN}-{RES}"
 INT8 = BUILD / "bundle" / f"{BUNDLE.name}-int8.onnx"  # this project's encoder, for the parts after the first
 PAGES, SAMPLES, QUESTIONS, ROUNDS, SIDE = 320, 64, 128, 9, 1536
 SEARCHED, BUDGET = 64, 1  # of the bundle that a user would make
-PROMPTS = {"gptq": GPTQ_PROMPTS, "awq": 16}  # that decoders are calibrated on
 ORT = "ONNX Runtime"
 BY_KERNELS = ("int8-rtn", "int4-rtn", "int4-q4_1", "int4-gptq")  # that run by the kernels too
 STEPS, WINDOW, WINDOWS = 48, 512, 2  # decoded tokens that are timed; of text: tokens of a window, windows
@@ -247,14 +244,13 @@ def decoders(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         about = {"precision": "fp32", "method": "as exported", "operators": ORT} | size(source) | {"seconds": 0.0}
         measure(OnnxDecoder(source, part), about)
-        for precision, method in (("int8", "rtn"), *(("int4", method) for method in ("q4_1", "gptq", "rtn", "awq"))):
-            feeds = list(prompts(bundle, bundle.path(SOURCE), spread(calibration, PROMPTS.get(method, 0))))
+        for precision, method in (("int8", "rtn"), *(("int4", method) for method in ("q4_1", "gptq", "rtn"))):
+            feeds = list(
+                prompts(bundle, bundle.path(SOURCE), spread(calibration, GPTQ_PROMPTS if method == "gptq" else 0))
+            )
             file = Path(folder, f"{precision}-{method}.onnx")
             begin = time.perf_counter()
-            if method == "awq":
-                nncf_decoder(source, file, feeds)
-            else:
-                quantize_decoder(source, file, precision, method, feeds)
+            quantize_decoder(source, file, precision, method, feeds)
             seconds = round(time.perf_counter() - begin, 1)
             about = {"precision": precision, "method": method, "operators": ORT} | size(file) | {"seconds": seconds}
             measure(OnnxDecoder(file, part), about)
@@ -279,33 +275,6 @@ def llama_cpp_formats(folder: Path, part: DecoderPart, measure: Callable[[OnnxDe
         about = {"precision": "int4", "method": f"llama.cpp-{form}", "operators": ORT}
         about |= {"size_mb": round(file.stat().st_size / 1e6, 1), "seconds": cost.seconds, "decode_tokens_per_s": ""}
         measure(OnnxDecoder(graph, part), about)
-
-
-def nncf_decoder(source: Path, target: Path, feeds: list[dict[str, np.ndarray]]) -> None:
-    """AWQ (arXiv 2306.00978) with scale estimation: symmetric 4-bit weights, scaled first by their activations."""
-    import nncf
-    from nncf.onnx.quantization.backend_parameters import BackendParameters
-
-    with tempfile.TemporaryDirectory() as folder:
-        head = Path(folder, "decoder.onnx")
-        quantize_weights(*open_graph(source), head, None)
-        model = nncf.compress_weights(
-            onnx.load(str(head), load_external_data=False),
-            mode=nncf.CompressWeightsMode.INT4_SYM,
-            group_size=BLOCK,
-            ratio=1.0,
-            all_layers=True,
-            ignored_scope=nncf.IgnoredScope(types=["Gather", "GatherBlockQuantized"], validate=False),
-            dataset=nncf.Dataset(feeds),
-            subset_size=len(feeds),
-            awq=True,
-            scale_estimation=True,
-            advanced_parameters=nncf.AdvancedCompressionParameters(
-                backend_params={BackendParameters.EXTERNAL_DATA_DIR: folder}
-            ),
-        )
-        onnx.load_external_data_for_model(model, folder)
-    onnx.save(model, str(target), save_as_external_data=True, location=f"{target.name}.data")
 
 
 def final(args: argparse.Namespace) -> None:
