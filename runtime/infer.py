@@ -3,6 +3,7 @@
 python runtime/infer.py --bundle DIR --image FILE... --prompt TEXT     one answer, streamed, and a table of its cost
 python runtime/infer.py --bundle DIR --image FILE...                   a chat about the pictures
 python runtime/infer.py ... --json                                     one JSON object instead
+python runtime/infer.py --bundle DIR --batch QUESTIONS --out ANSWERS   many questions, several at once, JSONL to JSONL
 """
 
 import argparse
@@ -35,6 +36,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--image", nargs="+", action="extend", default=[], metavar="FILE", help="pictures, in the prompt's order"
     )
     parser.add_argument("--prompt", help="question, <image> in it says where a picture goes; without it: a chat")
+    parser.add_argument(
+        "--batch",
+        type=Path,
+        metavar="FILE",
+        help='JSONL, a question a line: {"image": PATH or [PATH, ...], "prompt": TEXT}, and where wanted "id" (default: '
+        'the line\'s number), "max_new_tokens", "system"; paths are relative to the file\'s folder',
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="of --batch: JSONL, a line for each question as it is finished, in any order: text, finish_reason, "
+        "visual_tokens, prompt_tokens and new_tokens, or error. Questions that have a line are left out, so that the "
+        "same command goes on after Ctrl-C. Exit code 1 where a line is an error",
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="of --batch: answers decoded at once; default: 8, or as many as fit the memory",
+    )
     parser.add_argument("--system", help="system text; default: the bundle's")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
@@ -80,6 +102,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    check_batch(args)
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--draw: {args.draw} is neither .png nor .jpg")
     for option in ("json", "dump", "draw"):
@@ -106,12 +129,31 @@ def main(argv: list[str] | None = None) -> int:
         args.threads,
         kv_precision=args.kv_precision,
     )
-    model = load(args.bundle or demo_bundle(), backends=backends)
+    bundle = args.bundle or demo_bundle()
+    if args.batch:
+        from runtime.batch.run import answer_batch
+
+        return answer_batch(args.batch, args.out, bundle, options, backends, args.max_batch)
+    model = load(bundle, backends=backends)
     if args.prompt is None:
         chat(model, args.image, options)
     else:
         answer(model, args, options)
     return 0
+
+
+def check_batch(args: argparse.Namespace) -> None:
+    """Raises UserError where options are given that do not go with --batch, or only with it."""
+    if args.batch is None:
+        for option in ("out", "max_batch"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} needs --batch")
+        return
+    if args.out is None:
+        raise UserError("--batch needs --out, the file that answers are written to")
+    for option in ("image", "prompt", "json", "draw", "dump"):
+        if getattr(args, option):
+            raise UserError(f"--{option} does not go with --batch, whose questions come from the file")
 
 
 def answer(model: "Model", args: argparse.Namespace, options: "Options") -> None:

@@ -118,6 +118,31 @@ class Model:
         several = cast(Sequence[ImageSource], [images] if single else images)
         return [ImageInput(image, self.bundle.image, options) for image in several]
 
+    def new_tokens(self, token_ids: list[int], options: Options, before: int = 0) -> int:
+        """How many new tokens may come after the prompt `token_ids`, which follows `before` positions.
+
+        Raises:
+            UserError: the prompt does not fit the context.
+        """
+        context = self.decoder.capacity
+        room = context - before - len(token_ids)
+        if room < 1:
+            visual = sum(token < 0 for token in token_ids)
+            earlier = f" after the {before} of the turns before" if before else ""
+            raise UserError(
+                f"prompt of {len(token_ids)} tokens ({visual} of them visual){earlier} is longer than the context of "
+                f"{context}"
+            )
+        return min(options.max_new_tokens, room)
+
+    def begin(self, limit: int, options: Options) -> tuple[Generation, Answer]:
+        """The tokens and the text of a new answer of at most `limit` tokens. Raises UserError as `grammars`."""
+        grammar = self.grammars.of_schema(options.json_schema) if options.json_schema is not None else None
+        generation = Generation(Sampler(options.sampling, grammar), limit, self.tokenizer.eos_token_ids)
+        # A grammar ends by itself, and its texts may hold what ends another answer
+        stop = (*(() if grammar else self.bundle.prompt.stop), *options.stop)
+        return generation, Answer(self.tokenizer, stop)
+
 
 class _Answers:
     """What conversations and independent questions share: a session and the answer under way in it."""
@@ -143,28 +168,13 @@ class _Answers:
         encoded = [(key, rows) for key in keys if (rows := known[key]) is not None]
         return _Encoded(encoded, pixel_values, preprocess_ms, _ms_since(begin))
 
-    def _room(self, token_ids: list[int], before: int = 0) -> int:
-        """How many new tokens may come after `token_ids`, which follow `before` positions."""
-        context = self._model.decoder.capacity
-        room = context - before - len(token_ids)
-        if room < 1:
-            visual = sum(token < 0 for token in token_ids)
-            earlier = f" after the {before} of the turns before" if before else ""
-            raise UserError(
-                f"prompt of {len(token_ids)} tokens ({visual} of them visual){earlier} is longer than the context of "
-                f"{context}"
-            )
-        return min(self._options.max_new_tokens, room)
-
     def _answer(
         self, prompt: Prompt, limit: int, encoded: _Encoded, trace: Trace | None, begin: float
     ) -> Iterator[Piece]:
         """Prefill the prompt, then decode. begin: when the call began."""
         prefill_begin = time.perf_counter()
-        model, options = self._model, self._options
-        grammar = model.grammars.of_schema(options.json_schema) if options.json_schema is not None else None
-        generation = Generation(Sampler(options.sampling, grammar), limit, model.tokenizer.eos_token_ids)
-        answer = Answer(model.tokenizer, (*(() if grammar else model.bundle.prompt.stop), *options.stop))
+        model = self._model
+        generation, answer = model.begin(limit, self._options)
         next_token = generation.sampler.after
         if self._session is None:
             capacity = len(prompt.token_ids) + limit if self._single_turn else model.decoder.capacity
@@ -231,7 +241,8 @@ class Conversation(_Answers):
             before, answer_ids = self._prompt, self._last.kept_ids
             text = next_turn(template, prompt, len(tokens))
             token_ids = tokenizer.encode_prompt(text, tokens, continued=True)
-        limit = self._room(token_ids, len(before.token_ids) + len(answer_ids))  # before anything large is computed
+        positions = len(before.token_ids) + len(answer_ids)
+        limit = self._model.new_tokens(token_ids, self._options, positions)  # before anything large is computed
         encoded = self._encode(opened, begin, trace is not None)
         whole = before.followed_by(answer_ids, Prompt.of(token_ids, encoded.images))
         yield from self._answer(whole, limit, encoded, trace, begin)
@@ -267,7 +278,7 @@ class Questions(_Answers):
         tokens = [len(rows) for _, rows in self._encoded.images] if self._encoded else [one.tokens for one in opened]
         text = first_turn(self._model.bundle.prompt, prompt, len(tokens), self._options.system)
         token_ids = self._model.tokenizer.encode_prompt(text, tokens)
-        limit = self._room(token_ids)
+        limit = self._model.new_tokens(token_ids, self._options)
         encoded = self._encoded or self._encode(opened, begin, trace is not None)
         self._encoded = replace(encoded, pixel_values=[], preprocess_ms=0.0, encode_ms=0.0)  # for the next questions
         yield from self._answer(Prompt.of(token_ids, encoded.images), limit, encoded, trace, begin)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from runtime import kernels
 from runtime.backends.base import Decoder, Encoder
-from runtime.backends.memory_plan import DTYPES, KV_PRECISIONS, Costs, mebibytes, plan
+from runtime.backends.memory_plan import DTYPES, KV_PRECISIONS, Costs, Plan, mebibytes, plan
 from runtime.backends.openvino import OPENVINO_PRECISIONS, OpenVinoEncoder
 from runtime.backends.ort_decoder import OnnxDecoder
 from runtime.backends.ort_encoder import OnnxEncoder
@@ -153,6 +153,31 @@ def open_decoder(bundle: Bundle, wanted: Backends | None = None) -> Decoder:
     return _open_decoder(bundle, wanted, _Devices(wanted.provider))[0]
 
 
+def plan_batch(
+    bundle: Bundle, wanted: Backends, slots: int | None = None, cache_bytes: int | None = None
+) -> tuple[Backends, Plan]:
+    """What sequences that are decoded together and the image cache may take, so that all fits this machine's memory.
+
+    Args:
+        bundle: that is to be loaded.
+        wanted: what the user asks for.
+        slots, cache_bytes: as `plan`.
+
+    Returns:
+        (`wanted` with the context and KV precision that fit, the plan).
+
+    Raises:
+        UserError: the bundle has no graph for the KV precision that is asked for.
+    """
+    costs = Costs.of(bundle)
+    if wanted.provider != "cpu":
+        return wanted, plan(costs, None, slots, wanted.context, next(iter(costs.positions)), cache_bytes)
+    if wanted.kv_precision not in ("auto", *costs.positions):
+        raise _no_graph_with_cache(bundle, wanted.kv_precision, costs)
+    chosen = plan(costs, available_bytes(), slots, wanted.context, wanted.kv_precision, cache_bytes)
+    return replace(wanted, context=chosen.context, kv_precision=chosen.kv_precision), chosen
+
+
 def _open_encoder(bundle: Bundle, wanted: Backends, devices: _Devices) -> tuple[Encoder, Resolved]:
     if wanted.encoder == "openvino":
         return _openvino_encoder(bundle, wanted)
@@ -226,11 +251,15 @@ def _with_kv_cache(bundle: Bundle, wanted: Backends) -> tuple[DecoderPart, str]:
             note = f"KV cache in {asked}, a sequence takes {size} in fp32"
     part = bundle.decoder_with_cache(DTYPES[asked])
     if part is None:
-        there = " or ".join(costs.positions)
-        raise UserError(f"--kv-precision {asked}: {bundle.folder} has graphs for {there} alone; export it again")
+        raise _no_graph_with_cache(bundle, asked, costs)
     if wanted.context is not None:
         part = replace(part, context_length=min(wanted.context, part.context_length))
     return part, note
+
+
+def _no_graph_with_cache(bundle: Bundle, asked: str, costs: Costs) -> UserError:
+    there = " or ".join(costs.positions)
+    return UserError(f"--kv-precision {asked}: {bundle.folder} has graphs for {there} alone; export it again")
 
 
 def _cuda_decoder(bundle: Bundle, device: Cuda) -> tuple[OnnxDecoder, str]:

@@ -189,7 +189,7 @@ class EngineDecoder:
 
     def start_batch(self, count: int, batch_invariant: bool) -> SequenceBatch:
         """Raises UserError: an engine's KV cache holds one sequence."""
-        raise UserError("a server decodes several answers at once; engines hold one sequence: --decoder auto")
+        raise UserError("several answers are to be decoded at once, an engine holds one sequence: --decoder auto")
 
     def start(self, capacity: int) -> "EngineSequence":
         """A new sequence with room for `capacity` positions. Raises UserError where the engine was built for fewer."""

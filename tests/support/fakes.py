@@ -1,11 +1,16 @@
 """A decoder and an encoder of a few lines: what they answer depends on every token and image row they were fed."""
 
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 
 from runtime.errors import InvalidLogitsError
 from runtime.generate.sampler import next_token
+from runtime.image.embedding_cache import EmbeddingCache
+from runtime.image.preprocess import ImageRule
+from runtime.model import Model
+from runtime.text.template import PLAIN
 
 VOCABULARY = 50
 EOS = 2
@@ -142,3 +147,40 @@ class FakeEncoder:
         self.runs.append(len(images))
         rows = [[(pixels[0, 0, 0], row) for row in range(pixels.shape[2])] for pixels in images]
         return np.array([row for image in rows for row in image], np.float32)
+
+
+class FakeTokenizer:
+    """A token a character; DEADLY is one that no decoder takes. Answers read as numbers."""
+
+    DEADLY = "☠"
+    eos_token_ids = frozenset({EOS})
+
+    def encode_prompt(self, text: str, image_tokens: list[int]) -> list[int]:
+        first, *others = [
+            [POISON if character == self.DEADLY else 3 + ord(character) % 47 for character in part]
+            for part in text.split("<image>")
+        ]
+        row = 0
+        for count, others_ids in zip(image_tokens, others, strict=True):
+            first += [*range(-row - 1, -row - 1 - count, -1), *others_ids]
+            row += count
+        return first
+
+    def detokenizer(self) -> "FakeTokenizer":
+        return self
+
+    def push(self, token: int) -> str:
+        return f"{token} "
+
+    def flush(self) -> str:
+        return ""
+
+
+def fake_model(decoder: FakeDecoder | None = None, encoder: FakeEncoder | None = None) -> Model:
+    """A Model of fakes. An image of N x 1 pixels, N up to 4, becomes N visual tokens."""
+    model = object.__new__(Model)
+    model.encoder, model.decoder = encoder or FakeEncoder(), decoder or FakeDecoder()
+    model.cache, model.tokenizer = EmbeddingCache(), FakeTokenizer()
+    rule = ImageRule((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "any", resolution=2, multiple=1, max_visual_tokens=4)
+    model.bundle = SimpleNamespace(image=rule, prompt=PLAIN)
+    return model
