@@ -154,14 +154,15 @@ def open_decoder(bundle: Bundle, wanted: Backends | None = None) -> Decoder:
 
 
 def plan_batch(
-    bundle: Bundle, wanted: Backends, slots: int | None = None, cache_bytes: int | None = None
+    bundle: Bundle, wanted: Backends, slots: int | None = None, resolution: int = 0
 ) -> tuple[Backends, Plan]:
     """What sequences that are decoded together and the image cache may take, so that all fits this machine's memory.
 
     Args:
         bundle: that is to be loaded.
         wanted: what the user asks for.
-        slots, cache_bytes: as `plan`.
+        slots: as `plan`.
+        resolution: as `Costs.of`.
 
     Returns:
         (`wanted` with the context and KV precision that fit, the plan).
@@ -169,12 +170,12 @@ def plan_batch(
     Raises:
         UserError: the bundle has no graph for the KV precision that is asked for.
     """
-    costs = Costs.of(bundle)
+    costs = Costs.of(bundle, resolution)
     if wanted.provider != "cpu":
-        return wanted, plan(costs, None, slots, wanted.context, next(iter(costs.positions)), cache_bytes)
+        return wanted, plan(costs, None, slots, wanted.context, next(iter(costs.positions)))
     if wanted.kv_precision not in ("auto", *costs.positions):
         raise _no_graph_with_cache(bundle, wanted.kv_precision, costs)
-    chosen = plan(costs, available_bytes(), slots, wanted.context, wanted.kv_precision, cache_bytes)
+    chosen = plan(costs, available_bytes(), slots, wanted.context, wanted.kv_precision)
     return replace(wanted, context=chosen.context, kv_precision=chosen.kv_precision), chosen
 
 

@@ -1,6 +1,5 @@
 """Answers many questions, several decoded together, by the server's scheduler; no HTTP and no files but images."""
 
-import hashlib
 import queue
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from runtime.batch.questions import Question
 from runtime.image.decode import open_image
-from runtime.image.preprocess import resized
+from runtime.image.preprocess import digest, resized
 from runtime.model import Model
 from runtime.serve.images import PreparedImage
 from runtime.serve.scheduler import Scheduler
@@ -95,7 +94,7 @@ def _prepared(
 def _opened(model: Model, file: Path, options: Options) -> PreparedImage:
     rule = model.bundle.image
     pixels = resized(open_image(file), rule, options.resolution, options.aspect)
-    key = pixels.shape, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+    key = digest(pixels)
     return PreparedImage(key, rule.tokens(*pixels.shape[:2]), rule, pixels, model.cache.get(key))
 
 
