@@ -154,14 +154,18 @@ def open_decoder(bundle: Bundle, wanted: Backends | None = None) -> Decoder:
 
 
 def plan_batch(
-    bundle: Bundle, wanted: Backends, slots: int | None = None, resolution: int = 0
+    bundle: Bundle,
+    wanted: Backends,
+    slots: int | None = None,
+    cache_bytes: int | None = None,
+    resolution: int = 0,
 ) -> tuple[Backends, Plan]:
     """What sequences that are decoded together and the image cache may take, so that all fits this machine's memory.
 
     Args:
         bundle: that is to be loaded.
         wanted: what the user asks for.
-        slots: as `plan`.
+        slots, cache_bytes: as `plan`.
         resolution: as `Costs.of`.
 
     Returns:
@@ -172,10 +176,10 @@ def plan_batch(
     """
     costs = Costs.of(bundle, resolution)
     if wanted.provider != "cpu":
-        return wanted, plan(costs, None, slots, wanted.context, next(iter(costs.positions)))
+        return wanted, plan(costs, None, slots, wanted.context, next(iter(costs.positions)), cache_bytes)
     if wanted.kv_precision not in ("auto", *costs.positions):
         raise _no_graph_with_cache(bundle, wanted.kv_precision, costs)
-    chosen = plan(costs, available_bytes(), slots, wanted.context, wanted.kv_precision)
+    chosen = plan(costs, available_bytes(), slots, wanted.context, wanted.kv_precision, cache_bytes)
     return replace(wanted, context=chosen.context, kv_precision=chosen.kv_precision), chosen
 
 

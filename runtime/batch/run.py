@@ -57,7 +57,7 @@ def _loaded(path: str | PathLike[str], options: Options, backends: Backends, slo
         raise UserError(f"--max-batch is {slots}, expected 1 or more")
     bundle = read_bundle(path)
     target_size(1, 1, bundle.image, options.resolution, options.aspect)
-    backends, plan = plan_batch(bundle, backends, slots, options.resolution or 0)
+    backends, plan = plan_batch(bundle, backends, slots, resolution=options.resolution or 0)
     model = load(path, backends=backends, cache_bytes=plan.cache_bytes)
     if options.json_schema is not None:
         model.grammars.of_schema(options.json_schema)

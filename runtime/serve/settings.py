@@ -6,11 +6,10 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
-from runtime.backends.memory_plan import Costs, Plan, plan
-from runtime.backends.select import MAX_THREADS, Backends
+from runtime.backends.memory_plan import Plan
+from runtime.backends.select import MAX_THREADS, Backends, plan_batch
 from runtime.bundle.manifest import read_bundle
 from runtime.demo import demo_bundle
-from runtime.device.host_memory import available_bytes
 from runtime.errors import UserError
 from runtime.image.preprocess import ImageRule
 from runtime.model import Model, load
@@ -114,16 +113,15 @@ class Settings(BaseModel):
     def planned(self) -> Plan:
         """What the model's sequences and caches may take, so that all fits the memory of this machine.
 
-        Raises UserError as `read_bundle` and `sizes`, and for a context longer than the model's.
+        Raises UserError as `read_bundle`, `sizes`, `Backends` and `plan_batch`, and for a context longer than the
+        model's.
         """
         bundle = read_bundle(self.bundle or demo_bundle())
-        costs = Costs.of(bundle, self.sizes(bundle.image).largest)
-        if self.context is not None and self.context > costs.context:
-            raise UserError(f"--context is {self.context}, the model has {costs.context} positions")
-        on_host = self.provider == "cpu"
-        kv_precision = self.kv_precision if on_host else next(iter(costs.positions))
-        available = available_bytes() if on_host else None
-        return plan(costs, available, self.max_batch, self.context, kv_precision, self.image_cache_bytes)
+        longest = bundle.decoder.context_length
+        if self.context is not None and self.context > longest:
+            raise UserError(f"--context is {self.context}, the model has {longest} positions")
+        largest = self.sizes(bundle.image).largest
+        return plan_batch(bundle, self._backends(), self.max_batch, self.image_cache_bytes, largest)[1]
 
     def fitted(self) -> tuple[Self, Plan]:
         """(these settings with everything chosen, what was chosen). Raises UserError as `planned`."""
@@ -139,17 +137,20 @@ class Settings(BaseModel):
     def load(self) -> Model:
         """The model. Raises UserError as `runtime.load` and `planned`."""
         settings, _ = self.fitted()
-        backends = Backends(
+        backends = settings._backends()
+        return load(self.bundle or demo_bundle(), backends=backends, cache_bytes=settings.image_cache_bytes or 0)
+
+    def _backends(self) -> Backends:
+        return Backends(
             self.encoder,
             self.decoder,
             self.provider,
             self.encoder_precision,
             self.threads,
             ENCODER_NICE,
-            settings.kv_precision,
-            settings.context,
+            self.kv_precision,
+            self.context,
         )
-        return load(self.bundle or demo_bundle(), backends=backends, cache_bytes=settings.image_cache_bytes or 0)
 
     def service(self, model: Model, metrics: Metrics | None = None) -> ChatService:
         """A scheduler over the model, warmed up, and what begins answers on it.

@@ -9,10 +9,11 @@ import pytest
 from runtime import kernels
 from runtime.backends import select
 from runtime.backends.ort_decoder import OnnxDecoder
-from runtime.backends.select import Backends, open_decoder
+from runtime.backends.select import Backends, open_decoder, plan_batch
 from runtime.bundle.manifest import open_bundle
 from runtime.errors import UserError
 from runtime.model import load
+from runtime.serve.settings import Settings
 from runtime.text.template import first_turn
 from runtime.types import Options, Trace
 from tests.support.bundles import exported
@@ -142,6 +143,10 @@ def test_a_bundle_without_the_graph(bundle, built, tmp_path):
     for name in ("fp16", "int8"):
         with pytest.raises(UserError, match="has graphs for fp32 alone"):
             decoder(opened, name)
+        with pytest.raises(UserError, match=rf"^--kv-precision {name}: .*has graphs for fp32 alone"):
+            plan_batch(opened, Backends(kv_precision=name))
+        with pytest.raises(UserError, match=rf"^--kv-precision {name}: .*has graphs for fp32 alone"):
+            Settings.of(bundle=str(old), kv_precision=name).fitted()
 
 
 def test_a_shorter_context(bundle):

@@ -22,7 +22,7 @@ def test_an_image_cache_below_nothing_is_refused():
 
 def test_what_is_not_given_fits_the_memory(conformance_bundle, monkeypatch):
     chosen = {"available": 64 << 30}
-    monkeypatch.setattr("runtime.serve.settings.available_bytes", lambda: chosen["available"])
+    monkeypatch.setattr("runtime.backends.select.available_bytes", lambda: chosen["available"])
     settings = Settings.of(bundle=str(conformance_bundle))
     roomy, plan = settings.fitted()
     assert (roomy.max_batch, roomy.context, roomy.kv_precision) == (8, 4096, "fp32")
@@ -54,7 +54,7 @@ def test_a_context_of_ones_own(conformance_bundle):
 
 
 def test_the_sum_is_told(conformance_bundle, capsys, monkeypatch):
-    monkeypatch.setattr("runtime.serve.settings.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("runtime.backends.select.available_bytes", lambda: 1 << 20)
     options = ["--bundle", str(conformance_bundle), "--check", "--max-batch", "2"]
     assert main([*options, "--kv-precision", "int8"]) == 0
     assert "MiB in int8" in capsys.readouterr().out
