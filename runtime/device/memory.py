@@ -106,7 +106,7 @@ def concatenate(arrays: list[Array]) -> Array:
     whole = device.zeros((sum(len(array) for array in arrays), *first.shape[1:]), first.dtype)
     begin = 0
     for array in arrays:
-        device.copy(whole[begin : begin + len(array)], array)
+        device.copy(whole[begin : begin + len(array)], device.take(array, first.dtype))
         begin += len(array)
     return whole
 

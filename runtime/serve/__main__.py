@@ -81,6 +81,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--res", type=int, metavar="N", help="side that images are sized to, pixels; default: the bundle's"
     )
     settings.add_argument("--aspect", choices=ASPECTS, help="pad to a square, any ratio or crop; default: the bundle's")
+    settings.add_argument(
+        "--enable-mm-embeds", action="store_true", help="clients may send embeddings of images; only for trusted ones"
+    )
     settings.add_argument("--max-images", type=int, metavar="N", help="of a request; default: 8")
     settings.add_argument(
         "--max-image-bytes", type=int, metavar="N", help="default: 20 MiB; a body may have 64 MiB, or what one needs"

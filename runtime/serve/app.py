@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's chat completions, health, readiness, metrics and the page, over one scheduler."""
+"""The HTTP side: OpenAI's chat completions and responses, health, metrics and the page, over one scheduler."""
 
 import asyncio
 import hmac
@@ -25,6 +25,8 @@ from runtime.serve.openapi import document
 from runtime.serve.origins import OriginCheck
 from runtime.serve.protocol import ApiError
 from runtime.serve.request_record import RequestMonitor, current_record
+from runtime.serve.responses import ChatCall
+from runtime.serve.responses_api import ResponsesCall
 
 T = TypeVar("T")
 PAGE = Path(serve.__file__).parent / "web"
@@ -70,8 +72,16 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
+        return await answered(request, ChatCall())
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await answered(request, ResponsesCall())
+
+    async def answered(request: Request, call: ChatCall) -> Response:
+        owner = request.headers.get("authorization", "")
         async with bodies.read(request) as body:
-            completion = await _unless_gone(request, service.begin(body))
+            completion = await _unless_gone(request, service.begin(body, call, owner))
         del body  # it may be large, and does not count any more
         if completion.stream:
             return event_stream(completion.chunks(), completion.headers)

@@ -15,8 +15,10 @@ from runtime.errors import UserError
 from runtime.generate.sampler import Sampler
 from runtime.generate.session import Generation
 from runtime.model import Model
+from runtime.serve.embeds import embeds_bytes, read_embeds
 from runtime.serve.images import ImageOpener, PreparedImage, digest_of
 from runtime.serve.limits import Limits
+from runtime.serve.named_images import ImageFile, NamedImages
 from runtime.serve.protocol import (
     MAX_FIELD_CHARS,
     MAX_NAMED_FIELDS,
@@ -27,16 +29,17 @@ from runtime.serve.protocol import (
     busy,
     conversation,
     image_bytes,
-    parsed,
 )
 from runtime.serve.remote_images import Fetch, cut
 from runtime.serve.request_record import current_record
-from runtime.serve.responses import CompletionStream, api_error
+from runtime.serve.responses import ChatCall, CompletionStream, api_error
 from runtime.serve.sandbox import Sandbox
 from runtime.serve.scheduler import Scheduler
 from runtime.serve.sizing import ImageSizes, Sizing
+from runtime.serve.tools import callable_tools, told
 from runtime.serve.types import Busy, Failed, Request, TokenEvent, logger
 from runtime.text.grammar import JsonGrammar
+from runtime.text.template import PromptTemplate
 
 MAX_TOKEN_CHARS = 256
 MAX_LOGGED_FIELDS = 100
@@ -74,6 +77,7 @@ class ChatService:
         limits: Limits | None = None,
         fetch: Fetch | None = None,
         sizes: ImageSizes | None = None,
+        takes_embeds: bool = False,
     ):
         """
         Args:
@@ -82,9 +86,10 @@ class ChatService:
             limits: what one request may ask for.
             fetch: the bytes of a remote image, or ApiError; None: remote images are refused.
             sizes: that images are sized to; None: the bundle's.
+            takes_embeds: whether clients may send embeddings of images.
         """
         self.model, self.scheduler, self.limits = model, scheduler, limits or Limits()
-        self._fetch = fetch
+        self._fetch, self._takes_embeds, self._named = fetch, takes_embeds, NamedImages()
         self._ignored: set[str] = set()  # names of fields, of which the log has told
         self.preparing = 0  # requests that are being prepared
         self._preparing = 0  # answers that they want
@@ -103,11 +108,25 @@ class ChatService:
         }
         self._schemas = Sandbox("a JSON schema", SCHEMA_JOB, vocabulary, 1, SCHEMA_BYTES, SCHEMA_CPU_SECONDS)
 
-    async def begin(self, body: bytes) -> CompletionStream:
+    async def begin(self, body: bytes, call: ChatCall | None = None, owner: str = "") -> CompletionStream:
         """Whoever is cancelled while waiting for it ends what is done for the request.
 
-        Raises ApiError for whatever is wrong with the request, and where the scheduler takes no more.
+        Args:
+            body: of the request.
+            call: of another API than that of chat completions.
+            owner: of the names that its images have.
+
+        Raises:
+            ApiError: for whatever is wrong with the request, and where the scheduler takes no more.
         """
+        call = call or ChatCall()
+        try:
+            return await self._begin(body, call, owner)
+        except ApiError as error:
+            call.rename(error)
+            raise
+
+    async def _begin(self, body: bytes, call: ChatCall, owner: str) -> CompletionStream:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, TokenEvent | Failed]] = asyncio.Queue()
         record, deadline = current_record(), time.monotonic() + self.limits.seconds
@@ -115,8 +134,8 @@ class ChatService:
         self.preparing += 1
         try:
             async with asyncio.timeout(self.limits.seconds):
-                chat = await loop.run_in_executor(lane, _parsed, body)
-                prepared = await self._while_accepting(self._prepare(chat, lane))
+                chat = await loop.run_in_executor(lane, _parsed, body, call)
+                prepared = await self._while_accepting(self._prepare(chat, lane, owner))
         except TimeoutError as error:
             raise api_error(Failed("deadline", "the request has reached its deadline")) from error
         finally:
@@ -144,7 +163,7 @@ class ChatService:
         with _as_api_errors(self.scheduler):
             self.scheduler.submit(*requests)
         record.queued = True
-        return CompletionStream(self.model, chat, requests, events)
+        return call.stream(self.model, chat, requests, events)
 
     async def _while_accepting(self, wanted: Coroutine[Any, Any, _Prepared]) -> _Prepared:
         """What is wanted, which is given up where the scheduler stops or crashes meanwhile."""
@@ -173,7 +192,7 @@ class ChatService:
         self._images.close()
         self._schemas.close()
 
-    async def _prepare(self, chat: ChatRequest, lane: Executor) -> _Prepared:
+    async def _prepare(self, chat: ChatRequest, lane: Executor, owner: str) -> _Prepared:
         loop = asyncio.get_running_loop()
         check_model(chat.model, self.model.bundle.name)
         if chat.choices > self.scheduler.places:
@@ -182,8 +201,8 @@ class ChatService:
             self.scheduler.check_room(chat.choices + self._preparing)
         self._preparing += chat.choices
         try:
-            prompt, named = await loop.run_in_executor(lane, conversation, chat.messages, self.model.bundle.prompt)
-            images = await self._opened(named, [self._sizing(image, chat) for image in named], lane)
+            prompt, named = await loop.run_in_executor(lane, _rendered, chat, self.model.bundle.prompt)
+            images = await self._opened(named, [self._sizing(image, chat) for image in named], lane, owner)
             token_ids = await loop.run_in_executor(lane, self._token_ids, prompt, [image.tokens for image in images])
             capacity, most = self.model.decoder.capacity, self.limits.output_tokens
             limit = min(chat.limit or most, most, capacity - len(token_ids))
@@ -194,18 +213,21 @@ class ChatService:
     def _sizing(self, image: ImageReference, chat: ChatRequest) -> Sizing:
         return self._sizes.of(image.detail, chat.processor.res, chat.processor.aspect)
 
-    async def _opened(self, named: list[ImageReference], sizings: list[Sizing], lane: Executor) -> list[PreparedImage]:
+    async def _opened(
+        self, named: list[ImageReference], sizings: list[Sizing], lane: Executor, owner: str
+    ) -> list[PreparedImage]:
         """Images opened and sized; one that is there twice at the same size is opened once."""
         if len(named) > self.limits.images:
             raise ApiError(400, f"{len(named)} images, at most {self.limits.images} are taken", param="messages")
-        wanted = [(image.url, sizing) for image, sizing in zip(named, sizings, strict=True)]
+        wanted = [(image._replace(path="", detail=None), sizing) for image, sizing in zip(named, sizings, strict=True)]
         distinct = dict(zip(reversed(wanted), reversed(named), strict=True))  # the first of its like, for errors
         if self._opening + self.scheduler.waiting_images + len(distinct) > self._max_waiting_images:
             raise busy(f"{self._max_waiting_images} images are waiting already", self.scheduler.retry_after())
         self._opening += len(distinct)
         at_once = asyncio.Semaphore(self._processes)  # so that requests take turns
         tasks = [
-            asyncio.create_task(self._image(image, sizing, lane, at_once)) for (_, sizing), image in distinct.items()
+            asyncio.create_task(self._image(image, sizing, lane, at_once, owner))
+            for (_, sizing), image in distinct.items()
         ]
         try:
             found = dict(zip(distinct, await asyncio.gather(*tasks), strict=True))
@@ -216,22 +238,47 @@ class ChatService:
         return [found[one] for one in wanted]
 
     async def _image(
-        self, image: ImageReference, sizing: Sizing, lane: Executor, at_once: asyncio.Semaphore
+        self, image: ImageReference, sizing: Sizing, lane: Executor, at_once: asyncio.Semaphore, owner: str
     ) -> PreparedImage:
-        loop, url = asyncio.get_running_loop(), image.url
         try:
-            if url.lstrip()[:5].lower() == "data:":
-                content = await loop.run_in_executor(lane, image_bytes, url, self.limits.image_bytes)
-            else:
-                content = await self._fetched(url)
-            digest = await loop.run_in_executor(lane, digest_of, content)
+            if image.is_embeds and not self._takes_embeds:
+                raise ApiError(400, "embeddings are refused: the server was started without --enable-mm-embeds")
+            file = await self._file(image, lane, owner)
             async with at_once:
-                return await self._images.open(content, digest, sizing)
+                if image.is_embeds:
+                    prepared = await asyncio.get_running_loop().run_in_executor(lane, self._embeds, file)
+                else:
+                    prepared = await self._images.open(file.content, file.digest, sizing)
+            if image.uuid is not None:
+                self._named.put(owner, image.uuid, file)
+            return prepared
         except UserError as error:
             raise ApiError(400, str(error), param=image.path) from error
         except ApiError as error:
             error.param = image.path
             raise
+
+    async def _file(self, image: ImageReference, lane: Executor, owner: str) -> ImageFile:
+        """What was sent, now or before."""
+        loop, url = asyncio.get_running_loop(), image.url
+        if url is None:
+            file = self._named.get(owner, image.uuid or "")
+            if file is None or file.is_embeds != image.is_embeds:
+                message = f"no image is known by the uuid {image.uuid!r} (any more): send it again"
+                raise ApiError(404, message, code="unknown_image_uuid")
+            return file
+        if image.is_embeds:
+            content = await loop.run_in_executor(lane, embeds_bytes, url, self.limits.image_bytes)
+        elif url.lstrip()[:5].lower() == "data:":
+            content = await loop.run_in_executor(lane, image_bytes, url, self.limits.image_bytes)
+        else:
+            content = await self._fetched(url)
+        return ImageFile(content, await loop.run_in_executor(lane, digest_of, content), image.is_embeds)
+
+    def _embeds(self, file: ImageFile) -> PreparedImage:
+        bundle = self.model.bundle
+        embeddings = read_embeds(file.content, bundle.encoder.hidden_size)
+        return PreparedImage(("embeds", file.digest), len(embeddings), bundle.image, embeddings=embeddings)
 
     async def _fetched(self, url: str) -> bytes:
         if self._fetch is None:
@@ -266,19 +313,22 @@ class ChatService:
     async def _grammars(self, chat: ChatRequest, lane: Executor) -> list[JsonGrammar | None]:
         """One for each choice."""
         schema = chat.response_format.schema_of if chat.response_format else None
-        if schema is None:
+        tools = callable_tools(chat.tools, chat.tool_choice, self.model.bundle.prompt.tools)
+        if schema is None and tools is None:
             return [None] * chat.choices
-        if (length := len(json.dumps(schema))) > self.limits.schema_chars:
-            message = f"a schema of {length} characters, at most {self.limits.schema_chars} are taken"
-            raise ApiError(400, message, param="response_format")
+        param = "tools" if tools else "response_format"
         loop = asyncio.get_running_loop()
         try:
+            source = await loop.run_in_executor(lane, tools.grammar if tools else json.dumps, schema)
+            if len(source) > self.limits.schema_chars:
+                message = f"a schema of {len(source)} characters, at most {self.limits.schema_chars} are taken"
+                raise ApiError(400, message, param=param)
             grammars = await loop.run_in_executor(lane, lambda: self.model.grammars)
-            if not grammars.known(schema):
-                await self._schemas.run(json.dumps(schema).encode())
-            return [await loop.run_in_executor(lane, grammars.of_schema, schema) for _ in range(chat.choices)]
+            if not grammars.known(source):
+                await self._schemas.run(source.encode())
+            return [await loop.run_in_executor(lane, grammars.of_source, source) for _ in range(chat.choices)]
         except UserError as error:
-            raise ApiError(400, str(error), param="response_format") from error
+            raise ApiError(400, str(error), param=param) from error
 
 
 def check_model(wanted: str | None, served: str) -> None:
@@ -288,10 +338,14 @@ def check_model(wanted: str | None, served: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _parsed(body: bytes) -> ChatRequest:
+def _rendered(chat: ChatRequest, template: PromptTemplate) -> tuple[str, list[ImageReference]]:
+    return conversation(chat.messages, template, told(chat.tools, chat.tool_choice, template.tools))
+
+
+def _parsed(body: bytes, call: ChatCall) -> ChatRequest:
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_ITEMS:
         raise ApiError(400, f"the body has more than {MAX_JSON_ITEMS} items", code="body_too_large")
-    return parsed(body)
+    return call.read(body)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from runtime.serve.protocol import ChatRequest
+from runtime.serve.tools import ToolCall
 
 REFERENCE = "#/components/schemas/{model}"
 
@@ -52,20 +53,21 @@ class ChoiceLogprobs(_Answer):
 
 
 class AnswerMessage(_Answer):
-    """An answer."""
+    """An answer: a text, or a call of a function."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = None
 
 
 class Choice(_Answer):
-    """One answer. finish_reason: `stop` (end of sequence, stop string) or `length`."""
+    """One answer. finish_reason: `stop` (end of sequence, stop string), `length` or `tool_calls`."""
 
     index: int
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(_Answer):
@@ -79,11 +81,28 @@ class ChatCompletion(_Answer):
     usage: Usage
 
 
+class FunctionDelta(_Answer):
+    """name: on the first one of a call."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(_Answer):
+    """What is new of a call."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(_Answer):
     """What is new of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(_Answer):
@@ -92,7 +111,7 @@ class ChunkChoice(_Answer):
     index: int
     delta: Delta
     logprobs: ChoiceLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class ChatCompletionChunk(_Answer):
@@ -161,6 +180,13 @@ def document(version: str, has_keys: bool) -> dict[str, Any]:
         "requestBody": {"required": True, "content": _json(ChatRequest)},
         "responses": _responses("The answers, whole or as server-sent events", _json(ChatCompletion) | _stream()),
     }
+    any_object = {"application/json": {"schema": {"type": "object"}}}
+    events = {"text/event-stream": {"schema": {"type": "string", "description": "OpenAI's `response.*` events"}}}
+    responses = {
+        "summary": "The same in the form of OpenAI's Responses API; nothing is stored",
+        "requestBody": {"required": True, "content": any_object},
+        "responses": _responses("The response, whole or as server-sent events", any_object | events),
+    }
     components: dict[str, Any] = {"schemas": schemas["$defs"]}
     security: list[dict[str, Any]] = []
     if has_keys:
@@ -171,6 +197,7 @@ def document(version: str, has_keys: bool) -> dict[str, Any]:
         "info": {"title": "ConvLLaVA", "version": version},
         "paths": {
             "/v1/chat/completions": {"post": chat | {"security": security}},
+            "/v1/responses": {"post": responses | {"security": security}},
             "/v1/models": {"get": _get("The model", _json(ModelList)) | {"security": security}},
             "/v1/models/{model}": {
                 "get": _get("The model", _json(ModelCard)) | {"parameters": [model_name], "security": security}

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import json
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from runtime.text.template import IMAGE_PLACEHOLDER, PromptTemplate, first_turn, next_turn, with_answer
+from runtime.serve.tools import MAX_TOOLS, NamedTool, Tool, ToolCall, ToolChoice
+from runtime.text.template import IMAGE_PLACEHOLDER, PromptTemplate, ToolTemplate, first_turn, next_turn, with_answer
 from runtime.types import Sampling
 
 RETRY_AFTER = 2  # seconds
@@ -60,20 +62,20 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (True,)),
     **dict.fromkeys(("use_beam_search", "include_stop_str_in_output", "continue_final_message", "echo"), (False,)),
     **dict.fromkeys(("add_special_tokens", "early_stopping", "return_token_ids", "no_stop_trim", "prefix"), (False,)),
-    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "logits_processors", "documents"), ([],)),
-    **dict.fromkeys(("allowed_token_ids", "tool_calls"), ([],)),
+    **dict.fromkeys(("functions", "stop_token_ids", "bad_words", "logits_processors", "documents"), ([],)),
+    "allowed_token_ids": ([],),
     **dict.fromkeys(("logit_bias", "chat_template_kwargs", "structured_outputs"), ({},)),
     **dict.fromkeys(("chat_template", "guided_regex", "guided_grammar", "regex", "ebnf", "grammar", "suffix"), ("",)),
     **dict.fromkeys(("guided_json", "guided_choice", "structural_tag", "json_schema", "truncate_prompt_tokens"), ()),
     **dict.fromkeys(("audio", "prediction", "web_search_options", "prompt_logprobs", "kv_transfer_params"), ()),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
 }
 # That change no answer
 HARMLESS = {
-    *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "request_id", "priority", "cache_salt", "spaces_between_special_tokens"),
     *("guided_decoding_backend", "name", "refusal", "annotations"),
 }
@@ -82,6 +84,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _HEX_DIGITS = np.array([int(chr(code), 16) if chr(code) in string.hexdigits else -1 for code in range(256)], np.int16)
 _DATA_HEAD = re.compile(r"data:\s*[\w.+-]+/[\w.+-]+\s*(;[^;]*)*;\s*base64\s*", re.IGNORECASE)
 MAX_DATA_HEAD_CHARS = 256
+MAX_UUID_CHARS = 256
 MAX_NAMED_FIELDS, MAX_FIELD_CHARS = 16, 64  # of a header
 
 
@@ -89,14 +92,39 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
+def escaped(text: str) -> str:
+    """What reads as a placeholder for an image is none."""
+    return text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER.replace(">", " >"))
+
+
 class ImageUrl(_Part):
     url: str
     detail: str | None = None
 
 
-class ImagePart(_Part):
+class _NamedPart(_Part):
+    """uuid: a name by which later requests find what this one sends; where it sends nothing, one did before."""
+
+    uuid: str | None = Field(default=None, min_length=1, max_length=MAX_UUID_CHARS)
+
+    @field_validator("image_url", "image_embeds", check_fields=False)
+    @classmethod
+    def _or_named(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("uuid") is None:
+            raise ValueError("expected an image, or the uuid of one that was sent before")
+        return value
+
+
+class ImagePart(_NamedPart):
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: ImageUrl | None = Field(default=None, validate_default=True)
+
+
+class EmbedsPart(_NamedPart):
+    """image_embeds: in base64, as `runtime.serve.embeds` reads them."""
+
+    type: Literal["image_embeds"]
+    image_embeds: str | None = Field(default=None, validate_default=True)
 
 
 class TextPart(_Part):
@@ -105,18 +133,19 @@ class TextPart(_Part):
 
     @property
     def escaped(self) -> str:
-        """What reads as a placeholder for an image is none."""
-        return self.text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER.replace(">", " >"))
+        return escaped(self.text)
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Part = Annotated[TextPart | ImagePart | EmbedsPart, Field(discriminator="type")]
 
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[Part], Field(max_length=MAX_ITEMS, fail_fast=True)] = []  # one error is enough to say
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_call_id: str | None = None
 
     @field_validator("content", mode="before", json_schema_input_type=str | list[Part] | None)
     @classmethod
@@ -126,6 +155,13 @@ class Message(BaseModel):
         if value is not None and not isinstance(value, list):
             raise ValueError("expected a text or a list of parts")
         return cast(list[Any], value or [])
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _of_assistant(cls, value: list[ToolCall] | None, info: ValidationInfo) -> list[ToolCall] | None:
+        if value and info.data.get("role") != "assistant":
+            raise ValueError("calls belong to messages of the assistant")
+        return value
 
 
 class ProcessorOptions(BaseModel):
@@ -188,6 +224,9 @@ class ChatRequest(BaseModel):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100, allow_inf_nan=False)
     ignore_eos: StrictBool = False
     mm_processor_kwargs: ProcessorOptions | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
@@ -199,6 +238,21 @@ class ChatRequest(BaseModel):
     def _not_empty(cls, value: list[str]) -> list[str]:
         if "" in value:
             raise ValueError("strings that are not empty are expected")
+        return value
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _none_as_empty(cls, value: Any) -> Any:
+        return [] if value is None else value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _with_tools(cls, value: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+        tools: list[Tool] = info.data.get("tools") or []
+        if value == "required" and not tools:
+            raise ValueError("'required' wants tools")
+        if isinstance(value, NamedTool) and value.function.name not in {tool.function.name for tool in tools}:
+            raise ValueError(f"there is no function {value.function.name!r} among the tools")
         return value
 
     @field_validator("top_logprobs")
@@ -240,10 +294,12 @@ class ChatRequest(BaseModel):
     def ignored(self) -> list[str]:
         """Paths of what has no effect and is not known to have none."""
         found = [path for path, name, _ in self.others if name not in NOT_OFFERED and name not in HARMLESS]
+        if self.tools and self.parallel_tool_calls:
+            found.append("parallel_tool_calls")  # an answer has one call at most
         details = IMAGE_DETAILS if self.processor.res is None else (None, "auto")
         for number, message in enumerate(self.messages):
             for index, part in enumerate(message.content):
-                if part.type == "image_url" and part.image_url.detail not in details:
+                if part.type == "image_url" and part.image_url and part.image_url.detail not in details:
                     found.append(f"messages.{number}.content.{index}.image_url.detail")
         return found
 
@@ -276,9 +332,11 @@ def _error_of(error: ValidationError) -> ApiError:
     path, message = list(first["loc"]), first["msg"].removeprefix("Value error, ")
     if path[:1] == ["messages"] and path[2:3] == ["content"]:
         del path[4:5]  # the kind of part
+    if path[:1] == ["tool_choice"]:
+        del path[1:2]
     if first["type"].startswith("union_tag"):
         path.append("type")
-        message = "expected 'text' or 'image_url'"
+        message = "expected 'text', 'image_url' or 'image_embeds'"
     found: object = first.get("ctx", {}).get("tag", first["input"])
     if first["type"] in ("literal_error", "union_tag_invalid") and isinstance(found, str):
         message += f", found {found[:40]!r}"
@@ -287,16 +345,23 @@ def _error_of(error: ValidationError) -> ApiError:
 
 
 class ImageReference(NamedTuple):
-    """An image of a request. path: where it is there, for errors."""
+    """An image of a request. url: or embeddings in base64; None where it is named alone. path: where it is there, for
+    errors."""
 
-    url: str
+    url: str | None
     path: str
     detail: str | None
+    uuid: str | None
+    is_embeds: bool
 
 
-def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str, list[ImageReference]]:
+def conversation(
+    messages: list[Message], template: PromptTemplate, tools: str = ""
+) -> tuple[str, list[ImageReference]]:
     """The prompt of a conversation, as `first_turn` and `next_turn` write it.
 
+    - What the model is told of functions (`tools`) follows the system text. Calls are part of the assistant's text,
+      what functions return is part of the user's.
     - System messages are joined. Messages of one role that follow one another are one; parts are lines.
     - Images stay between the texts. An only image comes first, as in training.
     - An assistant's message that comes first answers an empty question. After an assistant's message that comes last an
@@ -309,46 +374,67 @@ def conversation(messages: list[Message], template: PromptTemplate) -> tuple[str
         ApiError: no message of the user or the assistant, or an image in another message than the user's.
     """
     system: list[str] = []
-    turns: list[tuple[str, list[TextPart | ImagePart]]] = []
+    turns: list[tuple[str, list[Part]]] = []
     images: list[ImageReference] = []
     for number, message in enumerate(messages):
         for index, part in enumerate(message.content):
-            if part.type == "image_url":
-                path = f"messages.{number}.content.{index}.image_url"
+            if part.type != "text":
+                path = f"messages.{number}.content.{index}.{part.type}"
                 if message.role != "user":
                     raise ApiError(400, f"{path}: images belong to messages of the user", param=path)
-                images.append(ImageReference(part.image_url.url, path, part.image_url.detail))
+                images.append(_reference(part, path))
         if message.role in ("system", "developer"):
             system.append(_text(message.content))
-        elif turns and turns[-1][0] == message.role:
-            turns[-1][1].extend(message.content)
+            continue
+        role, parts = _spoken(message, template.tools or ToolTemplate())
+        if turns and turns[-1][0] == role:
+            turns[-1][1].extend(parts)
         else:
-            turns.append((message.role, list(message.content)))
+            turns.append((role, parts))
     if not turns:
         raise ApiError(400, "messages: expected a message of the user, found only system messages", param="messages")
     if turns[0][0] == "assistant":
         turns.insert(0, ("user", []))
     if turns[-1][0] == "assistant":
         turns.append(("user", []))
+    opening = "\n".join(system) if system else None  # an empty system text is not the template's
+    if tools:
+        opening = (template.system if opening is None else opening) + escaped(tools)
     pieces: list[str] = []
     for role, parts in turns:
         if role == "assistant":
             pieces[-1] = with_answer(pieces[-1], _text(parts))
         elif pieces:
             pieces.append(next_turn(template, *_question(parts)))
-        else:  # an empty system text is not the template's
-            pieces.append(first_turn(template, *_question(parts), "\n".join(system) if system else None))
+        else:
+            pieces.append(first_turn(template, *_question(parts), opening))
     return "".join(pieces), images
 
 
-def _question(parts: list[TextPart | ImagePart]) -> tuple[str, int]:
+def _reference(part: ImagePart | EmbedsPart, path: str) -> ImageReference:
+    if part.type == "image_embeds":
+        return ImageReference(part.image_embeds, path, None, part.uuid, True)
+    image = part.image_url
+    return ImageReference(image.url if image else None, path, image.detail if image else None, part.uuid, False)
+
+
+def _spoken(message: Message, template: ToolTemplate) -> tuple[str, list[Part]]:
+    """(user or assistant, what that one says)."""
+    if message.role == "tool":
+        return "user", [TextPart(type="text", text=template.result(_text(message.content)))]
+    calls = [call.function for call in message.tool_calls or []]
+    texts = [template.call(json.dumps(call.name), call.arguments or "{}") for call in calls]
+    return message.role, [*message.content, *(TextPart(type="text", text=text) for text in texts)]
+
+
+def _question(parts: list[Part]) -> tuple[str, int]:
     """(text, number of images), with placeholders where the images do not all come first."""
-    at = [index for index, part in enumerate(parts) if part.type == "image_url"]
+    at = [index for index, part in enumerate(parts) if part.type != "text"]
     in_place = len(at) > 1 and at[-1] >= len(at)
     return _text(parts, in_place), len(at)
 
 
-def _text(parts: list[TextPart | ImagePart], placeholders: bool = False) -> str:
+def _text(parts: list[Part], placeholders: bool = False) -> str:
     """A line for each text, and for each image where placeholders are wanted."""
     return "\n".join(
         part.escaped if part.type == "text" else IMAGE_PLACEHOLDER

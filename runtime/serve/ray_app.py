@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 # Ray's handles and its actors' methods have no types
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
@@ -28,12 +28,14 @@ from runtime.serve.app import add_page, error_response, event_stream, model_card
 from runtime.serve.chat import check_model
 from runtime.serve.limits import Bodies
 from runtime.serve.protocol import ApiError, busy
-from runtime.serve.responses import SCHEDULER_GRACE_S
+from runtime.serve.responses import SCHEDULER_GRACE_S, ChatCall
+from runtime.serve.responses_api import ResponsesCall
 from runtime.serve.settings import Settings as ServerSettings
 from runtime.serve.settings import listed
 
 TRIES = 5  # of a request whose replica dies
 PAUSE = 0.5  # seconds, times the tries so far
+CALLS = {"chat": ChatCall, "responses": ResponsesCall}
 IMAGES = 256  # keys that a replica is known to have
 
 
@@ -62,21 +64,23 @@ class Replica:
         """Lets Ray know that this replica is the one for these images."""
         return key
 
-    async def answer(self, body: bytes) -> AsyncIterator[Any]:
-        """{"status", "stream", ...}, then texts. Nothing is said before the first token is there, so that until then
+    async def answer(self, body: bytes, api: str, owner: str) -> AsyncIterator[Any]:
+        """api: a key of CALLS. owner: as of `ChatService.begin`.
+
+        {"status", "stream", ...}, then texts. Nothing is said before the first token is there, so that until then
         another replica can begin anew."""
         if key := serve.get_multiplexed_model_id():
             await self._has_images(key)  # pyright: ignore[reportCallIssue]  # Ray types methods as functions
         completion = None
         try:
-            completion = await self._service.begin(body)
+            completion = await self._service.begin(body, CALLS[api](), owner)
             if not completion.stream:
                 whole = await completion.whole()
                 yield {"status": 200, "stream": False, "headers": completion.headers}
                 yield await asyncio.to_thread(json.dumps, whole)
                 return
             pieces = completion.chunks(raising=True)
-            # the roles come at once, a token when it is there
+            # what comes before a token comes at once, a token when it is there
             first = [await anext(pieces) for _ in range(completion.choices + 1)]
             yield {"status": 200, "stream": True, "headers": completion.headers}
             for piece in first:
@@ -143,8 +147,15 @@ def _ingress(keys: tuple[str, ...], settings: Settings) -> serve.Deployment:
 
         @app.post("/v1/chat/completions")
         async def chat_completions(self, request: Request) -> Response:
+            return await self._answered(request, "chat")
+
+        @app.post("/v1/responses")
+        async def responses(self, request: Request) -> Response:
+            return await self._answered(request, "responses")
+
+        async def _answered(self, request: Request, api: str) -> Response:
             async with self._bodies.read(request) as body:
-                head, pieces = await self._begin(body)
+                head, pieces = await self._begin(body, api, request.headers.get("authorization", ""))
             del body  # it may be large, and does not count any more
             if "body" in head:
                 return JSONResponse(head["body"], head["status"], head["headers"])
@@ -152,12 +163,12 @@ def _ingress(keys: tuple[str, ...], settings: Settings) -> serve.Deployment:
                 return event_stream(_texts(pieces), head["headers"])
             return Response(await anext(pieces), media_type="application/json", headers=head["headers"])
 
-        async def _begin(self, body: bytes) -> tuple[dict[str, Any], AsyncIterator[str]]:
+        async def _begin(self, body: bytes, api: str, owner: str) -> tuple[dict[str, Any], AsyncIterator[str]]:
             """The head of the answer and what comes after it, from whichever replica gets so far."""
             key = await asyncio.to_thread(image_key, body)
             handle = self._replicas.options(stream=True, multiplexed_model_id=key)
             for tried in range(TRIES):
-                pieces = handle.answer.remote(body)
+                pieces = handle.answer.remote(body, api, owner)
                 try:
                     head = await anext(pieces)
                     if not is_of_crash(head):
@@ -213,12 +224,19 @@ def is_of_crash(head: dict[str, Any]) -> bool:
 
 
 def image_key(body: bytes) -> str:
-    """The same for conversations that begin with the same image; "" where there is none, or the body is not what it
-    should be."""
+    """The same for conversations that begin with the same image, or the same name of one; "" where there is none, or
+    the body is not what it should be."""
     try:
-        messages = json.loads(body)["messages"]
-        urls = [part["image_url"]["url"] for m in messages if isinstance(m["content"], list) for part in m["content"]
-                if part.get("type") == "image_url"]  # fmt: skip
-        return hashlib.blake2b(urls[0].encode(), digest_size=16).hexdigest() if urls else ""
+        request: Any = json.loads(body)
+        messages: list[Any] = request["messages"] if "messages" in request else request["input"]
+        contents: list[Any] = [message.get("content") for message in messages]
+        parts: list[Any] = [
+            part for content in contents if isinstance(content, list) for part in cast(list[Any], content)
+        ]
+        images = [part for part in parts if part.get("type") in ("image_url", "input_image", "image_embeds")]
+        first: Any = images[0] if images else {}
+        image: Any = first.get("uuid") or first.get("image_url") or first.get("image_embeds") or ""
+        name: str = image if isinstance(image, str) else image["url"]
+        return hashlib.blake2b(name.encode(), digest_size=16).hexdigest() if name else ""
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""

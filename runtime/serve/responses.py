@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.model import Model
-from runtime.serve.protocol import ApiError, ChatRequest, ignored_header
+from runtime.serve.protocol import ApiError, ChatRequest, ignored_header, parsed
 from runtime.serve.request_record import current_record
+from runtime.serve.tools import ToolAnswer, callable_tools
 from runtime.serve.types import FAILURE_STATUS, Failed, Logprob, Request, TokenEvent
 from runtime.text.stop import Answer
 
@@ -25,6 +26,7 @@ class _Delta:
     text: str
     logprob: Logprob | None
     finish_reason: str | None
+    calls: list[dict[str, Any]]  # pieces of a call, as OpenAI streams them
 
 
 class CompletionStream:
@@ -56,7 +58,12 @@ class CompletionStream:
         # A grammar ends by itself, and its texts may hold what ends another answer
         has_grammar = chat.response_format is not None and chat.response_format.schema_of is not None
         stop = (*(() if has_grammar else model.bundle.prompt.stop), *chat.stop)
-        self._answers = [Answer(model.tokenizer, stop) for _ in requests]
+        tools = callable_tools(chat.tools, chat.tool_choice, model.bundle.prompt.tools)
+
+        def answer() -> Answer | ToolAnswer:
+            return ToolAnswer(model.tokenizer, stop, tools) if tools else Answer(model.tokenizer, stop)
+
+        self._answers = [answer() for _ in requests]
         self._with_usage = chat.stream_options is not None and chat.stream_options.include_usage
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.bundle.name}
         self._every_token = chat.ignore_eos
@@ -80,7 +87,9 @@ class CompletionStream:
     def _completion(self, logprobs: list[list[Logprob]]) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for index, answer in enumerate(self._answers):
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+            if isinstance(answer, ToolAnswer) and answer.call is not None:
+                message |= {"content": None, "tool_calls": [answer.call.model_dump()]}
             choice = {"index": index, "message": message, "logprobs": self._logprobs(logprobs[index])}
             choices.append(choice | {"finish_reason": answer.finish_reason})
         return self._head | {"object": "chat.completion", "choices": choices, "usage": self._usage()}
@@ -93,7 +102,7 @@ class CompletionStream:
         """
         head = self._head | {"object": "chat.completion.chunk"} | ({"usage": None} if self._with_usage else {})
 
-        def chunk(index: int, delta: dict[str, str], logprobs: Any = None, reason: str | None = None) -> str:
+        def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> str:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             return _event(head | {"choices": [choice]})
 
@@ -105,6 +114,8 @@ class CompletionStream:
                 if delta.text or delta.logprob or self._every_token:
                     logprobs = self._logprobs([delta.logprob] if delta.logprob else [])
                     yield chunk(delta.index, {"content": delta.text}, logprobs)
+                for call in delta.calls:
+                    yield chunk(delta.index, {"tool_calls": [call]})
                 if delta.finish_reason:
                     yield chunk(delta.index, {}, None, delta.finish_reason)
             if self._with_usage:
@@ -137,7 +148,8 @@ class CompletionStream:
                 if answer.finish_reason is not None:
                     self._requests[index].end("stop")
                     self._record.reason = answer.finish_reason
-                yield _Delta(index, text, event.logprob, answer.finish_reason)
+                calls = answer.call_deltas() if isinstance(answer, ToolAnswer) else []
+                yield _Delta(index, text, event.logprob, answer.finish_reason, calls)
         finally:
             self.cancel()
 
@@ -168,6 +180,27 @@ class CompletionStream:
             top = [named(*pair) for pair in logprob.top]
             content.append(named(logprob.token_id, logprob.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
+
+
+class ChatCall:
+    """One request of the chat-completions API: how it is read, answered and refused."""
+
+    def read(self, body: bytes) -> ChatRequest:
+        """Raises ApiError as `parsed`."""
+        return parsed(body)
+
+    def stream(
+        self,
+        model: Model,
+        chat: ChatRequest,
+        requests: list[Request],
+        events: asyncio.Queue[tuple[int, TokenEvent | Failed]],
+    ) -> CompletionStream:
+        """As `CompletionStream`."""
+        return CompletionStream(model, chat, requests, events)
+
+    def rename(self, error: ApiError) -> None:
+        """Put an error into the words of this API."""
 
 
 def api_error(failed: Failed) -> ApiError:

@@ -47,7 +47,8 @@ def image_job(settings: dict[str, Any]) -> Job:
 
 
 def schema_job(settings: dict[str, Any]) -> Job:
-    """Whether a JSON schema can be compiled. settings: `tokenizer`, a file; `vocab_size`; `eos_token_ids`."""
+    """Whether a grammar can be compiled, as `Grammars.of_source` takes it. settings: `tokenizer`, a file; `vocab_size`;
+    `eos_token_ids`."""
     from pathlib import Path
 
     from runtime.text.grammar import Grammars
@@ -56,7 +57,7 @@ def schema_job(settings: dict[str, Any]) -> Job:
     grammars = Grammars(Path(settings["tokenizer"]), settings["vocab_size"], eos)
 
     def run(content: bytes, _: dict[str, Any]) -> Result:
-        grammars.of_schema(json.loads(content))
+        grammars.of_source(content.decode())
         return {}, b""
 
     return run

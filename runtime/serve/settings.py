@@ -30,7 +30,7 @@ class Settings(BaseModel):
     threads: of one operator. allow_remote_images: hosts, with commas between them. max_images: of a request.
     image_cache_bytes: of embeddings of images seen before. max_output: new tokens of an answer. timeout: seconds that a
     request may take. allowed_host, cors_origin: as `OriginCheck`, with commas between them. res, aspect: of images
-    whose request does not choose; None takes the bundle's."""
+    whose request does not choose; None takes the bundle's. enable_mm_embeds: whether clients may send embeddings."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -54,6 +54,7 @@ class Settings(BaseModel):
     timeout: float = Field(default=Limits.seconds, gt=0, allow_inf_nan=False)
     allowed_host: str = ""
     cors_origin: str = ""
+    enable_mm_embeds: bool = False
     res: PositiveInt | None = None
     aspect: Literal["pad", "any", "crop"] | None = None
 
@@ -164,7 +165,7 @@ class Settings(BaseModel):
         hosts = listed(self.allow_remote_images)
         fetch = Fetcher(hosts, self.max_image_bytes) if hosts else None
         sizes = self.sizes(model.bundle.image)
-        service = ChatService(model, scheduler, self.limits, fetch, sizes)
+        service = ChatService(model, scheduler, self.limits, fetch, sizes, self.enable_mm_embeds)
         service.start()
         # The first image is not to wait for what an encoder and a decoder allocate and read at their first run
         model.encoder([np.zeros((3, sizes.default.resolution, sizes.default.resolution), np.float32)])

@@ -47,38 +47,57 @@ class Grammars:
         except (OSError, ValueError, RuntimeError, UserError) as error:
             raise UserError(f"{tokenizer}: llguidance cannot read it: {error}") from error
 
-    def known(self, schema: dict[str, Any]) -> bool:
-        """Whether the schema was compiled not long ago."""
-        return json.dumps(schema) in self._compiled
+    def known(self, source: str) -> bool:
+        """Whether the source, as of `of_source`, was compiled not long ago."""
+        return source in self._compiled
 
     def of_schema(self, schema: dict[str, Any]) -> "JsonGrammar":
+        """A grammar for one answer that follows a JSON schema. Raises UserError as `of_source`."""
+        return self.of_source(json.dumps(schema))
+
+    def of_source(self, source: str) -> "JsonGrammar":
         """A grammar for one answer.
+
+        Args:
+            source: the text of a JSON schema, or a grammar in llguidance's Lark syntax whose schemas `json_rule` wrote.
 
         Raises:
             UserError: the schema is none, or has what llguidance cannot do, or `multipleOf` a number of too many
                 digits, for which llguidance builds as many states.
         """
-        text = json.dumps(schema)
-        matcher = self._compiled.get(text)
+        matcher = self._compiled.get(source)
         if matcher is None:
-            check_multiples(schema)
-            matcher = self._compile(text)
+            matcher = self._compile(source)
             with self._lock:
-                self._compiled[text] = matcher
+                self._compiled[source] = matcher
                 while len(self._compiled) > MAX_COMPILED:
                     self._compiled.popitem(last=False)
         return JsonGrammar(matcher.deep_copy())
 
-    def _compile(self, schema: str) -> Any:
+    def _compile(self, source: str) -> Any:
         try:
             with _as_user_errors():
-                grammar = self._lib.LLMatcher.grammar_from_json_schema(schema, overrides=COMPILING)
+                compiler = self._lib.LLMatcher
+                if source.startswith("{"):
+                    check_multiples(json.loads(source))
+                    grammar = compiler.grammar_from_json_schema(source, overrides=COMPILING)
+                else:
+                    grammar = compiler.grammar_from_lark(source)
                 matcher = self._lib.LLMatcher(self._tokenizer, grammar, log_level=0)
         except (ValueError, TypeError) as error:
             raise UserError(f"a JSON schema: {error}") from error
         if matcher.is_error():
             raise UserError(f"a JSON schema: {matcher.get_error().splitlines()[0]}")
         return matcher
+
+
+def json_rule(schema: dict[str, Any]) -> str:
+    """What stands for a JSON text in a Lark grammar; references within the schema stay within it.
+
+    Raises UserError as `Grammars.of_source` for `multipleOf`.
+    """
+    check_multiples(schema)
+    return f"%json {json.dumps(schema | {'x-guidance': COMPILING})}"
 
 
 def without_special_texts(tokenizer: str) -> str:

@@ -13,8 +13,59 @@ from runtime.errors import UserError
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_LINE = f"{IMAGE_PLACEHOLDER}\n"
 MARKED_IMAGE_LINE = f"<im_start>{IMAGE_PLACEHOLDER}<im_end>\n"  # for mm_use_im_start_end
-_SYSTEM, _PROMPT = "{system}", "{prompt}"
+_SYSTEM, _PROMPT, _TOOLS, _CALL, _RESULT = "{system}", "{prompt}", "{tools}", "{call}", "{result}"
 _MUST_HOLD = {"system_format": _SYSTEM, "turn_format": _PROMPT, "image_format": IMAGE_PLACEHOLDER}
+_TOOLS_MUST_HOLD = {"system_format": _TOOLS, "call_format": _CALL, "result_format": _RESULT}
+
+
+@dataclass(frozen=True)
+class ToolTemplate:
+    """How functions that a model may call are written.
+
+    system_format: what follows the system text, "{tools}" standing for a line of JSON for each function.
+    call_format: a call as the model answers it, "{call}" standing for `{"name": ..., "arguments": ...}`. What comes
+        before that tells a call from a text.
+    result_format: what a function returned, "{result}" standing for it, as part of the next question.
+    """
+
+    system_format: str = (
+        "\n\nFunctions that may be called, one a line:\n{tools}\n"
+        'To call one, answer with <tool_call>{"name": its name, "arguments": {its arguments}}</tool_call> and nothing '
+        "else. What it returns comes between <tool_response> and </tool_response>.\n"
+    )
+    call_format: str = "<tool_call>{call}</tool_call>"
+    result_format: str = "<tool_response>{result}</tool_response>"
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "ToolTemplate":
+        """Raises UserError, naming the key, if one is missing, unknown or of no use."""
+        section = cast(dict[str, Any], values) if isinstance(values, dict) else dict[str, Any]()
+        if section.keys() != _TOOLS_MUST_HOLD.keys():
+            found, expected = sorted(section), [*_TOOLS_MUST_HOLD]
+            raise UserError(f"manifest: prompt template 'tools' has {found}; expected {expected}")
+        for key, held in _TOOLS_MUST_HOLD.items():
+            if not isinstance(section[key], str) or section[key].count(held) != 1:
+                raise UserError(f"manifest: prompt template 'tools' {key!r} is {section[key]!r}; expected one {held!r}")
+        template = cls(**section)
+        if not template.call_begin.strip():
+            raise UserError("manifest: prompt template 'tools' 'call_format' has nothing before the call")
+        return template
+
+    @property
+    def call_begin(self) -> str:
+        """What a call begins with."""
+        return self.call_format.partition(_CALL)[0]
+
+    def told(self, tools: list[str]) -> str:
+        """What the model is told of functions, a JSON text each."""
+        return self.system_format.replace(_TOOLS, "\n".join(tools))
+
+    def call(self, name: str, arguments: str) -> str:
+        """A call. name, arguments: JSON texts."""
+        return self.call_format.replace(_CALL, f'{{"name": {name}, "arguments": {arguments}}}')
+
+    def result(self, text: str) -> str:
+        return self.result_format.replace(_RESULT, text)
 
 
 @dataclass(frozen=True)
@@ -29,6 +80,7 @@ class PromptTemplate:
     stop: strings that end an answer if the model writes them out.
     image_format: what stands for an image in front of a question, and within it without its newline; holds "<image>"
         once.
+    tools: where the model was trained with one of its own.
     """
 
     name: str
@@ -38,16 +90,20 @@ class PromptTemplate:
     answer_end: str
     stop: tuple[str, ...]
     image_format: str = IMAGE_LINE
+    tools: ToolTemplate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest; `from_dict` reads it back."""
-        return {**asdict(self), "stop": list(self.stop)}
+        section = {**asdict(self), "stop": list(self.stop)}
+        if self.tools is None:
+            del section["tools"]
+        return section
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> "PromptTemplate":
         """Raises UserError, naming the key, if one is missing, unknown or of no use."""
-        names = {field.name for field in fields(cls)}
-        for key in sorted(names ^ section.keys()):
+        names = {field.name for field in fields(cls)} - {"tools"}
+        for key in sorted(names ^ (section.keys() - {"tools"})):
             raise UserError(f"manifest: prompt template {'lacks' if key in names else 'has an unknown'} key {key!r}")
         stop = section["stop"]
         texts = cast(list[Any], stop) if isinstance(stop, list) else [None]
@@ -60,6 +116,8 @@ class PromptTemplate:
             if section[key].count(held) != 1:
                 raise UserError(f"manifest: prompt template {key!r} is {section[key]!r}; expected one {held!r} in it")
         values: dict[str, Any] = {**section, "stop": tuple(texts)}
+        if "tools" in section:
+            values["tools"] = ToolTemplate.from_dict(section["tools"])
         return cls(**values)
 
 

@@ -28,10 +28,10 @@ def scheduler_of(model, *options):
 
 
 class Served:
-    def __init__(self, model, slots=2, queue_size=4, limits=None, fetch=None, **options):
+    def __init__(self, model, slots=2, queue_size=4, limits=None, fetch=None, takes_embeds=False, **options):
         self.model, metrics = model, Metrics()
         self.scheduler = scheduler_of(model, slots, queue_size, metrics)
-        self.service = ChatService(model, self.scheduler, limits, fetch)
+        self.service = ChatService(model, self.scheduler, limits, fetch, takes_embeds=takes_embeds)
         app = create_app(self.service, metrics, **options)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"

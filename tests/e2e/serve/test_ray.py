@@ -186,4 +186,10 @@ def test_the_key_of_a_conversation_is_its_first_image():
     first = asked("What is this?", picture())
     assert key(first) == key([*first, {"role": "assistant", "content": "A"}, *asked("And this?", picture(1))])
     assert key(first) != key(asked("What is this?", picture(1)))
+    sent, named = {"type": "image_url", "image_url": {"url": "data:"}, "uuid": "a"}, {"type": "image_url", "uuid": "a"}
+    assert key([{"role": "user", "content": [sent]}]) == key([{"role": "user", "content": [named]}]) != ""
+    url = first[0]["content"][1]["image_url"]["url"]
+    given = [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]
+    assert ray_app.image_key(json.dumps({"input": given}).encode()) == key(first)
+    assert ray_app.image_key(b'{"input": "x"}') == ""
     assert key(asked("What?")) == ray_app.image_key(b"{") == ray_app.image_key(b'{"messages": 5}') == ""

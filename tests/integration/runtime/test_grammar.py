@@ -9,6 +9,7 @@ import tokenizers
 
 import runtime
 from runtime.errors import UserError
+from runtime.serve.tools import Tool, ToolAnswer, callable_tools
 from runtime.text.grammar import Grammars, JsonGrammar
 from runtime.types import Options, Sampling
 from tests.support.tiny_tokenizers import (
@@ -90,6 +91,64 @@ def test_no_stop_string_of_the_template_cuts_in_a_schema(model, text, temperatur
 def test_a_stop_string_of_the_user_does(model):
     *_, last = model.generate([], "Say.", Options(100, stop=("/s",), json_schema={"const": "x </s>"}))
     assert (last.result.text, last.result.finish_reason) == ('"x <', "stop")
+
+
+F = {
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/A"}},
+    "required": ["a"],
+    "additionalProperties": False,
+    "$defs": {"A": {"enum": ["<s>", 5]}},
+}
+TOOLS = [
+    Tool.model_validate({"type": "function", "function": {"name": "f", "parameters": F}}),
+    Tool.model_validate({"type": "function", "function": {"name": "g.h-1"}}),
+]
+
+
+def called(vocabulary, choice, seed, begin="", schema=None) -> ToolAnswer:
+    """Of a model that knows nothing, after what it begins with."""
+    file, tokenizer, size, _ = vocabulary
+    tools = callable_tools(TOOLS, choice, None)
+    grammar = Grammars(file, size, tokenizer.eos_token_ids).of_source(tools.grammar(schema))
+    random, answer, given = (
+        np.random.default_rng(seed),
+        ToolAnswer(tokenizer, (), tools),
+        tokenizer.encode(begin, False),
+    )
+    for _ in range(300):
+        logits = random.standard_normal(size).astype(np.float32)
+        if given:
+            logits[given.pop(0)] = 100
+        token = int(grammar.allow(logits).argmax())
+        answer.push(token, "stop" if token in tokenizer.eos_token_ids else None)
+        if answer.finish_reason is not None:
+            return answer
+        grammar.push(token)
+    answer.push(0, "length")
+    return answer
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_required_call_follows_its_schema(vocabulary, seed):
+    answer = called(vocabulary, "required", seed)
+    assert (answer.finish_reason, answer.text) == ("tool_calls", "")
+    arguments = json.loads(answer.call.function.arguments)
+    assert arguments in ({"f": [{"a": "<s>"}, {"a": 5}], "g.h-1": [{}]}[answer.call.function.name])
+
+
+def test_an_answer_may_be_a_call_or_a_text(vocabulary):
+    answer = called(vocabulary, "auto", 0, "<tool_call>")
+    assert (answer.finish_reason, answer.text) == ("tool_calls", "")
+    answer = called(vocabulary, "auto", 0, '<tool_call>{"name": "g.')
+    assert (answer.call.function.name, answer.call.function.arguments) == ("g.h-1", "{}")
+    for begin in ("It is", "a <tool_call>x", "<b>"):
+        answer = called(vocabulary, "auto", 0, begin)
+        assert answer.call is None
+        assert answer.text.strip().startswith(begin)
+    answers = [called(vocabulary, "auto", seed, schema={"const": {"x": 1}}) for seed in range(3)]
+    assert {answer.text for answer in answers} <= {"", '{"x": 1}'}
+    assert all((answer.call is None) == (answer.text != "") for answer in answers)
 
 
 class PanicException(BaseException):

@@ -310,8 +310,8 @@ def test_a_body_is_let_go_when_its_request_is_prepared(served, monkeypatch):
     slow_down(monkeypatch, served.scheduler)
     bodies, begin = [], served.service.begin
 
-    async def kept(body):
-        completion = await begin(body)
+    async def kept(body, *others):
+        completion = await begin(body, *others)
         bodies.append(body)
         return completion
 
@@ -502,7 +502,7 @@ def test_a_schema_that_grows_too_large_is_an_error_and_no_broken_json(served, mo
         is_error=lambda: is_error(None),
         get_error=lambda: "too many expressions\nconstructed",
     )
-    monkeypatch.setattr(served.model.grammars, "of_schema", lambda schema: JsonGrammar(matcher))
+    monkeypatch.setattr(served.model.grammars, "of_source", lambda source: JsonGrammar(matcher))
     wanted = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string"}}}
     with pytest.raises(openai.BadRequestError, match="a JSON schema: too many expressions") as error:
         create(served, asked(QUESTION), response_format=wanted, max_tokens=400, extra_body={"ignore_eos": True})

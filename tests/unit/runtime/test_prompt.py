@@ -3,7 +3,7 @@ strings against cutting the whole text."""
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jinja2
 import pytest
@@ -17,6 +17,7 @@ from runtime.text.template import (
     TEMPLATES,
     VICUNA_V1,
     PromptTemplate,
+    ToolTemplate,
     first_turn,
     next_turn,
 )
@@ -98,8 +99,12 @@ def test_braces_in_texts_mean_nothing():
 
 # Manifest
 
+TOOLS = ToolTemplate("{tools}", "<call>{call}", "{result}")
 
-@pytest.mark.parametrize("template", [*TEMPLATES.values(), replace(CHATML, image_format=MARKED_IMAGE_LINE)])
+
+@pytest.mark.parametrize(
+    "template", [*TEMPLATES.values(), replace(CHATML, image_format=MARKED_IMAGE_LINE, tools=TOOLS)]
+)
 def test_manifest_holds_the_whole_template(template):
     section = json.loads(json.dumps(template.to_dict()))
     assert PromptTemplate.from_dict(section) == template
@@ -128,6 +133,22 @@ def test_manifest_lacks_a_key_or_has_the_wrong_type(key):
 def test_manifest_with_a_useless_value(key, value):
     with pytest.raises(UserError, match=f"'{key}' is "):
         PromptTemplate.from_dict({**VICUNA_V1.to_dict(), key: value})
+
+
+@pytest.mark.parametrize("change", [
+    {"system_format": "no place"},
+    {"call_format": "{call} <call>"},
+    {"call_format": "<call>{call}{call}"},
+    {"result_format": 1},
+    {"colour": "red"},
+])  # fmt: skip
+def test_manifest_with_useless_tools(change):
+    section = {**VICUNA_V1.to_dict(), "tools": asdict(TOOLS) | change}
+    with pytest.raises(UserError, match=f"'tools' .*{next(iter(change))}"):
+        PromptTemplate.from_dict(section)
+    for tools in (None, "x", {}):
+        with pytest.raises(UserError, match="'tools' has \\[\\]; expected"):
+            PromptTemplate.from_dict(section | {"tools": tools})
 
 
 def test_manifest_with_an_unknown_key():

@@ -21,11 +21,13 @@ from runtime.serve.protocol import (
     image_bytes,
     parsed,
 )
-from runtime.text.template import CHATML, MARKED_IMAGE_LINE, VICUNA_V1, first_turn, next_turn
+from runtime.text.template import CHATML, MARKED_IMAGE_LINE, VICUNA_V1, ToolTemplate, first_turn, next_turn
 from runtime.types import Sampling
 
 USER = {"role": "user", "content": "What is this?"}
 ANSWER = {"role": "assistant", "content": "x"}
+TOOL = {"type": "function", "function": {"name": "f", "description": "Of <image>.", "parameters": {"type": "object"}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "high"}}
 
 
@@ -55,9 +57,6 @@ def test_fields_of_other_servers_work():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("functions", [{"name": "f"}]),
         ("function_call", {"name": "f"}),
         ("frequency_penalty", 0.5),
@@ -95,8 +94,8 @@ def test_what_would_change_the_answer_is_refused_by_name(field, value):
     assert (error.value.status, error.value.param) == (400, field)
 
 
-@pytest.mark.parametrize("field", ["tool_calls", "function_call", "audio"])
-def test_tools_in_messages_are_refused_by_name(field):
+@pytest.mark.parametrize("field", ["function_call", "audio"])
+def test_what_is_not_offered_in_messages_is_refused_by_name(field):
     with pytest.raises(ApiError) as error:
         parsed(json.dumps({"messages": [USER, ANSWER | {field: {"id": "x"}}]}).encode())
     assert error.value.param == f"messages.1.{field}"
@@ -157,7 +156,8 @@ def test_the_header_of_ignored_fields_is_short_and_plain():
         ("response_format", {"type": "xml"}),
         ("messages", []),
         ("messages", "hello"),
-        ("messages", [{"role": "tool", "content": "x"}]),
+        ("messages", [{"role": "function", "content": "x"}]),
+        ("tools", [{"type": "web_search"}]),
         ("messages", [{"role": "user", "content": [{"type": "input_audio"}]}]),
     ],
 )
@@ -181,12 +181,59 @@ def test_a_conversation_is_rendered_as_in_training():
     )
     prompt, images = conversation(given, VICUNA_V1)
     assert prompt == "Be brief. USER: <image>\nWhat is this? ASSISTANT: A page.</s>USER: And its date? ASSISTANT:"
-    assert images == [(IMAGE["image_url"]["url"], "messages.1.content.1.image_url", "high")]
+    assert images == [(IMAGE["image_url"]["url"], "messages.1.content.1.image_url", "high", None, False)]
     prompt, _ = conversation(given, CHATML)
     assert prompt == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
         "<|im_start|>assistant\nA page.<|im_end|>\n<|im_start|>user\nAnd its date?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_images_may_be_named_or_be_embeddings():
+    parts = [
+        IMAGE | {"uuid": "a"},
+        {"type": "image_url", "image_url": None, "uuid": "a"},
+        {"type": "image_embeds", "image_embeds": "AAAA"},
+        {"type": "image_embeds", "uuid": "b"},
+    ]
+    prompt, images = conversation(messages({"role": "user", "content": parts}), VICUNA_V1)
+    assert prompt.count("<image>") == 4
+    path = "messages.0.content.{}.{}".format
+    assert images == [
+        (IMAGE["image_url"]["url"], path(0, "image_url"), "high", "a", False),
+        (None, path(1, "image_url"), None, "a", False),
+        ("AAAA", path(2, "image_embeds"), None, None, True),
+        (None, path(3, "image_embeds"), None, "b", True),
+    ]
+
+
+def test_calls_and_what_they_return_are_part_of_the_conversation():
+    """By hand."""
+    given = messages(
+        USER,
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "7 <image>"},
+    )
+    prompt, _ = conversation(given, VICUNA_V1)
+    assert prompt == (
+        f"{VICUNA_V1.system} USER: What is this? ASSISTANT: "
+        '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call></s>'
+        "USER: <tool_response>7 <image ></tool_response> ASSISTANT:"
+    )
+    own = ToolTemplate("{tools}!", "[{call}]", "({result})")
+    prompt, _ = conversation(given, replace(CHATML, tools=own), own.told(["<image>"]))
+    assert prompt == (
+        "<|im_start|>system\nYou are a helpful assistant.<image >!<|im_end|>\n"
+        "<|im_start|>user\nWhat is this?<|im_end|>\n"
+        '<|im_start|>assistant\n[{"name": "f", "arguments": {"a": 1}}]<|im_end|>\n'
+        "<|im_start|>user\n(7 <image >)<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_several_calls_at_once_are_ignored_by_name_where_there_are_tools():
+    body = {"messages": [USER], "parallel_tool_calls": True}
+    assert parsed(json.dumps(body).encode()).ignored == []
+    assert parsed(json.dumps(body | {"tools": [TOOL]}).encode()).ignored == ["parallel_tool_calls"]
 
 
 def test_an_empty_system_text_is_none_and_not_the_template_s():
@@ -286,11 +333,23 @@ def test_what_is_no_conversation_is_refused(given, param):
         ({"messages": [USER | {"content": [{"type": "image_url", "image_url": "data:"}]}]}, "{}.0.image_url"),
         ({"messages": [USER | {"content": [{"type": "image_url", "image_url": {}}]}]}, "{}.0.image_url.url"),
         ({"messages": [USER | {"content": [{"type": "text", "text": 5}]}]}, "{}.0.text"),
+        ({"messages": [USER | {"content": [{"type": "image_url", "image_url": None}]}]}, "{}.0.image_url"),
+        ({"messages": [USER | {"content": [{"type": "image_embeds"}]}]}, "{}.0.image_embeds"),
+        ({"messages": [USER | {"content": [{"type": "image_url", "uuid": ""}]}]}, "{}.0.uuid"),
+        ({"messages": [USER | {"content": [{"type": "image_url", "uuid": "x" * 257}]}]}, "{}.0.uuid"),
         ({"messages": [USER | {"content": [{"type": "input_audio"}]}]}, "{}.0.type"),
         ({"messages": [USER | {"content": [{"text": "a"}]}]}, "{}.0.type"),
         ({"messages": [USER | {"content": ["a"]}]}, "{}.0"),
         ({"messages": [USER | {"content": 5}]}, "{}"),
-        ({"messages": [USER, {"role": "tool", "content": "a"}]}, "messages.1.role"),
+        ({"messages": [USER, {"role": "function", "content": "a"}]}, "messages.1.role"),
+        ({"messages": [USER, USER | {"tool_calls": [CALL]}]}, "messages.1.tool_calls"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{"id": "x"}]}]}, "messages.1.tool_calls.0.function"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "any", "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]}, "tool_choice"),
         ({"messages": [USER, {"content": "a"}]}, "messages.1.role"),
         ({"messages": [5]}, "messages.0"),
         ({"mm_processor_kwargs": {"size": 5}}, "mm_processor_kwargs.size"),
@@ -317,7 +376,20 @@ def test_errors_name_the_part_that_is_wrong(change, param):
     assert "Value error" not in str(error.value)
 
 
-KEYS = ["role", "content", "type", "text", "image_url", "url", "detail", "tool_calls", "schema", "json_schema", "name"]
+KEYS = [
+    "role",
+    "content",
+    "type",
+    "text",
+    "image_url",
+    "url",
+    "detail",
+    "uuid",
+    "tool_calls",
+    "schema",
+    "json_schema",
+    "name",
+]
 WORDS = [
     "user",
     "assistant",
@@ -325,6 +397,7 @@ WORDS = [
     "tool",
     "text",
     "image_url",
+    "image_embeds",
     "data:image/png;base64,AA",
     "<image>",
     "\ud800",
@@ -337,8 +410,11 @@ JSON = st.recursive(
 )
 FIELDS = [*ChatRequest.model_fields, *NOT_OFFERED, "mood"]
 MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system"])},
-    optional={"content": st.lists(st.sampled_from([IMAGE, *said("ab")])) | JSON, "tool_calls": JSON},
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"])},
+    optional={
+        "content": st.lists(st.sampled_from([IMAGE, *said("ab")])) | JSON,
+        "tool_calls": st.lists(st.just(CALL)) | JSON,
+    },
 )
 
 
@@ -361,7 +437,7 @@ def test_whatever_is_sent_is_taken_or_an_error_of_the_request(body, sent):
 def test_what_was_found_is_said():
     with pytest.raises(ApiError, match="found 'function'"):
         parsed(json.dumps({"messages": [{"role": "function", "content": "a"}]}).encode())
-    with pytest.raises(ApiError, match="expected 'text' or 'image_url', found 'input_audio'"):
+    with pytest.raises(ApiError, match="expected 'text', 'image_url' or 'image_embeds', found 'input_audio'"):
         parsed(json.dumps({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}).encode())
 
 
