@@ -30,7 +30,7 @@ def plain(tmp_path_factory) -> Path:
     with mock.patch("export.encoder.INLINE_BYTES", 0):
         done = run_main("export.bundle", "--checkpoint", CHECKPOINT, "--out", out, "--portable-decoder")
     assert done.returncode == 0, done.stderr
-    assert len(list(out.rglob("*.onnx.data"))) == 3
+    assert len(list(out.rglob("*.onnx.data"))) == 4
     return out
 
 
