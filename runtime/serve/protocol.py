@@ -86,6 +86,7 @@ _DATA_HEAD = re.compile(r"data:\s*[\w.+-]+/[\w.+-]+\s*(;[^;]*)*;\s*base64\s*", r
 MAX_DATA_HEAD_CHARS = 256
 MAX_UUID_CHARS = 256
 MAX_NAMED_FIELDS, MAX_FIELD_CHARS = 16, 64  # of a header
+MAX_PARAM_CHARS = 200  # of an error
 
 
 class _Part(BaseModel):
@@ -340,7 +341,7 @@ def _error_of(error: ValidationError) -> ApiError:
     found: object = first.get("ctx", {}).get("tag", first["input"])
     if first["type"] in ("literal_error", "union_tag_invalid") and isinstance(found, str):
         message += f", found {found[:40]!r}"
-    param = ".".join(map(str, path)) or None
+    param = re.sub(r"\s", "?", ".".join(map(str, path))[:MAX_PARAM_CHARS]) or None  # a key may be anything
     return ApiError(400, f"{param}: {message}" if param else message, param=param)
 
 

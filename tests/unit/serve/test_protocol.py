@@ -524,3 +524,10 @@ def test_other_data_urls_are_refused(url):
     with pytest.raises(ApiError) as error:
         image_bytes(url, 100)
     assert error.value.code == "invalid_image_url"
+
+
+def test_a_key_with_line_breaks_is_refused_on_one_line():
+    body = {"messages": [{"role": "user", "content": "Hi"}], "mm_processor_kwargs": {"a\nb\r": 1}}
+    with pytest.raises(ApiError) as refused:
+        parsed(json.dumps(body).encode())
+    assert len(str(refused.value).splitlines()) == 1 and refused.value.param == "mm_processor_kwargs.a?b?"
