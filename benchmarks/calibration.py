@@ -245,9 +245,8 @@ def decoders(args: argparse.Namespace) -> None:
         about = {"precision": "fp32", "method": "as exported", "operators": ORT} | size(source) | {"seconds": 0.0}
         measure(OnnxDecoder(source, part), about)
         for precision, method in (("int8", "rtn"), *(("int4", method) for method in ("q4_1", "gptq", "rtn"))):
-            feeds = list(
-                prompts(bundle, bundle.path(SOURCE), spread(calibration, GPTQ_PROMPTS if method == "gptq" else 0))
-            )
+            pages = spread(calibration, GPTQ_PROMPTS if method == "gptq" else 0)
+            feeds = list(prompts(bundle, bundle.path(SOURCE), pages))
             file = Path(folder, f"{precision}-{method}.onnx")
             begin = time.perf_counter()
             quantize_decoder(source, file, precision, method, feeds)

@@ -9,25 +9,13 @@
 #include <random>
 #include <vector>
 
+#include "check.h"
 #include "encoder.h"
 #include "kernel_error.h"
 
 using namespace convllava;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const char* what, int line) {
-  if (condition) return;
-  std::fprintf(stderr, "line %d: %s\n", line, what);
-  ++failures;
-}
-#define EXPECT(condition) expect(condition, #condition, __LINE__)
-
-std::mt19937 random_bits(0);
-
-int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
 
 std::vector<float> normal(int64_t count, float deviation = 1) {
   std::normal_distribution<float> distribution(0, deviation);

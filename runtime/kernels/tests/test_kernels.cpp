@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "check.h"
 #include "gemm.h"
 #include "image.h"
 #include "isa.h"
@@ -17,22 +18,9 @@ using namespace convllava;
 
 namespace {
 
-int failures = 0;
-
-void expect(bool condition, const char* what, int line) {
-  if (condition) return;
-  std::fprintf(stderr, "line %d: %s\n", line, what);
-  ++failures;
-}
-#define EXPECT(condition) expect(condition, #condition, __LINE__)
-
 constexpr Format FORMATS[] = {Format::INT4, Format::INT4_OFFSETS, Format::INT8};
 Format format_of_trial(int trial) { return FORMATS[trial % 3]; }
 int activation_bits_of_trial(int trial) { return trial / 3 % 2 ? 24 : 8; }
-
-std::mt19937 random_bits(0);
-
-int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
 
 // A random matrix, its tensors as a graph has them. Bytes are at odd addresses, and end where the memory does.
 struct Matrix {
